@@ -1,0 +1,55 @@
+"""Bounded memory for decoder language models: a lossless window and an Artificial Hippocampus Network.
+
+arXiv 2510.07318.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .adapter import load_adapter, save_adapter
+from .attention import HippocampalAttention
+from .compressor import Compressor
+from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
+from .layers import outer
+from .memory import MemoryStore
+from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
+from .rotary import Rotary
+from .state import MemoryState
+from .testing import check_compressor
+from .window import Window
+
+if TYPE_CHECKING:
+    from .huggingface.cache import HippocampalCache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Window",
+    "Compressor",
+    "MemoryStore",
+    "MemoryState",
+    "HippocampalAttention",
+    "Rotary",
+    "LinearAttention",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "Mamba2",
+    "retrofit",
+    "restore",
+    "full_attention",
+    "window_only",
+    "memory_report",
+    "adapter_parameters",
+    "save_adapter",
+    "load_adapter",
+    "HippocampalCache",
+    "check_compressor",
+    "outer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HippocampalCache":  # needs transformers, which the rest does not
+        from .huggingface.cache import HippocampalCache
+
+        return HippocampalCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,235 @@
+"""The memory weights alone, in files: our own format, and the released AHN naming.
+
+An adapter is a folder with ``adapter.safetensors`` (``layers.<layer_idx>.<parameter>``) and ``adapter.json``.
+"""
+
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import HippocampalAttention
+from .compressor import Compressor
+from .retrofit import find_retrofitted, retrofit
+from .state import write_atomically
+
+FORMAT_VERSION = 1
+_WEIGHTS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
+_OURS = re.compile(r"layers\.(\d+)\.(.+)")
+_RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.ahn\.fn\.(.+)")
+_Weights = dict[int, dict[str, Tensor]]
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the memory weights of a retrofitted model, and what is needed to load them, to a folder.
+
+    Args:
+        model: a retrofitted model, or one that contains it.
+        folder: made if it is not there; earlier adapter files in it are replaced.
+
+    Raises:
+        ValueError: if the model is not retrofitted or has no compressor.
+    """
+    from safetensors.torch import save
+
+    inner, record = find_retrofitted(model)
+    if record.compressor is None:
+        raise ValueError("the model was retrofitted without a compressor: there are no memory weights to save.")
+    layers = _compressors(inner)
+    tensors = {
+        f"layers.{index}.{name}": u.detach().cpu().contiguous()
+        for index, compressor in layers.items()
+        for name, u in compressor.state_dict().items()
+    }
+    config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+    description = {
+        "format_version": FORMAT_VERSION,
+        "library_version": metadata.version("ahn-layers"),
+        "compressor": record.compressor,
+        "compressor_options": record.options,
+        "window_size": record.window.window_size,
+        "num_sinks": record.window.num_sinks,
+        "sink_positions": record.window.sink_positions,
+        "layers": sorted(layers),
+        "sizes": _sizes(next(iter(layers.values()))),
+        "base_model_type": config.model_type,
+        "base_model": getattr(inner.config, "_name_or_path", "") or None,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _WEIGHTS, save(tensors, {"format": "pt"}))
+    write_atomically(folder / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+
+
+def load_adapter(model: nn.Module, source: str | Path) -> nn.Module:
+    """Load memory weights into a model, in place; the model is unchanged if anything about them is wrong.
+
+    Args:
+        model: a retrofitted model, or one that contains it. A model that is not retrofitted yet is, the way the
+            adapter says; released files do not say, so for them call [`retrofit`][ahn_layers.retrofit] first.
+        source: a folder written by [`save_adapter`][ahn_layers.save_adapter]; a safetensors file, or a folder of
+            them, with the released names ``model.layers.<i>.ahn.fn.<parameter>``; or the id of a hub repository that
+            holds either.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``source``.
+        ValueError: if the adapter belongs to another base model or compressor, a parameter is missing, unknown, wrongly
+            shaped or not finite, or a file is damaged. The message names it.
+    """
+    files = _find(source)
+    weights = _read(files)
+    described = files[0].parent / _DESCRIPTION if files[0].name == _WEIGHTS else None
+    description = json.loads(described.read_text()) if described is not None and described.is_file() else None
+    if description is not None:
+        _check_version(description, source)
+        model = _retrofit_as_described(model, description)
+    inner, record = find_retrofitted(model)
+    if description is not None:
+        _check_base(inner, record, description, source)
+    updates = _match(_compressors(inner), weights, source)
+    with torch.no_grad():
+        for parameter, value in updates:
+            parameter.copy_(value)
+    return model
+
+
+def _compressors(inner: nn.Module) -> dict[int, Compressor]:
+    blocks = [module for module in inner.modules() if isinstance(module, HippocampalAttention)]
+    return {block.layer_idx: block.memory.compressor for block in blocks if block.memory.compressor is not None}
+
+
+def _sizes(compressor: Compressor) -> dict[str, int]:
+    return {name: getattr(compressor, name) for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")}
+
+
+def _find(source: str | Path) -> list[Path]:
+    """The safetensors files of a source: our own file if there is one."""
+    path = Path(source)
+    if not path.exists():
+        path = _download(str(source))
+    if path.is_file():
+        return [path]
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{source}: no safetensors file in this folder.")
+    return files
+
+
+def _download(source: str) -> Path:
+    missing = FileNotFoundError(f"{source}: no such file or folder, and not a hub repository that can be reached.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise missing
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise missing from None
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise FileNotFoundError(f"{missing} ({type(error).__name__}: {error})") from error
+
+
+def _read(files: list[Path]) -> _Weights:
+    """All memory weights by layer and name; anything else in released full checkpoints is passed over."""
+    from safetensors import SafetensorError, safe_open
+
+    weights: _Weights = {}
+    for path in files:
+        pattern = _OURS if path.name == _WEIGHTS else _RELEASED
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    match = pattern.fullmatch(key)
+                    if match:
+                        weights.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
+                    elif pattern is _OURS:
+                        raise ValueError(f"{path}: unknown key {key!r}, expected layers.<index>.<parameter>.")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error
+    if not weights:
+        raise ValueError(
+            f"{', '.join(str(path) for path in files)}: no memory weights, expected keys like "
+            "'model.layers.0.ahn.fn.o_proj.weight'."
+        )
+    return weights
+
+
+def _check_version(description: dict[str, Any], source: str | Path) -> None:
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{source}: adapter format version {description.get('format_version')}, this library reads {FORMAT_VERSION}. "
+            "Load it with the version of ahn_layers that wrote it."
+        )
+    if description["compressor"] not in Compressor.by_name:
+        raise ValueError(
+            f"{source}: unknown compressor {description['compressor']!r}, known are {sorted(Compressor.by_name)}. Import "
+            "the module that defines the class first."
+        )
+
+
+def _retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:
+    try:
+        find_retrofitted(model)
+    except ValueError:
+        return retrofit(
+            model,
+            Compressor.by_name[description["compressor"]],
+            window_size=description["window_size"],
+            num_sinks=description["num_sinks"],
+            sink_positions=description["sink_positions"],
+            layers=description["layers"],
+            **description["compressor_options"],
+        )
+    return model
+
+
+def _check_base(inner: nn.Module, record: Any, description: dict[str, Any], source: str | Path) -> None:
+    config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+    compressors = _compressors(inner)
+    facts: dict[str, Any] = {
+        "base_model_type": config.model_type,
+        "compressor": record.compressor,
+        "compressor_options": record.options,
+        "layers": sorted(compressors),
+    }
+    if compressors:
+        facts["sizes"] = _sizes(next(iter(compressors.values())))
+    for name, ours in facts.items():
+        if description[name] != ours:
+            raise ValueError(f"{source}: the adapter has {name}={description[name]!r}, the model has {ours!r}.")
+
+
+def _match(
+    compressors: dict[int, Compressor], weights: _Weights, source: str | Path
+) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter with its new value, every one of them checked."""
+    if compressors.keys() != weights.keys():
+        raise ValueError(
+            f"{source}: memory weights for the layers {sorted(weights)}, the model has a memory in {sorted(compressors)}."
+        )
+    updates = []
+    for index, compressor in sorted(compressors.items()):
+        own, given = compressor.state_dict(keep_vars=True), weights[index]
+        for name in sorted(own.keys() - given.keys()):
+            raise ValueError(f"{source}: layer {index} lacks {name!r}, which {type(compressor).__name__} needs.")
+        for name in sorted(given.keys() - own.keys() - set(compressor.unused_parameters)):
+            raise ValueError(f"{source}: layer {index} has {name!r}, which {type(compressor).__name__} does not know.")
+        for name, parameter in own.items():
+            value = given[name]
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{source}: layer {index} {name!r} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}."
+                )
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{source}: layer {index} {name!r} holds values that are not finite.")
+            updates.append((parameter, value))
+    return updates

@@ -1,0 +1,204 @@
+"""The contract of a long-term memory: a fixed-size state that tokens are folded into and queries read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from .layers import HeadwiseLinear, rms_normalize
+
+State = Tensor | dict[str, Tensor]
+"""What a compressor carries: one tensor, or several by name, each with the batch as its first dimension."""
+
+
+def map_state(function: Callable[..., Tensor], *states: State) -> State:
+    """Apply a function to the tensor(s) of one or several states of the same structure."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return function(*states)
+    return {name: function(*(state[name] for state in states)) for name in first}  # type: ignore[index]
+
+
+class Compressor(nn.Module, ABC):
+    """Fixed-size long-term memory of an attention layer. Subclass it and write :meth:`fold`.
+
+    A token that leaves the window is *folded* into the state; a query *reads* the state; the reading passes through
+    :meth:`output` and is added to the attention output, before the block's output projection. Everything but
+    :meth:`fold` has a default:
+
+    - :meth:`build`: further parameters. Default: none.
+    - :meth:`gates`: write gates, computed once when a token arrives and kept beside its key and value. Default: none.
+    - :meth:`init_state`: an empty state. Default: a matrix ``(head_dim, value_dim)`` of zeros per state.
+    - :meth:`read`: what a query gets from the state. Default: ``S^T q``.
+    - :meth:`output`: from the reading to the output. Default: RMS norm, then a matrix per head that starts at zero.
+    - :meth:`scan`: fold and read many tokens. Default: one after the other; override it with a faster form that gives
+      the same result.
+
+    Keys and queries come as the attention uses them (after the rotation). The state is float32, or float64 in a
+    float64 model. A subclass is known to adapter files by its class name.
+
+    Args:
+        hidden_size: width of the hidden states that gates are computed from.
+        num_heads: query heads, H.
+        head_dim: size of queries and keys, D.
+        num_kv_heads: key/value heads, G; ``num_heads`` must be a multiple. Default: ``num_heads``.
+        value_dim: size of values, E. Default: ``head_dim``.
+        shared_state: one state per key/value head instead of one per query head: G / H of the memory.
+
+    Raises:
+        ValueError: if a size is not positive, or ``num_heads`` is not a multiple of ``num_kv_heads``.
+
+    Example:
+        >>> class Average(Compressor):
+        ...     def fold(self, state, k, v):
+        ...         return 0.99 * state + outer(k, v)
+        >>> Average(hidden_size=64, num_heads=4, head_dim=16).init_state(2, torch.zeros(())).shape
+        torch.Size([2, 4, 16, 16])
+    """
+
+    by_name: ClassVar[dict[str, type["Compressor"]]] = {}
+    unused_parameters: ClassVar[tuple[str, ...]] = ()
+    """Names that released weight files carry and the computation does not use: skipped in loading."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        Compressor.by_name[cls.__name__] = cls
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_kv_heads: int | None = None,
+        value_dim: int | None = None,
+        shared_state: bool = False,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.shared_state = shared_state
+        for name in ("hidden_size", "num_heads", "head_dim", "num_kv_heads", "value_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+        if num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                "every key/value head must serve the same number of query heads."
+            )
+        self.o_proj = HeadwiseLinear(num_heads, self.value_dim)
+        self.build()
+
+    def build(self) -> None:
+        """Create further parameters; the sizes are attributes by now. Default: none."""
+
+    @property
+    def num_states(self) -> int:
+        """States per row: key/value heads if they are shared, else query heads."""
+        return self.num_kv_heads if self.shared_state else self.num_heads
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(model)``."""
+        names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim", "shared_state")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def gates(self, x: Float[Tensor, "b t n"]) -> dict[str, Float[Tensor, "b s t"]]:
+        """Write gates of arriving tokens, one scalar per state, by the names that :meth:`fold` gives them.
+
+        Args:
+            x: hidden states that enter the attention block.
+        """
+        return {}
+
+    def init_state(self, batch_size: int, like: Tensor) -> State:
+        """An empty state: ``(batch_size, num_states, head_dim, value_dim)`` zeros.
+
+        Args:
+            batch_size: rows.
+            like: a tensor with the state's device and dtype.
+        """
+        return like.new_zeros(batch_size, self.num_states, self.head_dim, self.value_dim)
+
+    @abstractmethod
+    def fold(self, state, k, v):  # type: ignore[no-untyped-def]  # subclasses add their gates by name
+        """Fold one token into the state and return the new state; the one given stays as it is.
+
+        Args:
+            state: what :meth:`init_state` or an earlier fold returned.
+            k: key of the evicted token, ``(B, num_states, D)``, in the dtype of the state.
+            v: its value, ``(B, num_states, E)``.
+            **gates: its write gates, ``(B, num_states)`` each, as named parameters.
+        """
+
+    def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:
+        """What each query gets from the state; queries of a group read the same one if states are shared."""
+        assert isinstance(state, Tensor), "a compressor whose state has several tensors overrides read()"
+        grouped = q.unflatten(1, (state.shape[1], -1))
+        return (grouped @ state).flatten(1, 2)
+
+    def scan(
+        self,
+        state: State,
+        q: Float[Tensor, "b h t d"],
+        k: Float[Tensor, "b s t d"],
+        v: Float[Tensor, "b s t e"],
+        gates: dict[str, Float[Tensor, "b s t"]],
+        mask: Bool[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b h t e"], State]:
+        """For each token in turn: fold ``k, v``, then read with ``q``.
+
+        Args:
+            state: the state before the first token.
+            q: the query that arrives when ``k, v`` leaves.
+            k: evicted keys, repeated to one per state.
+            v: evicted values, likewise.
+            gates: their write gates.
+            mask: False where a row has nothing to fold; the reading there is unused.
+
+        Returns:
+            The readings, in the dtype of the state, and the state after the last token.
+        """
+        return self.loop(state, q, k, v, gates, mask)
+
+    def loop(
+        self,
+        state: State,
+        q: Float[Tensor, "b h t d"],
+        k: Float[Tensor, "b s t d"],
+        v: Float[Tensor, "b s t e"],
+        gates: dict[str, Float[Tensor, "b s t"]],
+        mask: Bool[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b h t e"], State]:
+        """:meth:`scan`, token by token: its definition, and what a single decode step uses."""
+        dtype = state_dtype(q)
+        readings = []
+        for t in range(q.shape[2]):
+            gate = {name: value[:, :, t].to(dtype) for name, value in gates.items()}
+            folded = self.fold(state, k[:, :, t].to(dtype), v[:, :, t].to(dtype), **gate)
+            state = folded if mask is None else map_state(_select(mask[:, t]), folded, state)
+            readings.append(self.read(state, q[:, :, t].to(dtype)))
+        return torch.stack(readings, dim=2), state
+
+    def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
+        """From readings to what is added to the attention output. Must be zero at initialisation.
+
+        Args:
+            r: readings, in the dtype of the state.
+            x: hidden states of the queries' own tokens.
+        """
+        return self.o_proj(rms_normalize(r))
+
+
+def state_dtype(like: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 tensors: the dtype in which memories are kept and computed."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _select(mask: Bool[Tensor, " b"]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda new, old: torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)

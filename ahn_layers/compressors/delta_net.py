@@ -1,0 +1,68 @@
+"""DeltaNet: a memory that corrects what it already holds under a key."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..compressor import Compressor, State
+from ..layers import Scale, l2_normalize, project, rms_normalize
+from ..ops.delta_scan import delta_step, gated_delta_scan
+
+
+class DeltaNet(Compressor):
+    """The delta rule (arXiv 2406.06484), as in Artificial Hippocampus Networks (arXiv 2510.07318).
+
+    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``::
+
+        beta = sigmoid(b_proj(x_j))
+        S   <- S + k' (beta (v - S^T k'))^T
+        r    = S^T q' / sqrt(D)
+        out  = o_proj( rms(r) * o_norm.weight * silu(g_proj(x_t)) )
+
+    It takes the arguments of [`Compressor`][ahn_layers.Compressor]; with ``shared_state`` there is one ``beta`` per
+    key/value head too.
+
+    Example:
+        >>> import torch
+        >>> DeltaNet(hidden_size=64, num_heads=4, head_dim=16).gates(torch.zeros(1, 3, 64))["beta"].shape
+        torch.Size([1, 4, 3])
+    """
+
+    def build(self) -> None:
+        """Write gate, read gate, norm."""
+        self.b_proj = nn.Linear(self.hidden_size, self.num_states, bias=False)
+        self.g_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
+        self.o_norm = Scale(self.value_dim)
+
+    def gates(self, x: Float[Tensor, "b t n"]) -> dict[str, Float[Tensor, "b s t"]]:
+        """The write strength ``beta``."""
+        return {"beta": project(self.b_proj, x).sigmoid()}
+
+    def fold(
+        self, state: Tensor, k: Float[Tensor, "b s d"], v: Float[Tensor, "b s e"], beta: Float[Tensor, "b s"]
+    ) -> Tensor:
+        """Move what is stored under ``k'`` a step of ``beta`` towards ``v``."""
+        return delta_step(state, l2_normalize(k), v, beta)
+
+    def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:
+        """``S^T q' / sqrt(D)``."""
+        return super().read(state, l2_normalize(q) * self.head_dim**-0.5)
+
+    def scan(
+        self,
+        state: State,
+        q: Float[Tensor, "b h t d"],
+        k: Float[Tensor, "b s t d"],
+        v: Float[Tensor, "b s t e"],
+        gates: dict[str, Tensor],
+        mask: Bool[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b h t e"], State]:
+        """The same, chunk by chunk."""
+        assert isinstance(state, Tensor)
+        q, k = (l2_normalize(u.to(state.dtype)) for u in (q, k))
+        beta = gates["beta"] if mask is None else gates["beta"].masked_fill(~mask.unsqueeze(1), 0)
+        return gated_delta_scan(state, q * self.head_dim**-0.5, k, v, beta)
+
+    def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
+        """RMS norm, read gate, a matrix per head."""
+        return self.o_proj(self.o_norm(rms_normalize(r)) * F.silu(project(self.g_proj, x)).unsqueeze(-1))

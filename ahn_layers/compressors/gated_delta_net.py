@@ -1,0 +1,83 @@
+"""GatedDeltaNet: the delta rule with forgetting."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..compressor import Compressor, State
+from ..layers import Scale, l2_normalize, project, rms_normalize
+from ..ops.delta_scan import delta_step, gated_delta_scan
+from .time_step import decay_parameters
+
+
+class GatedDeltaNet(Compressor):
+    """The gated delta rule (arXiv 2412.06464), as in Artificial Hippocampus Networks (arXiv 2510.07318).
+
+    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``::
+
+        g    = -exp(A_log) softplus(a_proj(x_j) + dt_bias)
+        beta = sigmoid(b_proj(x_j))
+        S   <- exp(g) S;  S <- S + k' (beta (v - S^T k'))^T
+        r    = S^T q' / sqrt(D)
+        out  = o_proj( rms(r) * o_norm.weight * silu(g_proj(x_t)) )
+
+    It takes the arguments of [`Compressor`][ahn_layers.Compressor]; with ``shared_state`` there is one ``g`` and one
+    ``beta`` per key/value head too.
+
+    Example:
+        >>> sorted(GatedDeltaNet(hidden_size=64, num_heads=4, head_dim=16).gates(torch.zeros(1, 3, 64)))
+        ['beta', 'g']
+    """
+
+    unused_parameters = ("D",)
+
+    def build(self) -> None:
+        """Decay, write gate, read gate, norm."""
+        self.A_log, self.dt_bias = decay_parameters(self.num_states)
+        self.a_proj = nn.Linear(self.hidden_size, self.num_states, bias=False)
+        self.b_proj = nn.Linear(self.hidden_size, self.num_states, bias=False)
+        self.g_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
+        self.o_norm = Scale(self.value_dim)
+
+    def gates(self, x: Float[Tensor, "b t n"]) -> dict[str, Float[Tensor, "b s t"]]:
+        """The log decay ``g`` and the write strength ``beta``."""
+        a = project(self.a_proj, x)
+        rate, bias = self.A_log.to(a.dtype).exp().unsqueeze(-1), self.dt_bias.to(a.dtype).unsqueeze(-1)
+        return {"g": -rate * F.softplus(a + bias), "beta": project(self.b_proj, x).sigmoid()}
+
+    def fold(
+        self,
+        state: Tensor,
+        k: Float[Tensor, "b s d"],
+        v: Float[Tensor, "b s e"],
+        g: Float[Tensor, "b s"],
+        beta: Float[Tensor, "b s"],
+    ) -> Tensor:
+        """Decay by ``exp(g)``, then move what is stored under ``k'`` a step of ``beta`` towards ``v``."""
+        return delta_step(state * g.exp()[..., None, None], l2_normalize(k), v, beta)
+
+    def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:
+        """``S^T q' / sqrt(D)``."""
+        return super().read(state, l2_normalize(q) * self.head_dim**-0.5)
+
+    def scan(
+        self,
+        state: State,
+        q: Float[Tensor, "b h t d"],
+        k: Float[Tensor, "b s t d"],
+        v: Float[Tensor, "b s t e"],
+        gates: dict[str, Tensor],
+        mask: Bool[Tensor, "b t"] | None = None,
+    ) -> tuple[Float[Tensor, "b h t e"], State]:
+        """The same, chunk by chunk."""
+        assert isinstance(state, Tensor)
+        q, k = (l2_normalize(u.to(state.dtype)) for u in (q, k))
+        g, beta = gates["g"], gates["beta"]
+        if mask is not None:
+            g, beta = (gate.masked_fill(~mask.unsqueeze(1), 0) for gate in (g, beta))
+        return gated_delta_scan(state, q * self.head_dim**-0.5, k, v, beta, g)
+
+    def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
+        """RMS norm, read gate, a matrix per head."""
+        return self.o_proj(self.o_norm(rms_normalize(r)) * F.silu(project(self.g_proj, x)).unsqueeze(-1))

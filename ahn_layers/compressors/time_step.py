@@ -1,0 +1,24 @@
+"""How decays start: the initialisation of Mamba2 (arXiv 2405.21060), which GatedDeltaNet shares."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def decay_parameters(
+    num_states: int, shortest: float = 1e-3, longest: float = 1e-1
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """``A_log`` with ``A`` uniform in [1, 16], and ``dt_bias`` with ``softplus(dt_bias)`` log-uniform in its range.
+
+    Args:
+        num_states: how many of each.
+        shortest: smallest time step.
+        longest: largest time step.
+
+    Returns:
+        Two vectors ``(num_states,)``.
+    """
+    a = torch.empty(num_states).uniform_(1, 16)
+    step = torch.empty(num_states).uniform_(math.log(shortest), math.log(longest)).exp()
+    return nn.Parameter(a.log()), nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus, inverted

@@ -1,0 +1,425 @@
+"""Cache layers that hold a memory state, and the cache that ``generate`` returns.
+
+A retrofitted model builds its caches as any other; our layers replace the empty ones. The attention function does all
+the work: ``update`` hands keys and values through unchanged.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    QuantizedCache,
+    StaticLayer,
+)
+
+from ..memory import MemoryStore
+from ..state import MemoryState, load_tensors, save_tensors
+
+MAX_ROLLBACK = 256
+"""Most recent tokens that :meth:`MemoryLayer.crop` can take back while the past is recorded (assisted decoding)."""
+
+
+class MemoryLayer(CacheLayerMixin):
+    """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows until the window is full."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self.state: MemoryState | None = None
+        self.armed = False
+        self.record_past = False
+        self._checkpoint: MemoryState | None = None
+        self._since: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self._store: MemoryStore | None = None
+
+    def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
+        """Attend with new tokens and take them in."""
+        count = k.shape[2]
+        capacity = store.window.capacity
+        if self.record_past and count > MAX_ROLLBACK and self.get_seq_length() + count > capacity:
+            # all but the tail is folded for good, so that recording a long prompt stays within bounds
+            valid, head = options.pop("valid"), count - MAX_ROLLBACK
+            parts = (slice(0, head), slice(head, count))
+            outs = [
+                self._run(
+                    store, q[:, :, p], k[:, :, p], v[:, :, p], x[:, p],
+                    valid=None if valid is None else valid[:, p], **options,
+                )
+                for p in parts
+            ]  # fmt: skip
+            return torch.cat(outs, dim=2)
+        return self._run(store, q, k, v, x, **options)
+
+    def _run(
+        self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, valid: Tensor | None, **options: Any
+    ) -> Tensor:
+        inplace = not self.record_past and not torch.is_grad_enabled()
+        before = self.state
+        out, self.state = store(q, k, v, x, self.state, valid=valid, inplace=inplace, **options)
+        if self.record_past:
+            self._record(store, before, (k, v, x, valid), bool(options.get("use_memory", True)))
+        elif self._since:
+            self._forget()
+        return out
+
+    def _record(self, store: MemoryStore, before: MemoryState | None, tokens: Any, use_memory: bool) -> None:
+        if not self._since:
+            self._checkpoint, self._store, self._use_memory = before, store, use_memory
+        self._since.append(tokens)
+        while sum(k.shape[2] for k, *_ in self._since[1:]) >= MAX_ROLLBACK:
+            self._checkpoint = self._replay(self._checkpoint, self._since.pop(0))
+
+    def _replay(self, state: MemoryState | None, tokens: Any) -> MemoryState:
+        """Take tokens in again, from an earlier state; what they attend to does not matter."""
+        assert self._store is not None
+        k, v, x, valid = tokens
+        heads = k.shape[1] if self._store.compressor is None else self._store.compressor.num_heads
+        q = k.new_zeros(k.shape[0], heads, *k.shape[2:])
+        after: MemoryState = self._store(q, k, v, x, state, valid=valid, use_memory=self._use_memory)[1]
+        return after
+
+    def _forget(self) -> None:
+        self._checkpoint, self._since, self._store = None, [], None
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what :meth:`crop` needs to take tokens back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens: always while nothing has left the window, later only if the past was recorded.
+
+        Args:
+            tokens_to_remove: minus the number of tokens; a positive number is the length to keep, as in transformers
+                before 5.20.
+
+        Raises:
+            RuntimeError: if tokens were folded that are not recorded.
+        """
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.get_seq_length() - tokens_to_remove)
+        state = self.state
+        if removed == 0 or state is None:
+            return self._forget()
+        recorded = sum(k.shape[2] for k, *_ in self._since)
+        if removed <= recorded:
+            state = self._checkpoint
+            keep = recorded - removed
+            for k, v, x, valid in self._since:
+                part = slice(0, keep)
+                if keep > 0:
+                    valid = None if valid is None else valid[:, part]
+                    state = self._replay(state, (k[:, :, part], v[:, :, part], x[:, part], valid))
+                keep -= k.shape[2]
+            self.state = state
+            return self._forget()
+        length = state.uniform
+        if length is None or length > state.window.capacity:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}): {recorded} tokens are recorded and older ones are folded into the memory, "
+                "which cannot be undone. Call cache.activate_past_recording() before the tokens to be taken back "
+                f"(at most {MAX_ROLLBACK}), or clone the cache and go back to the clone."
+            )
+        keep = max(0, length - removed)
+        state = state.clone()
+        state.slots, state.seen, state.length = state.slots.columns(0, keep), torch.full_like(state.seen, keep), keep
+        self.state = state
+        return self._forget()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """New keys and values, unchanged: the attention function stores them."""
+        if not self.armed:
+            raise ValueError(
+                "this cache was filled by the bounded memory and reached a layer that runs full attention: the tokens "
+                "that left the window are not there. Begin a new cache inside full_attention(model) or after restore."
+            )
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first tokens say what is needed."""
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens have arrived."""
+        return self.state is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Resident keys by slot, None before the first token."""
+        return None if self.state is None else self.state.slots.k
+
+    @property
+    def values(self) -> Tensor | None:
+        """Resident values by slot, None before the first token."""
+        return None if self.state is None else self.state.slots.v
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        if self.state is None:
+            raise AttributeError("batch_size is known once tokens have arrived")
+        return self.state.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: window, gates, memory."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, padding included; not the resident ones: positions go on from here."""
+        return 0 if self.state is None else self.state.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """What a full-attention layer says, so that other layers of the model get right masks."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = None
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows for beam search."""
+        if self.state is not None:
+            self.state = self.state.reorder(beam_idx)
+            self._forget()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.state is not None:
+            rows = torch.arange(self.state.batch_size, device=self.state.seen.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if self.state is not None:
+            rows = torch.arange(self.state.batch_size, device=self.state.seen.device)
+            self.reorder_cache(rows[indices])
+
+
+class StaticMemoryLayer(MemoryLayer):
+    """A memory layer with every slot allocated and fixed addresses, for compiled decoding.
+
+    The text may grow past ``max_cache_len``: only the window and the state are held.
+
+    Args:
+        max_cache_len: what the rest of the model's cache is told.
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
+        """Attend with new tokens and take them in, in place."""
+        if self.state is None:
+            self._allocate(store, k, v, x, options.get("use_memory", True))
+        assert self.state is not None
+        if k.shape[2] == 1 and not torch.is_grad_enabled():
+            out, _ = store(q, k, v, x, self.state, inplace=True, **options)
+        else:
+            out, after = store(q, k, v, x, self.state, **options)
+            with torch.no_grad():
+                self.state.copy_(after)
+        self.state.length = None  # from here on lengths live on the device
+        self.cumulative_length.add_(k.shape[2])
+        return out
+
+    def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor, use_memory: bool) -> None:
+        with torch.no_grad():
+            tokens = store.arrive(k[:, :, :1], v[:, :, :1], x[:, :1] if use_memory else None)
+            self.state = store.init_state(tokens, use_memory=use_memory, full=True)
+            self._empty_memory = self.state.clone().memory
+        self.cumulative_length = self.cumulative_length.to(k.device)
+        if not torch.compiler.is_compiling():
+            for u in (*self.state.tensors().values(), self.cumulative_length):
+                torch._dynamo.mark_static_address(u)
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, as a tensor, so that compiled code does not depend on the number."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """What a static full-attention layer says."""
+        return self.max_cache_len, 0
+
+    def get_max_length(self) -> int:
+        """What a static full-attention layer says."""
+        return self.max_cache_len
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Static caches are not cropped.
+
+        Raises:
+            RuntimeError: always, unless there is nothing to remove.
+        """
+        if tokens_to_remove:
+            raise RuntimeError(f"crop({tokens_to_remove}): a static memory cannot be cropped, use a dynamic cache.")
+
+    def reset(self) -> None:
+        """Forget everything, keeping the tensors."""
+        if self.state is not None:
+            empty = self.state.clone()
+            empty.slots, empty.seen = empty.slots.map(torch.zeros_like), torch.zeros_like(empty.seen)
+            empty.memory, empty.length, empty.padded = self._empty_memory, 0, False
+            self.state.copy_(empty)
+        self.cumulative_length.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows for beam search, in place."""
+        if self.state is not None:
+            self.state.copy_(self.state.reorder(beam_idx))
+
+
+class HippocampalCache(DynamicCache):
+    """The cache of a retrofitted model, as ``generate`` makes it: a transformers cache that can be forked and saved.
+
+    Make one yourself to keep it over several calls: ``generate(..., past_key_values=HippocampalCache())``.
+
+    Example:
+        >>> cache = HippocampalCache()
+        >>> len(cache)
+        0
+    """
+
+    @classmethod
+    def of(cls, cache: Cache) -> "HippocampalCache":
+        """The same layers as another cache of a retrofitted model, which must not be used any further."""
+        ours = cls()
+        ours.layers, ours.layer_class_to_replicate = cache.layers, cache.layer_class_to_replicate
+        return ours
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(u.numel() * u.element_size() for layer in self.layers for u in _tensors(layer).values())
+
+    def clone(self) -> "HippocampalCache":
+        """A copy that shares nothing: continue one prefix in several ways."""
+        return self._rebuilt(lambda tensors: {name: u.detach().clone() for name, u in tensors.items()})
+
+    def to(self, device: torch.device | str) -> "HippocampalCache":
+        """A copy on another device."""
+        return self._rebuilt(lambda tensors: {name: u.to(device) for name, u in tensors.items()})
+
+    def reorder(self, index: Tensor) -> "HippocampalCache":
+        """A copy with the rows at ``index``, in that order."""
+        copy = self.clone()
+        copy.reorder_cache(index)
+        return copy
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file, atomically; resume with :meth:`load` in any process."""
+        tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in _tensors(layer).items()}
+        save_tensors(path, tensors, "cache", {"layers": [_describe(layer) for layer in self.layers]})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "HippocampalCache":
+        """Read a cache back, bit for bit.
+
+        Raises:
+            ValueError: if the file is not a cache, is damaged, or has an unknown format version.
+        """
+        tensors, description = load_tensors(path, "cache", device)
+        cache = cls()
+        for i, layer in enumerate(description["layers"]):
+            own = {name.split(".", 1)[1]: u for name, u in tensors.items() if name.split(".", 1)[0] == str(i)}
+            cache.layers.append(_rebuild(layer, own))
+        return cache
+
+    def _rebuilt(self, function: Any) -> "HippocampalCache":
+        copy = type(self)()
+        copy.layers = [_rebuild(_describe(layer), function(_tensors(layer))) for layer in self.layers]
+        return copy
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    if isinstance(layer, MemoryLayer):
+        return {} if layer.state is None else layer.state.tensors()
+    return {} if not layer.is_initialized else {"keys": layer.keys, "values": layer.values}
+
+
+def _describe(layer: Any) -> dict[str, Any]:
+    """What the tensors alone do not say, as JSON values."""
+    if isinstance(layer, MemoryLayer):
+        if layer.state is None:
+            return {"type": "memory"}
+        state = layer.state.description()
+        if state["length"] is None:  # a static layer is resumed as a dynamic one
+            length = int(layer.get_seq_length())
+            state |= {"length": length, "padded": not bool((layer.state.seen == length).all())}
+        return {"type": "memory", "state": state}
+    if type(layer) is DynamicSlidingWindowLayer:
+        return {"type": "sliding", "sliding_window": layer.sliding_window, "seen": layer.cumulative_length}
+    if type(layer) is DynamicLayer:
+        return {"type": "full"}
+    raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be copied or saved here: use copy.deepcopy.")
+
+
+def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """Inverse of :func:`_describe` and :func:`_tensors`."""
+    if description["type"] == "memory":
+        layer: Any = MemoryLayer()
+        if "state" in description:
+            layer.state = MemoryState.from_tensors(tensors, description["state"])
+        return layer
+    sliding = description["type"] == "sliding"
+    layer = DynamicSlidingWindowLayer(description["sliding_window"]) if sliding else DynamicLayer()
+    if tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if sliding:
+        layer.cumulative_length = description["seen"]
+    return layer
+
+
+def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
+    """Our layer at this index of a cache, put there in place of an empty one if need be.
+
+    Raises:
+        ValueError: if the layer holds tokens of full attention, or the cache is of a kind that we cannot stand in for.
+    """
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache | QuantizedCache) or cache.offloading:
+        kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        raise ValueError(
+            f"a retrofitted model cannot use a {kind}: its window is small and its state fixed, so nothing is gained. "
+            "Leave cache_implementation unset, or use 'static'."
+        )
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, MemoryLayer):
+        return layer
+    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+        raise ValueError(
+            f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they cannot "
+            "be taken over by the bounded memory. Begin with an empty cache."
+        )
+    ours = StaticMemoryLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else MemoryLayer()
+    ours.record_past = bool(getattr(layer, "record_past", False))
+    cache.layers[layer_idx] = ours
+    return ours

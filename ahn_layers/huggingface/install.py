@@ -1,0 +1,116 @@
+"""The steps of a retrofit: check the model, choose its layers, make the stores, replace the blocks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention import HippocampalAttention
+from ..compressor import Compressor
+from ..memory import MemoryStore
+from ..window import Window
+from .decoder import DecoderAttention, PrepareCache
+from .interface import BASES, implementation_name
+from .probe import AttentionBlock
+
+
+def check_model(model: Any) -> None:
+    """Raise unless the model is a decoder of transformers that we can retrofit and that is not retrofitted yet."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is not a transformers model: pass the model inside a wrapper (PEFT: "
+            "model.get_base_model()), or put HippocampalAttention around the blocks of your own architecture."
+        )
+    name = type(model).__name__
+    if any(isinstance(module, HippocampalAttention) for module in model.modules()):
+        raise ValueError(f"{name} is retrofitted already: call restore(model) first.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only language model.")
+    config = model.config.get_text_config(decoder=True)
+    if not type(model)._can_set_attn_implementation():
+        raise ValueError(
+            f"{name} does not use the attention interface of transformers: wrap its blocks in HippocampalAttention, "
+            "or use a version of transformers in which it does."
+        )
+    if config._attn_implementation not in BASES:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r}: expected one of {BASES}. Load the model with "
+            "attn_implementation='sdpa'."
+        )
+    if getattr(config, "output_attentions", False):
+        raise ValueError("config.output_attentions=True: weights over folded tokens do not exist, set it to False.")
+
+
+def choose(
+    blocks: list[AttentionBlock], window: Window, layers: list[int] | None
+) -> tuple[list[AttentionBlock], dict[str, str]]:
+    """The blocks to retrofit, and why each of the others is left alone.
+
+    Raises:
+        ValueError: if there are none, or a layer that was asked for is unsuitable.
+    """
+    reasons = {block.name: block.reason for block in blocks if block.reason}
+    suitable = [block for block in blocks if not block.reason]
+    if layers is None:
+        full = [block for block in suitable if block.kind == "full"]
+        if full:
+            reasons |= {b.name: "has a sliding window of its own" for b in suitable if b.kind == "sliding"}
+            return full, reasons
+    else:
+        known = {block.layer_idx: block for block in blocks}
+        for index in layers:
+            if index not in known:
+                raise ValueError(f"layers: no attention layer {index}, the model has {sorted(known)}.")
+            if known[index].reason:
+                raise ValueError(f"layers: layer {index} ({known[index].name}) {known[index].reason}.")
+        reasons |= {b.name: "not among the layers asked for" for b in suitable if b.layer_idx not in layers}
+        suitable = [block for block in suitable if block.layer_idx in layers]
+    for block in suitable:
+        if block.native_window is not None and block.native_window < window.capacity:
+            reasons[block.name] = (
+                f"its own sliding window of {block.native_window} is smaller than num_sinks + window_size = "
+                f"{window.capacity}"
+            )
+    chosen = [block for block in suitable if block.name not in reasons]
+    wanted_but_small = [block for block in suitable if block.name in reasons] if layers is not None else []
+    if not chosen or wanted_but_small:
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " there is no attention layer."
+        raise ValueError(f"no suitable attention layer to retrofit; candidates:{listing}")
+    return chosen, reasons
+
+
+def make_store(
+    block: AttentionBlock, window: Window, compressor: type[Compressor] | None, options: dict[str, Any]
+) -> MemoryStore:
+    """The store for one block, on the device and in the dtype of its queries."""
+    memory = None
+    assert block.like is not None
+    if compressor is not None:
+        sizes = dict(block.sizes)
+        positional = [sizes.pop(name) for name in ("hidden_size", "num_heads", "head_dim")]
+        with torch.device(block.like.device):
+            memory = compressor(*positional, **sizes, **options)
+        memory = memory.to(block.like.dtype)
+    return MemoryStore(window, memory, block.rotary)
+
+
+def replace_blocks(
+    model: Any, blocks: list[AttentionBlock], chosen: list[AttentionBlock], stores: list[MemoryStore], base: str
+) -> str:
+    """Put [`DecoderAttention`][] around the chosen blocks; returns the name of the attention implementation to set."""
+    left = {block.kind for block in blocks if not any(block is other for other in chosen)}
+    kinds = {block.kind for block in chosen}
+    owned = "+".join(
+        mask for mask, kind in (("full", "full"), ("local", "sliding")) if kind in kinds and kind not in left
+    )
+    owned = owned or "none"
+    if "chunked" in left:
+        owned = owned.replace("local", "none")
+    for block, store in zip(chosen, stores, strict=True):
+        parent_name, _, name = block.name.rpartition(".")
+        parent: nn.Module = model.get_submodule(parent_name)
+        wrapped = DecoderAttention(block, store, base=base, owned=owned)
+        setattr(parent, name, wrapped)
+    model._prepare_cache_for_generation = PrepareCache(model)
+    return implementation_name(base, owned)

@@ -1,0 +1,173 @@
+"""The attention and mask functions that retrofitted models are switched to.
+
+A model names its attention implementation by a string; ours is ``hippocampal:<base>:<owned>``, where ``base`` is the
+implementation it had before, and ``owned`` says whose masks are ours: ``full`` or ``local`` (native sliding windows) if
+every layer of that kind is retrofitted, so that no other layer needs the dense mask.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import Attend
+
+BASES = ("sdpa", "eager")
+"""Base implementations that a retrofit can stand on."""
+
+_HARMLESS = {
+    "cache_position",
+    "num_items_in_batch",
+    "position_embeddings",
+    "position_ids",
+    "rotary_emb",
+}
+"""Tensor arguments that reach the attention function and that attention does not depend on."""
+
+_REMEDIES = {
+    "s_aux": "learned sink logits are not supported: leave these layers out with layers=[...]",
+    "position_bias": "additive position biases are not supported",
+    "encoder_hidden_states": "cross-attention is not supported",
+    "output_attentions": "attention weights over tokens that were folded do not exist: leave output_attentions off",
+    "head_mask": "head masks are not supported",
+    "cu_seq_lens_q": "packed sequences are not supported: pad the rows and pass an attention_mask",
+    "cu_seq_lens_k": "packed sequences are not supported: pad the rows and pass an attention_mask",
+    "seq_idx": "packed sequences are not supported: pad the rows and pass an attention_mask",
+    "cache": "paged caches (continuous batching) are not supported: call generate",
+}
+
+
+def implementation_name(base: str, owned: str) -> str:
+    """Register the two functions for this base and ownership, and return their name."""
+    name = f"hippocampal:{base}:{owned}"
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base=base))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask, base=base, owned=owned))
+    return name
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    base: str,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    attend: Attend | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: through ``attend`` where the layer is retrofitted, else as the base model does it."""
+    plain = base_attention(base, module)
+    if attend is None:
+        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    refuse_unsupported(dropout, kwargs)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"))
+        return plain(module, q, k, v, causal, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
+
+    softcap = kwargs.get("softcap")
+    valid = _validity(attention_mask, query.shape[2])
+    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
+    """Mask of one kind of layer: for ours ``(B, 1, 1, T)``, True at real new tokens, or None without padding."""
+    kind = "full" if kwargs.get("local_size") is None else "local"
+    if kind not in owned.split("+"):
+        native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
+        if kind == "full" and native is not None and kwargs["mask_function"] is causal_mask_function:
+            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # so that retrofitted layers may read it
+        return native
+    length = kwargs["q_length"]
+    plain = kwargs["mask_function"] is causal_mask_function if kind == "full" else not kwargs.get("use_vmap")
+    overlaid = kind == "local" and length > 1 and not kwargs.get("allow_is_causal_skip", True)
+    if not torch.compiler.is_compiling() and (not plain or overlaid):
+        raise ValueError(
+            "a mask other than causal and padding was asked for (packed sequences, whose position_ids start again "
+            "within a row, or a custom mask function): the memory would mix what the mask keeps apart. Pad the rows and "
+            "pass a 2-D attention_mask."
+        )
+    padding: Tensor | None = kwargs.get("attention_mask")
+    if padding is None:
+        return None
+    new = padding[:, -length:].to(torch.bool)
+    if not torch.compiler.is_compiling() and bool(new.all()):
+        return None
+    return new[:, None, None, :]
+
+
+def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that the module used before; ``eager`` lives beside the module's class."""
+    if base != "eager":
+        return ALL_ATTENTION_FUNCTIONS[base]
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(f"{type(module).__name__} has no eager_attention_forward beside it: load the model with 'sdpa'.")
+
+
+def refuse_unsupported(dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise for everything that would change the result and that the memory cannot honour."""
+    if dropout:
+        raise ValueError(
+            f"attention dropout={dropout}: expected 0, since a token that is dropped here is folded later all the same. "
+            "Set config.attention_dropout = 0 or call model.eval()."
+        )
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False: expected causal attention, tokens are folded in their order.")
+    for name, value in kwargs.items():
+        if name in _REMEDIES and value is not None and value is not False:
+            raise ValueError(f"{name} was passed to a retrofitted layer: {_REMEDIES[name]}.")
+        if isinstance(value, Tensor) and name not in _HARMLESS:
+            raise ValueError(f"unknown tensor argument {name!r} reached a retrofitted layer: it would be ignored.")
+
+
+def _validity(attention_mask: Any, length: int) -> Tensor | None:
+    """Which new tokens are real, from our own mask or from the diagonal of a native one."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
+        raise ValueError(f"attention_mask is {type(attention_mask).__name__}: expected a 2-D padding mask, or none.")
+    rows, keys = attention_mask.shape[2:]
+    if rows == 1 and keys == length and attention_mask.dtype == torch.bool:
+        return attention_mask[:, 0, 0]
+    if rows == length and (torch.compiler.is_compiling() or getattr(attention_mask, "is_causal_and_padding", False)):
+        diagonal = attention_mask.diagonal(keys - length, dim1=2, dim2=3).squeeze(1)
+        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    raise ValueError(
+        f"attention_mask has shape {tuple(attention_mask.shape)}, {attention_mask.dtype}: the memory honours causality "
+        "and padding only. Pass a 2-D mask (batch, tokens)."
+    )
+
+
+def _base_mask(base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_window: int | None) -> Tensor | None:
+    """The causal mask that the base model would have made, without padding."""
+    function = causal_mask_function if sliding_window is None else sliding_window_causal_mask_function(sliding_window)
+    return ALL_MASK_ATTENTION_FUNCTIONS[base](
+        batch_size=q.shape[0],
+        q_length=q.shape[2],
+        kv_length=k.shape[2],
+        q_offset=k.shape[2] - q.shape[2],
+        kv_offset=0,
+        mask_function=function,
+        attention_mask=None,
+        local_size=sliding_window,
+        allow_is_causal_skip=True,
+        dtype=q.dtype,
+        device=q.device,
+        config=module.config,
+    )

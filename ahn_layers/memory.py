@@ -1,0 +1,309 @@
+"""The memory store: a lossless window and a compressor behind one forward.
+
+Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size, e value size, n hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .checks import check_inputs, check_state
+from .compressor import Compressor, State, map_state, state_dtype
+from .ops.window_attention import masked_attention, window_attention
+from .rotary import Rotary
+from .state import MemoryState
+from .tokens import Tokens, take
+from .window import Window
+
+_SEGMENT = 1024
+"""Tokens folded in one go: bounds what the scan expands and converts at a time."""
+
+
+class MemoryStore(nn.Module):
+    """Attention with a bounded memory: sinks and window without loss, everything older in a fixed-size state.
+
+    For the query of the token of rank ``p``, with ``S`` sinks and a window of ``W`` (arXiv 2510.07318, section 3)::
+
+        j   = p - W                                   the token that just left the window, if j >= S
+        S_p = fold(S_{p-1}, k_j, v_j, gates(x_j))
+        out = softmax attention over { sinks, last W tokens }  +  output(read(S_p, q_p), x_p)
+
+    So every earlier token is seen exactly once: as a sink, through the window, or through the state. Any cutting of a
+    sequence into calls gives the same outputs and the same state.
+
+    Args:
+        window: the short-term memory.
+        compressor: the long-term memory; None forgets what leaves the window.
+        rotary: how the model rotates its queries. Needed only to keep the sinks within the trained distance
+            (``Window.sink_positions``); without it they stay at their true distance.
+
+    Example:
+        >>> from ahn_layers import GatedDeltaNet, MemoryStore, Window
+        >>> store = MemoryStore(Window(4, num_sinks=1), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
+        >>> q, k, v, x = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 9, 32)
+        >>> out, state = store(q, k, v, x)
+        >>> out.shape, len(state.slots), state.memory.shape
+        (torch.Size([1, 2, 9, 8]), 5, torch.Size([1, 2, 8, 8]))
+    """
+
+    def __init__(self, window: Window, compressor: Compressor | None = None, rotary: Rotary | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.compressor = compressor
+        self.rotary = rotary
+
+    def extra_repr(self) -> str:
+        """The window, for ``print(model)``."""
+        return repr(self.window)
+
+    def init_state(self, tokens: Tokens, *, use_memory: bool = True, full: bool = False) -> MemoryState:
+        """An empty state for rows like these tokens.
+
+        Args:
+            tokens: any tokens, for batch size, sizes, dtype and device.
+            use_memory: False leaves the compressor out.
+            full: allocate every slot now (static caches) instead of growing with the text.
+        """
+        k = tokens.k
+        remembers = use_memory and self.compressor is not None
+        slots = tokens.map(lambda u: u.new_zeros(*u.shape[:2], self.window.capacity if full else 0, *u.shape[3:]))
+        memory = self.compressor.init_state(len(k), k.new_zeros((), dtype=state_dtype(k))) if remembers else None  # type: ignore[union-attr]
+        return MemoryState(self.window, slots, torch.zeros(len(k), dtype=torch.long, device=k.device), memory)
+
+    def arrive(self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None) -> Tokens:
+        """New tokens with their write gates, which ride in the window in the dtype of ``k``."""
+        gates = {} if self.compressor is None or x is None else self.compressor.gates(x)
+        return Tokens(k, v, {name: gate.to(k.dtype) for name, gate in gates.items()})
+
+    def forward(
+        self,
+        q: Float[Tensor, "b h t d"],
+        k: Float[Tensor, "b g t d"],
+        v: Float[Tensor, "b g t e"],
+        x: Float[Tensor, "b t n"] | None = None,
+        state: MemoryState | None = None,
+        *,
+        valid: Bool[Tensor, "b t"] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        use_memory: bool = True,
+        inplace: bool = False,
+        dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "b h t e"], MemoryState]:
+        """Attend with new tokens and take them in.
+
+        Args:
+            q: queries of the new tokens, rotated as the model does.
+            k: their keys, rotated; ``h`` is a multiple of ``g``.
+            v: their values.
+            x: the hidden states that entered the attention block; needed with a compressor.
+            state: what the last call returned, None to begin.
+            valid: False at padding. Padding takes no slot and no rank, and its outputs are zero.
+            scale: logit factor, default ``d ** -0.5``.
+            softcap: logits become ``softcap * tanh(logits / softcap)``.
+            use_memory: False attends to sinks and window alone. A sequence keeps to one choice.
+            inplace: overwrite the tensors of ``state`` once the window is full and tokens come one at a time.
+            dense: the base model's own causal attention ``(q, k, v) -> out``, called instead of ours as long as
+                nothing has left the window and no row is padded, for bit-identical results.
+
+        Returns:
+            The attention output, zero at padding, and the state after these tokens.
+
+        Raises:
+            ValueError: if shapes, devices or dtypes do not fit together or do not fit the state. Nothing has changed.
+        """
+        check_inputs(self, q, k, v, x, valid, use_memory)
+        new = self.arrive(k, v, x if use_memory else None)
+        if state is None:
+            state = self.init_state(new, use_memory=use_memory)
+        check_state(self, state, new, use_memory)
+        attention = {"scale": scale, "softcap": softcap}
+        if len(new) == 1 and len(state.slots) == self.window.capacity:
+            return self._step(q, new, x, state, valid, inplace, attention)
+        if valid is None:
+            return self._extend(q, new, x, state, None, attention, dense)
+
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in each row
+        x = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
+        state = replace(state, padded=True)
+        out, state = self._extend(take(q, order), new.take(order), x, state, valid.sum(dim=1), attention, None)
+        return take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0), state
+
+    def bytes_per_row(self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, **_: int) -> int:
+        """Bytes that a state holds for each row once the window is full.
+
+        Args:
+            like: a tensor with the dtype of keys and values.
+            num_kv_heads: key/value heads of the attention.
+            head_dim: size of keys.
+            value_dim: size of values.
+        """
+        k, v = (like.new_empty(1, num_kv_heads, 1, size, device="meta") for size in (head_dim, value_dim))
+        x = None if self.compressor is None else k.new_empty(1, 1, self.compressor.hidden_size)
+        if x is not None:
+            x = torch.zeros_like(x, device=next(self.compressor.parameters()).device)  # type: ignore[union-attr]
+        with torch.no_grad():
+            return self.init_state(self.arrive(k, v, x), full=True).nbytes
+
+    def _extend(
+        self,
+        q: Tensor,
+        new: Tokens,
+        x: Tensor | None,
+        state: MemoryState,
+        arrivals: Int[Tensor, " b"] | None,
+        attention: dict[str, float | None],
+        dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ) -> tuple[Tensor, MemoryState]:
+        """Any number of new tokens; with ``arrivals``, only the first so many columns of each row are real."""
+        window, count = self.window, len(new)
+        first = state.seen.unsqueeze(1) if state.uniform is None else state.uniform  # rank of the first new token
+        slots = self._write(state, new, first, arrivals)
+        after = replace(
+            state,
+            slots=slots,
+            seen=state.seen + (count if arrivals is None else arrivals),
+            length=None if state.length is None else state.length + count,
+        )
+        if dense is not None and after.uniform is not None and after.uniform <= window.capacity:
+            resident = slots.columns(0, after.uniform)
+            return dense(q, resident.k, resident.v), after
+
+        past = self._past(state, first)
+        context = past.cat(new)
+        rank = first + torch.arange(count, device=q.device)
+        sinks = slots.columns(0, window.num_sinks)
+        out = window_attention(
+            q,
+            sinks.k,
+            sinks.v,
+            context.k,
+            context.v,
+            rank,
+            window_size=window.window_size,
+            num_sinks=window.num_sinks,
+            q_sinks=self._sink_queries(q, rank, after.length),
+            **attention,  # type: ignore[arg-type]
+        )
+        waits = window.window_size - len(past)  # the first queries, for which nothing leaves
+        if state.uniform is not None:
+            waits += max(0, window.num_sinks + len(past) - state.uniform)  # sinks do not leave
+        if state.memory is None or waits >= count:
+            return out, after
+        evicted = context.columns(waits - window.window_size + len(past), count - window.window_size + len(past))
+        folds = None
+        if state.uniform is None:
+            folds = window.leaves(rank[:, waits:])
+            if arrivals is not None:
+                folds = folds & (torch.arange(waits, count, device=q.device) < arrivals.unsqueeze(1))
+        recalled, after.memory = self._remember(state.memory, q[:, :, waits:], evicted, x[:, waits:], folds)  # type: ignore[index]
+        return torch.cat((out[:, :, :waits], out[:, :, waits:] + recalled.to(out.dtype)), dim=2), after
+
+    def _step(
+        self,
+        q: Tensor,
+        new: Tokens,
+        x: Tensor | None,
+        state: MemoryState,
+        valid: Bool[Tensor, "b 1"] | None,
+        inplace: bool,
+        attention: dict[str, float | None],
+    ) -> tuple[Tensor, MemoryState]:
+        """One new token and every slot allocated: read the slot that leaves, fold it, write the new token, attend."""
+        window = self.window
+        slot, arrives = window.slot(state.seen), None if valid is None else valid.squeeze(1)
+        memory, recalled = state.memory, None
+        if memory is not None:
+            folds = window.leaves(state.seen) if arrives is None else window.leaves(state.seen) & arrives
+            evicted = state.slots.take(slot.unsqueeze(1))
+            recalled, memory = self._remember(memory, q, evicted, x, folds.unsqueeze(1))  # type: ignore[arg-type]
+        arrived = 1 if arrives is None else arrives.long()
+        slots = state.slots.put(slot, new, arrives, inplace=inplace)
+        seen = state.seen + arrived
+        length = None if state.length is None else state.length + 1
+        visible = None
+        if state.uniform is None or state.uniform < window.capacity:
+            visible = (torch.arange(window.capacity, device=q.device) < seen.clamp(min=1).unsqueeze(1))[:, None, None]
+        out = masked_attention(
+            q,
+            slots.k,
+            slots.v,
+            visible,
+            q_sinks=self._sink_queries(q, state.seen.unsqueeze(1), length),
+            num_sinks=window.num_sinks,
+            **attention,  # type: ignore[arg-type]
+        )
+        if recalled is not None:
+            out = out + recalled.to(out.dtype)
+        if arrives is not None:
+            out = out.masked_fill(~arrives.view(-1, 1, 1, 1), 0)
+        padded = state.padded or valid is not None
+        if not inplace:
+            return out, replace(state, slots=slots, seen=seen, memory=memory, length=length, padded=padded)
+        state.seen.copy_(seen)
+        if memory is not None:
+            map_state(lambda old, now: old.copy_(now), state.memory, memory)  # type: ignore[arg-type]
+        state.length, state.padded = length, padded
+        return out, state
+
+    def _write(
+        self, state: MemoryState, new: Tokens, first: int | Tensor, arrivals: Int[Tensor, " b"] | None
+    ) -> Tokens:
+        """The slots once the new tokens are in: each slot keeps its token or takes the last one that belongs there."""
+        window, held = self.window, len(state.slots)
+        needed = window.capacity if state.length is None else min(window.capacity, state.length + len(new))
+        if state.uniform == held and held + len(new) <= window.capacity:
+            return state.slots.cat(new)
+        slot = torch.arange(max(needed, held), device=new.k.device)
+        total = first + (len(new) if arrivals is None else arrivals.unsqueeze(1))
+        rank = window.resident(slot, torch.as_tensor(total, device=slot.device).view(-1, 1))
+        rank = rank.squeeze(0) if isinstance(first, int) else rank
+        source = torch.where(rank >= first, held + rank - first, slot)
+        source = torch.where(rank < 0, held + len(new), source)  # empty slots take the column of zeros
+        nothing = new.map(lambda u: u.new_zeros(*u.shape[:2], 1, *u.shape[3:]))
+        return state.slots.cat(new, nothing).take(source)
+
+    def _past(self, state: MemoryState, first: int | Tensor) -> Tokens:
+        """The window before the new tokens, in the order of rank: the last columns are the most recent tokens."""
+        window = self.window
+        size = window.window_size
+        if state.length is not None:
+            size = min(size, max(0, state.length - window.num_sinks))
+        if state.uniform is not None and state.uniform <= window.capacity:
+            return state.slots.columns(state.uniform - size, state.uniform)
+        rank = first + torch.arange(-size, 0, device=state.seen.device)
+        return state.slots.take(window.slot(rank).clamp(min=0, max=max(len(state.slots) - 1, 0)))
+
+    def _remember(
+        self,
+        memory: State,
+        q: Float[Tensor, "b h t d"],
+        evicted: Tokens,
+        x: Float[Tensor, "b t n"],
+        folds: Bool[Tensor, "b t"] | None,
+    ) -> tuple[Float[Tensor, "b h t e"], State]:
+        """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold."""
+        assert self.compressor is not None
+        compressor, outputs = self.compressor, []
+        repeats = compressor.num_states // evicted.k.shape[1]
+        scan = compressor.loop if len(evicted) == 1 else compressor.scan
+        for start in range(0, len(evicted), _SEGMENT):
+            part = slice(start, start + _SEGMENT)
+            k, v = (u[:, :, part].repeat_interleave(repeats, dim=1) for u in (evicted.k, evicted.v))
+            gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}
+            mask = None if folds is None else folds[:, part]
+            reading, memory = scan(memory, q[:, :, part], k, v, gates, mask)
+            output = compressor.output(reading, x[:, part])
+            outputs.append(output if mask is None else output.masked_fill(~mask[:, None, :, None], 0))
+        return torch.cat(outputs, dim=2), memory
+
+    def _sink_queries(self, q: Tensor, rank: Int[Tensor, "*b t"], length: int | None) -> Tensor | None:
+        """Queries as the sinks shall see them, from the first one that is too far away; None while all are near."""
+        limit = None if self.rotary is None else self.window.farthest_sink(self.rotary.trained_length)
+        if limit is None or self.rotary is None or (length is not None and length - 1 <= limit):
+            return None
+        far = q.shape[2] if length is None else min(q.shape[2], length - 1 - limit)
+        return self.rotary.turn_back(q[:, :, -far:], (rank[..., -far:] - limit).clamp(min=0))

@@ -1,0 +1,73 @@
+"""The gated delta rule over many tokens, in chunks: the recurrence of DeltaNet and GatedDeltaNet.
+
+Dimensions as in :mod:`.linear_scan`.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from .chunks import cut, decay_matrix
+
+
+def delta_step(
+    state: Float[Tensor, "b s d e"],
+    k: Float[Tensor, "b s d"],
+    v: Float[Tensor, "b s e"],
+    beta: Float[Tensor, "b s"],
+) -> Float[Tensor, "b s d e"]:
+    """``S + k (beta (v - S^T k))^T`` for one token."""
+    stored = (k.unsqueeze(-2) @ state).squeeze(-2)
+    return state + k.unsqueeze(-1) * (beta.unsqueeze(-1) * (v - stored)).unsqueeze(-2)
+
+
+def gated_delta_scan(
+    state: Float[Tensor, "b s d e"],
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b s t d"],
+    v: Float[Tensor, "b s t e"],
+    beta: Float[Tensor, "b s t"],
+    g: Float[Tensor, "b s t"] | None = None,
+    *,
+    chunk_size: int = 32,
+) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b s d e"]]:
+    """``S <- exp(g_t) S; S <- S + k_t (beta_t (v_t - S^T k_t))^T; r_t = S^T q_t`` (arXiv 2406.06484, 2412.06464).
+
+    Inside a chunk the written values solve ``(I + A) u = beta (v - since k S)`` with the strictly lower triangular
+    ``A_ij = beta_i exp(g_{j+1} + ... + g_i) k_i . k_j`` (the WY form); only the state ``S`` passes from chunk to chunk.
+
+    Args:
+        state: the state before the first token; its dtype is the dtype of the computation.
+        q: queries, one per folded token; queries of one group share a state.
+        k: folded keys, normalised by the caller.
+        v: folded values.
+        beta: write strength in [0, 1]; 0 with ``g = 0`` folds nothing.
+        g: log decay per token, None for no decay.
+        chunk_size: tokens folded at once.
+
+    Returns:
+        What each query reads, and the state after the last token.
+    """
+    length = q.shape[2]
+    q, k, v, g = cut(state, q, k, v, g, chunk_size)
+    beta = torch.nn.functional.pad(beta.to(state.dtype), (0, g.shape[2] * chunk_size - beta.shape[2]))
+    beta = beta.unflatten(2, (-1, chunk_size)).unsqueeze(-1)
+    total, decay = decay_matrix(g)
+    since = total.exp().unsqueeze(-1)
+    system = (beta * (k @ k.mT) * decay).tril(-1)
+    identity = torch.eye(chunk_size, dtype=state.dtype, device=state.device).expand_as(system)
+    solve = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True) * beta.mT
+    u, w = solve @ v, (solve * since.mT) @ k
+    repeats = q.shape[3] // chunk_size
+    scores = (q @ k.mT) * decay.repeat(1, 1, 1, repeats, 1)
+    reach = q * since.repeat(1, 1, 1, repeats, 1)
+    tail = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).mT
+    carry = total[..., -1].exp()[..., None, None]
+    reads = []
+    for n in range(k.shape[2]):
+        written = u[:, :, n] - w[:, :, n] @ state
+        reads.append(reach[:, :, n] @ state + scores[:, :, n] @ written)
+        state = carry[:, :, n] * state + tail[:, :, n] @ written
+    r = rearrange(torch.stack(reads, dim=2), "b s n (r c) e -> b (s r) (n c) e", c=chunk_size)
+    return r[:, :, :length], state

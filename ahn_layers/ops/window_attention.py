@@ -1,0 +1,137 @@
+"""Softmax attention over sinks and a sliding window, in memory linear in the length.
+
+Dimensions: b batch, h query heads, g key/value heads, t queries, s sinks, c context columns, d key size, e value size.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_BLOCK_SCORES = 1 << 27
+"""Upper bound on the scores ``b * h * block * keys`` of one query block (512 MiB in float32, if they are materialised)."""
+
+
+def masked_attention(
+    q: Float[Tensor, "b h t d"],
+    k: Float[Tensor, "b g c d"],
+    v: Float[Tensor, "b g c e"],
+    visible: Bool[Tensor, "*m c"] | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_sinks: Float[Tensor, "b h t d"] | None = None,
+    num_sinks: int = 0,
+) -> Float[Tensor, "b h t e"]:
+    """Attention under a boolean mask, with grouped key/value heads and, on request, soft-capped or re-positioned logits.
+
+    Args:
+        q: queries.
+        k: keys; ``h`` must be a multiple of ``g``.
+        v: values.
+        visible: True where a query may see a key, broadcastable to ``(b, h, t, c)``; None shows everything.
+        scale: logit factor, default ``d ** -0.5``.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
+        q_sinks: queries to use against the first ``num_sinks`` keys instead of ``q``.
+        num_sinks: how many leading keys are sinks.
+
+    Returns:
+        The attention output, in the dtype of ``q``.
+    """
+    if softcap is None and q_sinks is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+    b, h, t, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+
+    def by_group(u: Tensor) -> Tensor:  # the queries of a key/value head side by side: nothing is repeated
+        return u.reshape(b, k.shape[1], -1, u.shape[-1])
+
+    logits = by_group(q) @ k.mT
+    if q_sinks is not None:
+        logits = torch.cat((by_group(q_sinks) @ k[:, :, :num_sinks].mT, logits[..., num_sinks:]), dim=-1)
+    logits = logits.reshape(b, h, t, -1).float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, float("-inf"))
+    weights = logits.softmax(dim=-1).to(v.dtype)
+    return (by_group(weights) @ v).reshape(b, h, t, -1)
+
+
+def window_attention(
+    q: Float[Tensor, "b h t d"],
+    sink_k: Float[Tensor, "b g s d"],
+    sink_v: Float[Tensor, "b g s e"],
+    context_k: Float[Tensor, "b g c d"],
+    context_v: Float[Tensor, "b g c e"],
+    rank: Int[Tensor, "*b t"],
+    *,
+    window_size: int,
+    num_sinks: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_sinks: Float[Tensor, "b h far d"] | None = None,
+) -> Float[Tensor, "b h t e"]:
+    """Every query sees the sinks up to itself and the last ``window_size`` tokens, itself included.
+
+    The context is contiguous in rank and its last ``t`` columns are the queries' own tokens, so query ``i`` has
+    column ``c - t + i``. Queries go block by block against the sinks and the slice of the context they can see; the
+    largest tensor is one block of scores, and in training each block is recomputed in the backward pass, so memory
+    grows linearly with the length in both directions.
+
+    Args:
+        q: queries, already rotated.
+        sink_k: keys of the tokens of rank 0 to s - 1.
+        sink_v: their values.
+        context_k: keys of the window before the first query, followed by the queries' own keys.
+        context_v: their values.
+        rank: rank of each query's token, shared ``(t,)`` or per row ``(b, t)``.
+        window_size: tokens a query sees besides the sinks.
+        num_sinks: ranks below this are sinks and are never seen through the context.
+        scale: logit factor, default ``d ** -0.5``.
+        softcap: see :func:`masked_attention`.
+        q_sinks: queries to use against the sinks, for the last ``far`` queries.
+
+    Returns:
+        The attention output, in the dtype of ``q``.
+    """
+    past = context_k.shape[2] - q.shape[2]
+    near = q.shape[2] - (0 if q_sinks is None else q_sinks.shape[2])
+    sinks = sink_k.shape[2]
+    sink_rank = torch.arange(sinks, device=q.device)
+    step = _block_size(q, sinks + window_size)
+    starts = [*range(0, near, step), *range(near, q.shape[2], step)]
+
+    def block(start: int, stop: int) -> Tensor:
+        low = max(0, start + past - window_size + 1)
+        columns = torch.arange(low, stop + past, device=q.device)
+        queries = rank[..., start:stop, None]
+        keys = rank[..., :1, None] + (columns - past)
+        seen = (keys >= num_sinks) & (keys <= queries) & (keys > queries - window_size)
+        visible = torch.cat((sink_rank <= queries, seen), dim=-1)
+        return masked_attention(
+            q[:, :, start:stop],
+            torch.cat((sink_k, context_k[:, :, low : stop + past]), dim=2),
+            torch.cat((sink_v, context_v[:, :, low : stop + past]), dim=2),
+            visible.view(-1, 1, *visible.shape[-2:]),
+            scale=scale,
+            softcap=softcap,
+            q_sinks=None if q_sinks is None or start < near else q_sinks[:, :, start - near : stop - near],
+            num_sinks=sinks,
+        )
+
+    ends = [*starts[1:], q.shape[2]]
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or context_k.requires_grad or context_v.requires_grad)
+    if needs_grad and len(starts) > 1:
+        blocks = [checkpoint(block, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in zip(starts, ends, strict=True)]
+    else:
+        blocks = [block(a, b) for a, b in zip(starts, ends, strict=True)]
+    return torch.cat(blocks, dim=2)
+
+
+def _block_size(q: Tensor, seen: int) -> int:
+    """Half of what a query sees (few wasted scores), between 128 and 1024, and few enough that scores stay bounded."""
+    affordable = _BLOCK_SCORES // (q.shape[0] * q.shape[1] * seen) // 16 * 16
+    return max(16, min(affordable, max(128, min(seen // 2, 1024))))

@@ -1,0 +1,243 @@
+"""Put a memory into a loaded model, take it out again, and switch between the two."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .attention import HippocampalAttention
+from .compressor import Compressor
+from .window import SinkPositions, Window
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Retrofitted:
+    """What :func:`retrofit` did to a model, kept on the model as ``hippocampus``.
+
+    Attributes:
+        window: the window of every retrofitted layer.
+        compressor: name of the compressor class, None for the window alone.
+        options: keyword arguments of the compressor, as the user gave them.
+        layers: cache indices of the retrofitted layers.
+        skipped: why the other attention blocks were left alone, by name.
+        base: the attention implementation that the model had.
+        ours: the one it has now.
+        configs: the config objects in which it is set.
+    """
+
+    window: Window
+    compressor: str | None
+    options: dict[str, Any]
+    layers: list[int]
+    base: str
+    ours: str
+    configs: list[Any]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def retrofit(
+    model: Model,
+    compressor: type[Compressor] | None,
+    *,
+    window_size: int,
+    num_sinks: int = 0,
+    layers: Iterable[int] | None = None,
+    sink_positions: SinkPositions = "trained",
+    **compressor_options: Any,
+) -> Model:
+    """Give every attention layer of a loaded transformers decoder a bounded memory, in place.
+
+    Base parameters keep their names and values; the memory's own lie below ``memory.`` of each attention block. Until
+    they are trained or loaded ([`load_adapter`][ahn_layers.load_adapter]) the model is exactly sinks + window.
+
+    Args:
+        model: a causal language model of transformers whose attention goes through the attention interface.
+        compressor: the class of the long-term memory, None for sinks + window alone.
+        window_size: most recent tokens kept without loss, sinks not counted.
+        num_sinks: first tokens kept without loss.
+        layers: indices of the layers to retrofit. Default: every full-attention layer; in a model that has none, every
+            layer whose own sliding window holds at least ``num_sinks + window_size`` tokens.
+        sink_positions: see [`Window`][ahn_layers.Window].
+        **compressor_options: passed to the compressor, ``shared_state=True`` for instance.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if ``model`` is not a transformers model, or ``compressor`` is not a class.
+        ValueError: if the model is retrofitted already, or has no suitable layer. The model is unchanged.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from ahn_layers import GatedDeltaNet, retrofit
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = retrofit(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), GatedDeltaNet, window_size=16)
+        >>> model.generate(torch.arange(40)[None], max_new_tokens=3, do_sample=False).shape
+        torch.Size([1, 43])
+    """
+    window = Window(window_size, num_sinks, sink_positions)
+    if compressor is not None and not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
+        raise TypeError(f"compressor={compressor!r}: expected a subclass of Compressor (the class, not an object), or None.")
+    try:
+        from .huggingface import install, probe
+    except ImportError as error:
+        raise ImportError("retrofit needs transformers: pip install 'ahn-layers[transformers]'.") from error
+
+    install.check_model(model)
+    blocks = probe.find_attention_blocks(model)
+    chosen, skipped = install.choose(blocks, window, None if layers is None else list(layers))
+    stores = [install.make_store(block, window, compressor, compressor_options) for block in chosen]
+    base = model.config.get_text_config(decoder=True)._attn_implementation  # type: ignore[union-attr,operator]
+    ours = install.replace_blocks(model, blocks, chosen, stores, base)
+    model.hippocampus = Retrofitted(  # type: ignore[assignment]
+        window,
+        None if compressor is None else compressor.__name__,
+        compressor_options,
+        [block.layer_idx for block in chosen],
+        base,
+        ours,
+        probe.attention_configs(model),
+        skipped,
+    )
+    _set_implementation(model.hippocampus, ours)  # type: ignore[arg-type]
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Take the memory out again: the model is what it was before :func:`retrofit`, with its current base weights.
+
+    Args:
+        model: a retrofitted model, or one that contains it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model is not retrofitted.
+    """
+    inner, record = find_retrofitted(model)
+    for parent in list(inner.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, HippocampalAttention):
+                setattr(parent, name, child.unwrap())
+    _set_implementation(record, record.base)
+    for name in ("hippocampus", "_prepare_cache_for_generation"):
+        delattr(inner, name)
+    return model
+
+
+@contextmanager
+def full_attention(model: nn.Module) -> Iterator[None]:
+    """Run the base model exactly, with full attention: the teacher in distillation, the baseline in measurements.
+
+    Caches filled inside and outside do not mix; mixing them is an error. The switch holds for the model, hence for every
+    thread that runs it.
+
+    Args:
+        model: a retrofitted model, or one that contains it.
+
+    Raises:
+        ValueError: if the model is not retrofitted.
+    """
+    _, record = find_retrofitted(model)
+    with _mode(model, "full"):
+        before = record.configs[0]._attn_implementation
+        _set_implementation(record, record.base)
+        try:
+            yield
+        finally:
+            _set_implementation(record, before)
+
+
+@contextmanager
+def window_only(model: nn.Module) -> Iterator[None]:
+    """Run sinks + window without the memory: the ablation that a memory has to beat.
+
+    Args:
+        model: a retrofitted model, or one that contains it.
+
+    Raises:
+        ValueError: if the model is not retrofitted.
+    """
+    _, record = find_retrofitted(model)
+    with _mode(model, "window"):
+        before = record.configs[0]._attn_implementation
+        _set_implementation(record, record.ours)
+        try:
+            yield
+        finally:
+            _set_implementation(record, before)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trainable parameters of the memory alone, by their names in the model.
+
+    Args:
+        model: any model that contains [`HippocampalAttention`][ahn_layers.HippocampalAttention] blocks.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, HippocampalAttention):
+            yield from ((f"{name}.memory.{key}", p) for key, p in module.memory.named_parameters())
+
+
+def memory_report(model: nn.Module) -> str:
+    """A table of what is retrofitted, and what each layer holds per sequence once its window is full.
+
+    Args:
+        model: a retrofitted model, or one that contains it.
+
+    Raises:
+        ValueError: if the model is not retrofitted.
+    """
+    inner, record = find_retrofitted(model)
+    rows = [("layer", "window", "sinks", "compressor", "parameters", "bytes per sequence")]
+    parameters = total = 0
+    for name, module in inner.named_modules():
+        if isinstance(module, HippocampalAttention):
+            count = sum(p.numel() for p in module.memory.parameters())
+            size = module.memory.bytes_per_row(module.found.like, **module.found.sizes)  # type: ignore[union-attr]
+            parameters, total = parameters + count, total + size
+            window = module.memory.window
+            kind = type(module.memory.compressor).__name__ if module.memory.compressor else "none"
+            rows.append((name, f"{window.window_size:,}", f"{window.num_sinks:,}", kind, f"{count:,}", f"{size:,}"))
+    rows.append(("total", "", "", "", f"{parameters:,}", f"{total:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, ("<", ">", ">", "<", ">", ">"), strict=True)
+        lines.append("  ".join(f"{cell:{side}{width}}" for cell, width, side in cells))
+    lines.insert(1, "-" * len(lines[0]))
+    lines += [f"skipped {name}: {reason}" for name, reason in record.skipped.items()]
+    return "\n".join(lines)
+
+
+def find_retrofitted(model: nn.Module) -> tuple[nn.Module, Retrofitted]:
+    """The retrofitted transformers model in ``model`` (itself, or inside a wrapper), and what was done to it."""
+    for module in model.modules():
+        record = module.__dict__.get("hippocampus")
+        if isinstance(record, Retrofitted):
+            return module, record
+    raise ValueError(f"{type(model).__name__} is not retrofitted: call retrofit(model, ...) first.")
+
+
+def _set_implementation(record: Retrofitted, name: str) -> None:
+    for config in record.configs:
+        config._attn_implementation_internal = name
+
+
+@contextmanager
+def _mode(model: nn.Module, mode: str) -> Iterator[None]:
+    blocks = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
+    before = [block.mode for block in blocks]
+    for block in blocks:
+        block.mode = mode  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block, old in zip(blocks, before, strict=True):
+            block.mode = old

@@ -1,0 +1,59 @@
+"""How a model rotates its queries, as far as the window needs to know."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .ops.rotary import turn_back
+
+
+class Rotary(nn.Module):
+    """The rotary position embedding of a model (arXiv 2104.09864), so that its queries can be turned back.
+
+    The window uses it to keep the attention sinks within the distance that the model was trained on
+    (``Window.sink_positions``).
+
+    Args:
+        inv_freq: angular frequency of each rotated pair of channels, in radians a position, ``(R,)``.
+        trained_length: tokens that the model was trained on.
+        interleaved: pairs are neighbours ``(0, 1), (2, 3), ...`` instead of ``(i, i + R)``.
+        start: first rotated channel.
+
+    Raises:
+        ValueError: if ``trained_length`` is not positive or ``inv_freq`` is not a vector.
+
+    Example:
+        >>> rotary = Rotary(10_000.0 ** (-torch.arange(0, 64, 2) / 64), trained_length=8192)
+        >>> rotary.turn_back(torch.randn(1, 9, 1, 64), torch.tensor([5])).shape
+        torch.Size([1, 9, 1, 64])
+    """
+
+    inv_freq: Tensor
+
+    def __init__(
+        self, inv_freq: Float[Tensor, " r"], trained_length: int, *, interleaved: bool = False, start: int = 0
+    ) -> None:
+        super().__init__()
+        if inv_freq.ndim != 1:
+            raise ValueError(f"inv_freq has shape {tuple(inv_freq.shape)}: expected one frequency per rotated pair.")
+        if trained_length < 1:
+            raise ValueError(f"trained_length={trained_length}: expected a positive number of tokens.")
+        self.trained_length = trained_length
+        self.interleaved = interleaved
+        self.start = start
+        self.register_buffer("inv_freq", inv_freq.detach().clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Follow the model to another device, never to a lower precision: angles need all their digits."""
+        precise = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = precise.to(self.inv_freq.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The layout, for ``print(model)``."""
+        return f"trained_length={self.trained_length}, interleaved={self.interleaved}, start={self.start}"
+
+    def turn_back(self, q: Float[Tensor, "b h t d"], distance: Int[Tensor, "*b t"]) -> Float[Tensor, "b h t d"]:
+        """Queries as if each stood ``distance`` positions earlier, see :func:`ahn_layers.ops.rotary.turn_back`."""
+        return turn_back(q, distance, self.inv_freq, interleaved=self.interleaved, start=self.start)

@@ -5,7 +5,6 @@ An adapter is a folder with ``adapter.safetensors`` (``layers.<layer_idx>.<param
 
 import json
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,9 @@ FORMAT_VERSION = 1
 _WEIGHTS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
 _OURS = re.compile(r"layers\.(\d+)\.(.+)")
 _RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.ahn\.fn\.(.+)")
+_DESCRIBED = (
+    "compressor", "compressor_options", "window_size", "num_sinks", "sink_positions", "layers", "sizes", "base_model_type",
+)  # fmt: skip
 _Weights = dict[int, dict[str, Tensor]]
 
 
@@ -36,6 +38,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """
     from safetensors.torch import save
 
+    from . import __version__
+
     inner, record = find_retrofitted(model)
     if record.compressor is None:
         raise ValueError("the model was retrofitted without a compressor: there are no memory weights to save.")
@@ -48,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     description = {
         "format_version": FORMAT_VERSION,
-        "library_version": metadata.version("ahn-layers"),
+        "library_version": __version__,
         "compressor": record.compressor,
         "compressor_options": record.options,
         "window_size": record.window.window_size,
@@ -85,10 +89,8 @@ def load_adapter(model: nn.Module, source: str | Path) -> nn.Module:
     """
     files = _find(source)
     weights = _read(files)
-    described = files[0].parent / _DESCRIPTION if files[0].name == _WEIGHTS else None
-    description = json.loads(described.read_text()) if described is not None and described.is_file() else None
+    description = _read_description(files[0].parent / _DESCRIPTION) if files[0].name == _WEIGHTS else None
     if description is not None:
-        _check_version(description, source)
         model = _retrofit_as_described(model, description)
     inner, record = find_retrofitted(model)
     if description is not None:
@@ -163,17 +165,29 @@ def _read(files: list[Path]) -> _Weights:
     return weights
 
 
-def _check_version(description: dict[str, Any], source: str | Path) -> None:
-    if description.get("format_version") != FORMAT_VERSION:
+def _read_description(path: Path) -> dict[str, Any]:
+    """The JSON beside our own weights, with all that is needed to use them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, it says which compressor and base the weights belong to.")
+    try:
+        description: dict[str, Any] = json.loads(path.read_text())
+        version = description["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the description of an adapter ({error}).") from error
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{source}: adapter format version {description.get('format_version')}, this library reads {FORMAT_VERSION}. "
-            "Load it with the version of ahn_layers that wrote it."
+            f"{path}: adapter format version {version}, this library reads {FORMAT_VERSION}. Load it with the version "
+            "of ahn_layers that wrote it."
         )
+    for name in _DESCRIBED:
+        if name not in description:
+            raise ValueError(f"{path}: lacks {name!r}.")
     if description["compressor"] not in Compressor.by_name:
         raise ValueError(
-            f"{source}: unknown compressor {description['compressor']!r}, known are {sorted(Compressor.by_name)}. Import "
+            f"{path}: unknown compressor {description['compressor']!r}, known are {sorted(Compressor.by_name)}. Import "
             "the module that defines the class first."
         )
+    return description
 
 
 def _retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:

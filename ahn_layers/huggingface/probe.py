@@ -187,7 +187,7 @@ def _run(model: Any, start: int) -> tuple[list[Call], dict[nn.Module, Tensor]]:
 
     calls: list[Call] = []
     tokens = torch.arange(3, device=model.device).unsqueeze(0)
-    arguments: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     if start:
         arguments["position_ids"] = tokens + start
     takers = [m for m in model.modules() if "hidden_states" in inspect.signature(type(m).forward).parameters]

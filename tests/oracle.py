@@ -1,0 +1,69 @@
+"""What a memory store computes, written once more: token by token, row by row, straight from the paper.
+
+Shares no code with the library but a compressor's gates, read and output where ``fold`` is not the subject, and the
+recurrences below where it is.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
+
+
+def recurrence(memory: Compressor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, x_j: Tensor, x_t: Tensor):
+    """One token folded and one query answered, per row: ``q (H, D)``, ``k (H, D)``, ``v (H, E)``, ``state (H, D, E)``.
+
+    Written from the equations, with the parameters taken from the module; one state per query head.
+    """
+    head_dim = q.shape[-1]
+    normalise = lambda u: u / (u.square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    if isinstance(memory, Mamba2):
+        unit = lambda u: u / u.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # noqa: E731
+        dt = F.softplus(memory.dt_proj.weight @ x_j + memory.dt_proj.bias + memory.dt_bias)
+        decay = torch.exp(-dt * memory.A_log.exp())
+        state = decay[:, None, None] * state + torch.einsum("hd,he->hde", unit(k), dt[:, None] * v)
+        r = torch.einsum("hde,hd->he", state, unit(q))
+        y = (r * F.silu(memory.g_proj.weight @ x_t + memory.g_proj.bias)[:, None]).flatten()
+        y = (y / (y.square().mean() + 1e-5).sqrt() * memory.norm.weight).view_as(r)
+        return state, torch.einsum("he,hef->hf", y, memory.o_proj.weight)
+    k, q = normalise(k), normalise(q)
+    if isinstance(memory, LinearAttention):
+        state = state + torch.einsum("hd,he->hde", k, v)
+        r = torch.einsum("hde,hd->he", state, q)
+        r = r / (r.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return state, torch.einsum("he,hef->hf", r, memory.o_proj.weight)
+    assert isinstance(memory, DeltaNet | GatedDeltaNet)
+    if isinstance(memory, GatedDeltaNet):
+        g = -memory.A_log.exp() * F.softplus(memory.a_proj.weight @ x_j + memory.dt_bias)
+        state = g.exp()[:, None, None] * state
+    beta = torch.sigmoid(memory.b_proj.weight @ x_j)
+    error = v - torch.einsum("hde,hd->he", state, k)
+    state = state + torch.einsum("hd,he->hde", k, beta[:, None] * error)
+    r = torch.einsum("hde,hd->he", state, q / math.sqrt(head_dim))
+    r = r / (r.square().mean(-1, keepdim=True) + 1e-5).sqrt() * memory.o_norm.weight
+    return state, torch.einsum("he,hef->hf", r * F.silu(memory.g_proj.weight @ x_t)[:, None], memory.o_proj.weight)
+
+
+def memory_store(memory: Compressor, num_sinks: int, window_size: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor, valid: Tensor | None = None):
+    """Outputs ``(B, H, T, E)`` and final states ``(B, H, D, E)``; outputs are zero where ``valid`` is False."""
+    batch, heads, length, _ = q.shape
+    valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
+    k, v = (u.repeat_interleave(heads // u.shape[1], dim=1) for u in (k, v))
+    out, states = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), []
+    for b in range(batch):
+        tokens = valid[b].nonzero().flatten().tolist()
+        state = q.new_zeros(heads, q.shape[-1], v.shape[-1])
+        for p, t in enumerate(tokens):
+            seen = [j for i, j in enumerate(tokens[: p + 1]) if i < num_sinks or i > p - window_size]
+            logits = torch.einsum("hd,hjd->hj", q[b, :, t], k[b][:, seen]) / math.sqrt(q.shape[-1])
+            y = torch.einsum("hj,hje->he", logits.softmax(-1), v[b][:, seen])
+            if p >= num_sinks + window_size:
+                j = tokens[p - window_size]
+                state, added = recurrence(memory, state, q[b, :, t], k[b, :, j], v[b, :, j], x[b, j], x[b, t])
+                y = y + added
+            out[b, :, t] = y
+        states.append(state)
+    return out, torch.stack(states)

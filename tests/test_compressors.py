@@ -1,0 +1,109 @@
+"""Every compressor keeps the contract, and ``check_compressor`` explains the ways to break it."""
+
+import pytest
+import torch
+
+from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2, check_compressor, outer
+
+
+@pytest.mark.parametrize("shared_state", [False, True])
+@pytest.mark.parametrize("compressor", [LinearAttention, DeltaNet, GatedDeltaNet, Mamba2])
+def test_the_contract(compressor, shared_state):
+    check_compressor(compressor, shared_state=shared_state)
+
+
+class Average(Compressor):
+    """The shortest one."""
+
+    def fold(self, state, k, v):
+        return 0.99 * state + outer(k, v)
+
+
+class InPlace(Average):
+    def fold(self, state, k, v):
+        return state.add_(outer(k, v))
+
+
+class Growing(Average):
+    def fold(self, state, k, v):
+        return torch.cat((state, outer(k, v)), dim=1)
+
+
+class Loud(Average):
+    def output(self, r, x):
+        return r
+
+
+class UnknownGate(Average):
+    def gates(self, x):
+        return {"beta": x.mean(-1)[:, None].expand(-1, self.num_states, -1)}
+
+
+class WrongGateShape(Average):
+    def gates(self, x):
+        return {"beta": x.mean(-1)}
+
+    def fold(self, state, k, v, beta):
+        return super().fold(state, k, v)
+
+
+class WrongScan(Average):
+    def scan(self, state, q, k, v, gates, mask=None):
+        r, end = super().scan(state, q, k, v, gates, mask)
+        return 1.001 * r, end
+
+
+class IgnoresMask(Average):
+    def scan(self, state, q, k, v, gates, mask=None):
+        return super().scan(state, q, k, v, gates)
+
+
+class MixesRows(Average):
+    def fold(self, state, k, v):
+        return super().fold(state, k, v).mean(0, keepdim=True).expand_as(state)
+
+
+class UnusedParameter(Average):
+    def build(self):
+        self.forgotten = torch.nn.Parameter(torch.ones(3))
+
+
+BROKEN = {
+    InPlace: "fold changed the state",
+    Growing: "a memory has a fixed size",
+    Loud: "a fresh memory changes the output",
+    UnknownGate: r"gates\(x\) returns \['beta'\], fold takes \[\]",
+    WrongGateShape: r"expected \(batch, num_states, tokens\)",
+    WrongScan: "readings differ from fold and read",
+    IgnoresMask: "with a mask",
+    MixesRows: "rows must not mix",
+    UnusedParameter: "no gradient reaches the parameter 'forgotten'",
+}
+
+
+@pytest.mark.parametrize("compressor", BROKEN, ids=lambda c: c.__name__)
+def test_a_broken_contract_is_explained(compressor, unchecked):
+    with pytest.raises(AssertionError, match=BROKEN[compressor]):
+        check_compressor(compressor)
+
+
+def test_the_shortest_compressor_is_sound():
+    check_compressor(Average)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"hidden_size": 0}, "hidden_size=0: expected a positive number"),
+        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"value_dim": -1}, "value_dim=-1"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        GatedDeltaNet(**{"hidden_size": 8, "num_heads": 4, "head_dim": 2, **sizes})
+
+
+def test_fold_has_to_be_written():
+    with pytest.raises(TypeError, match="fold"):
+        Compressor(8, 2, 4)

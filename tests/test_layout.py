@@ -1,0 +1,90 @@
+"""The house rules: imports run one way, and importing the library has no side effects."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ahn_layers"
+MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+
+# what a module may import from the package, from the bottom up; a package stands for all its modules
+ALLOWED = {
+    "ops": set(),
+    "layers": set(),
+    "tokens": set(),
+    "window": set(),
+    "rotary": {"ops"},
+    "compressor": {"layers"},
+    "compressors": {"compressor", "layers", "ops"},
+    "state": {"compressor", "tokens", "window"},
+    "checks": {"memory", "state", "tokens"},  # memory for its type only
+    "memory": {"checks", "compressor", "ops", "rotary", "state", "tokens", "window"},
+    "attention": {"memory", "state"},
+    "huggingface": {"attention", "compressor", "memory", "rotary", "state", "window"},
+    "retrofit": {"attention", "compressor", "huggingface", "window"},
+    "adapter": {"attention", "compressor", "retrofit", "state"},
+    "testing": {"compressor", "memory", "window"},
+}
+
+
+def imports(path: str, *, top_level: bool = False) -> list[tuple[int, str]]:
+    """``(level, dotted name)`` of everything that a module imports."""
+    tree = ast.parse((PACKAGE / path).read_text())
+    nodes = tree.body if top_level else ast.walk(tree)
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(node.level, name) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", [m for m in MODULES if m != "__init__.py"])
+def test_imports_run_one_way(path):
+    parts = Path(path).with_suffix("").parts
+    concept = parts[0]
+    assert concept in ALLOWED, f"{concept} has no place in the order of imports: give it one here"
+    for level, name in imports(path):
+        if level == 0 or level < len(parts):  # absolute, or within its own package
+            continue
+        target = name.split(".")[0]
+        assert target in ALLOWED[concept] | {concept}, f"{path} imports {target}"
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    inside = path.startswith("huggingface")
+    for level, name in imports(path):
+        if level == 0 and name.split(".")[0] == "transformers":
+            assert inside, f"{path} imports transformers"
+    for level, name in imports(path, top_level=True):
+        assert level or name.split(".")[0] not in ("triton", "fla"), f"{path} imports {name} at its top"
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules), torch.get_default_dtype(); import ahn_layers;"
+        "heavy = {m.split('.')[0] for m in set(sys.modules) - before[0]} & {'transformers', 'triton', 'fla', 'beartype'};"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_module_says_what_it_is():
+    for path in MODULES:
+        assert ast.get_docstring(ast.parse((PACKAGE / path).read_text())), f"{path} has no docstring"
+
+
+def test_no_model_family_is_named_in_the_library():
+    """Nothing in the code depends on a family; docstrings may name one as an example."""
+    for path in MODULES:
+        tree = ast.parse((PACKAGE / path).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare | ast.If):
+                text = ast.unparse(node.test if isinstance(node, ast.If) else node).lower()
+                assert not any(family in text for family in ("llama", "qwen", "mistral", "gemma")), f"{path}: {text}"

@@ -1,0 +1,109 @@
+"""States and their files: a value that can be forked, moved, reordered, saved and resumed bit for bit."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+from ahn_layers import GatedDeltaNet, Mamba2, MemoryState, MemoryStore, Window
+from ahn_layers.state import write_atomically
+
+
+@pytest.fixture(params=[GatedDeltaNet, Mamba2, None])
+def filled(request):
+    """A store, a state in the middle of a text, and the tokens that follow."""
+    memory = None if request.param is None else request.param(10, 4, 8, num_kv_heads=2)
+    if memory is not None:
+        torch.nn.init.normal_(memory.o_proj.weight)
+    store = MemoryStore(Window(5, num_sinks=2), memory)
+    tokens = [torch.randn(3, h, 20, 8) for h in (4, 2, 2)] + [torch.randn(3, 20, 10)]
+    with torch.no_grad():
+        _, state = store(*(u[..., :13, :] for u in tokens))
+    return store, state, [u[..., 13:, :] for u in tokens]
+
+
+def test_saved_and_resumed_bit_for_bit(filled, tmp_path):
+    store, state, tokens = filled
+    state.save(tmp_path / "state.safetensors")
+    loaded = MemoryState.load(tmp_path / "state.safetensors")
+    assert loaded.description() == state.description()
+    with torch.no_grad():
+        expected, end = store(*tokens, state)
+        out, resumed = store(*tokens, loaded)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(u, end.tensors()[name]) for name, u in resumed.tensors().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_rows_reordered_repeated_and_dropped(filled):
+    store, state, tokens = filled
+    index = torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        expected, _ = store(*tokens, state)
+        out, _ = store(*(u[index] for u in tokens), state.reorder(index))
+        one, _ = store(*(u[1:2] for u in tokens), state.reorder(torch.tensor([1])))
+    torch.testing.assert_close(out, expected[index])
+    torch.testing.assert_close(one, expected[1:2])
+    with pytest.raises(IndexError):
+        state.reorder(torch.tensor([3]))
+
+
+def test_clone_shares_nothing_and_to_moves_everything(filled):
+    _, state, _ = filled
+    copy = state.clone()
+    for name, u in copy.tensors().items():
+        assert u.data_ptr() != state.tensors()[name].data_ptr() or u.numel() == 0
+    assert all(u.device.type == "meta" for u in state.to("meta").tensors().values())
+    assert copy.nbytes == state.nbytes
+
+
+def corrupt_header(data):
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    return header, data[8 + size :]
+
+
+def with_metadata(data, **changes):
+    header, rest = corrupt_header(data)
+    header["__metadata__"].update(changes)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + rest
+
+
+DAMAGE = {
+    "truncated": (lambda data: data[: len(data) // 2], "damaged or truncated"),
+    "empty": (lambda data: b"", "damaged or truncated"),
+    "garbage": (lambda data: b"\xff" * len(data), "damaged or truncated"),
+    "another kind": (lambda data: with_metadata(data, format="pt"), "expected a file of format 'ahn_layers.memory_state'"),
+    "another version": (lambda data: with_metadata(data, version="99"), "format version 99, this library reads 1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused_by_name(damage, filled, tmp_path):
+    spoil, message = DAMAGE[damage]
+    path = tmp_path / "state.safetensors"
+    filled[1].save(path)
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        MemoryState.load(path)
+    assert "state.safetensors" in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        MemoryState.load(tmp_path / "nothing.safetensors")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,330 @@
+"""The contracts of the memory store, over every compressor, against the token-by-token oracle."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2, MemoryState, MemoryStore, Window
+from ahn_layers.layers import outer
+
+from . import oracle
+
+COMPRESSORS = [LinearAttention, DeltaNet, GatedDeltaNet, Mamba2]
+WINDOWS = [(0, 1), (1, 3), (4, 8), (4, 5), (0, 8)]  # sinks, window
+B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 31
+
+
+def make(compressor=GatedDeltaNet, sinks=4, window=8, **options):
+    """A store in float64 whose memory contributes, and tokens for it."""
+    memory = None
+    if compressor is not None:
+        memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, **options).double()
+        with torch.no_grad():
+            for parameter in memory.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    shapes = ((H, T, D), (G, T, D), (G, T, E), (T, N))
+    tokens = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes]
+    return MemoryStore(Window(window, num_sinks=sinks), memory), tokens
+
+
+def run(store, tokens, cuts, valid=None, state=None, **options):
+    """The sequence cut at the given places, one call a piece."""
+    q, k, v, x = tokens
+    outs = []
+    for a, b in pairwise([0, *cuts, q.shape[2]]):
+        mask = None if valid is None else valid[:, a:b]
+        out, state = store(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], x[:, a:b], state, valid=mask, **options)
+        outs.append(out)
+    return torch.cat(outs, dim=2), state
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sinks, window", WINDOWS)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_any_cutting_equals_the_oracle(compressor, sinks, window):
+    store, tokens = make(compressor, sinks, window)
+    expected, state = oracle.memory_store(store.compressor, sinks, window, *tokens)
+    full = sinks + window
+    for cuts in ([], range(1, T), [full], [full - 1] if full > 1 else [1], [full + 1], [1, 2, 12, 13, 14], [20, 21, 22]):
+        for inplace in (False, True):
+            out, end = run(store, tokens, list(cuts), inplace=inplace)
+            close(out, expected)
+            close(end.memory, state)
+            assert end.seen.tolist() == [T] * B and end.length == T
+
+
+PADDINGS = {
+    "left": [[0, T], [7, T]],
+    "right": [[0, 3], [0, T - 1]],
+    "all but one": [[5, 6], [0, T]],
+    "nothing": [[0, 0], [0, T]],
+}
+
+
+@pytest.mark.parametrize("padding", [*PADDINGS, "middle"])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_padding_is_nothing(compressor, padding):
+    store, tokens = make(compressor, sinks=2, window=5)
+    if padding == "middle":
+        valid = torch.rand(B, T) < 0.6
+    else:
+        rank = torch.arange(T)
+        valid = torch.stack([(rank >= a) & (rank < b) for a, b in PADDINGS[padding]])
+    expected, state = oracle.memory_store(store.compressor, 2, 5, *tokens, valid)
+    for cuts in ([], range(1, T), [4, 9, 10, 11], [16]):
+        out, end = run(store, tokens, list(cuts), valid)
+        close(out, expected)
+        close(end.memory, state)
+        assert end.seen.tolist() == valid.sum(1).tolist()
+
+
+def test_padding_may_hold_anything():
+    store, tokens = make(sinks=2, window=5)
+    valid = torch.rand(B, T) < 0.6
+    expected, state = run(store, tokens, [9], valid)
+    for u, mask in zip(tokens, (valid[:, None, :, None],) * 3 + (valid[..., None],), strict=True):
+        u.masked_fill_(~mask, 1e30)
+    out, end = run(store, tokens, [9], valid)
+    close(out, expected)
+    close(end.memory, state.memory)
+
+
+@pytest.mark.parametrize("shared_state", [False, True])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_no_op_at_initialisation(compressor, shared_state):
+    store, tokens = make(None)
+    memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, shared_state=shared_state).double()
+    expected, _ = run(store, tokens, [])
+    out, state = run(MemoryStore(store.window, memory), tokens, [])
+    assert torch.equal(out, expected)
+    assert state.memory.shape == (B, G if shared_state else H, D, E) and state.memory.abs().max() > 0
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_shared_state_equals_one_per_head_with_equal_gates(compressor):
+    """With the gates of a group equal, a state per query head holds the same in every head of the group."""
+    shared, tokens = make(compressor, sinks=1, window=4, shared_state=True)
+    store, _ = make(compressor, sinks=1, window=4)
+    weights = {}
+    for name, u in shared.compressor.state_dict().items():
+        per_state = name.split(".")[0] in ("A_log", "dt_bias", "a_proj", "b_proj", "dt_proj")
+        weights[name] = u.repeat_interleave(H // G, dim=0) if per_state else u
+    store.compressor.load_state_dict(weights)
+    out, state = run(store, tokens, [11])
+    ours, end = run(shared, tokens, [11])
+    close(ours, out)
+    close(end.memory.repeat_interleave(H // G, dim=1), state.memory)
+
+
+def test_inside_the_capacity_it_is_plain_causal_attention():
+    store, (q, k, v, x) = make(sinks=T - 8, window=8)
+    out, state = store(q, k, v, x)
+    close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    assert not state.memory.any()
+
+
+def test_dense_is_called_until_something_leaves():
+    store, tokens = make(sinks=2, window=5)
+    lengths = []
+
+    def dense(q, k, v):
+        lengths.append((q.shape[2], k.shape[2]))
+        return q.new_zeros(*q.shape[:3], E)
+
+    run(store, tokens, [3, 4, 7, 8], dense=dense)
+    assert lengths == [(3, 3), (1, 4), (3, 7)]
+    run(store, tokens, [3], torch.ones(B, T, dtype=torch.bool), dense=dense)
+    assert len(lengths) == 3, "rows with a padding mask do not go through dense"
+
+
+def test_exactly_once():
+    """An evicted token reaches the output through the state alone; a later token never does."""
+    store, (q, k, v, x) = make(sinks=2, window=5)
+    v.requires_grad_()
+    for use_memory in (False, True):
+        out, _ = store(q, k, v, x, use_memory=use_memory)
+        for t in (0, 6, 7, 20):
+            (gradient,) = torch.autograd.grad(out[:, :, t].sum(), v, retain_graph=True)
+            reached = gradient.abs().sum(dim=(0, 1, 3)).nonzero().flatten().tolist()
+            seen = [j for j in range(t + 1) if use_memory or j < 2 or j > t - 5]
+            assert reached == seen
+
+
+def test_a_state_is_never_changed_unless_asked():
+    store, tokens = make(sinks=2, window=5)
+    _, state = run(store, tokens, [])
+    before = state.clone()
+    one, _ = run(store, tokens, [1, 2], state=state)
+    other, _ = run(store, tokens, [1, 2], state=state)
+    assert torch.equal(one, other)
+    for name, u in state.tensors().items():
+        assert torch.equal(u, before.tensors()[name]), name
+
+
+def test_size_is_fixed_once_the_window_is_full():
+    store, tokens = make(sinks=2, window=5)
+    sizes = [run(store, [u[:, :, :t] if u.ndim == 4 else u[:, :t] for u in tokens], [])[1].nbytes for t in (7, 8, T)]
+    assert sizes[0] == sizes[1] == sizes[2]
+    like = torch.zeros((), dtype=torch.float64)
+    rowwise = store.bytes_per_row(like, num_kv_heads=G, head_dim=D, value_dim=E)
+    assert sizes[0] == B * rowwise
+
+
+def test_one_token_at_a_time_in_place_keeps_addresses():
+    store, tokens = make(sinks=2, window=5)
+    _, state = run(store, tokens, [])
+    addresses = {name: u.data_ptr() for name, u in state.tensors().items()}
+    _, end = run(store, tokens, range(1, T), state=state, inplace=True)
+    assert end is state
+    assert {name: u.data_ptr() for name, u in end.tensors().items()} == addresses
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_gradients_do_not_depend_on_the_cutting(compressor):
+    store, tokens = make(compressor, sinks=2, window=5)
+    results = []
+    for cuts in ([], [4, 9, 10, 11, 20]):
+        inputs = [u.clone().requires_grad_() for u in tokens]
+        out, state = run(store, inputs, cuts)
+        total = out.square().sum() + state.memory.square().sum()
+        results.append(torch.autograd.grad(total, [*inputs, *store.parameters()], materialize_grads=True))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_are_right():
+    store, tokens = make(sinks=1, window=3)
+    tokens = [u[:1, :, :7] if u.ndim == 4 else u[:1, :7] for u in tokens]
+    torch.autograd.gradcheck(lambda *u: store(*u)[0], [u.requires_grad_() for u in tokens], fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_keeps_a_float32_state(dtype):
+    store, tokens = make()
+    exact, state = run(store, tokens, [])
+    low, end = run(store.to(dtype), [u.to(dtype) for u in tokens], [])
+    assert low.dtype == dtype and end.slots.k.dtype == dtype and end.slots.gates["g"].dtype == dtype
+    assert end.memory.dtype == torch.float32
+    assert (low.double() - exact).abs().max() < 0.1 * exact.abs().max()
+    assert (end.memory.double() - state.memory).abs().max() < 0.05 * state.memory.abs().max()
+
+
+def test_a_state_of_several_tensors():
+    class Momentum(Compressor):
+        """A running sum of a running mean."""
+
+        def init_state(self, batch_size, like):
+            return {"mean": super().init_state(batch_size, like), "total": super().init_state(batch_size, like)}
+
+        def fold(self, state, k, v):
+            mean = 0.9 * state["mean"] + outer(k, v)
+            return {"mean": mean, "total": state["total"] + mean}
+
+        def read(self, state, q):
+            return super().read(state["total"], q)
+
+    store, tokens = make(Momentum, sinks=2, window=5)
+    valid = torch.rand(B, T) < 0.6
+    whole, end = run(store, tokens, [], valid)
+    steps, state = run(store, tokens, range(1, T), valid, inplace=True)
+    close(steps, whole)
+    for name, u in state.memory.items():
+        close(u, end.memory[name])
+    assert isinstance(end.clone().memory, dict) and "memory.total" in end.tensors()
+
+
+@pytest.mark.parametrize("sink_positions, limit", [("streaming", 6), ("trained", 11), ("absolute", 10**9)])
+def test_sinks_stay_within_reach(sink_positions, limit):
+    """Queries attend to sinks as if they stood at most ``limit`` tokens on, to the window as they are."""
+    from ahn_layers import Rotary
+
+    sinks, window = 2, 5
+    inv_freq = 1.0 / 10 ** torch.arange(0, 1, 2 / D, dtype=torch.float64)
+    rotate = lambda u, p: Rotary(inv_freq, 1).turn_back(u, -p)  # noqa: E731
+    q, k, v = (torch.randn(1, 2, T, D) for _ in range(3))
+    position = torch.arange(T)
+    expected = torch.zeros(1, 2, T, D)
+    for t in range(T):
+        near = rotate(q[:, :, [t]], position[[t]].clamp(max=limit)) @ rotate(k, position).mT
+        true = rotate(q[:, :, [t]], position[[t]]) @ rotate(k, position).mT
+        logits = torch.where(position < sinks, near, true) / D**0.5
+        seen = (position <= t) & ((position < sinks) | (position > t - window))
+        expected[:, :, [t]] = logits.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+    store = MemoryStore(Window(window, num_sinks=sinks, sink_positions=sink_positions), None, Rotary(inv_freq, 12))
+    tokens = [rotate(q, position), rotate(k, position), v, torch.zeros(1, T, 1)]
+    valid = torch.ones(1, T, dtype=torch.bool)
+    for cuts in ([], range(1, T), [3, 13, 14]):
+        for mask in (None, valid):
+            out, _ = run(store, tokens, list(cuts), mask)
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+
+
+BAD_CALLS = {
+    "three dimensions": (lambda c: c.update(q=c["q"][0]), "q has shape"),
+    "no tokens": (lambda c: c.update(q=c["q"][:, :, :0]), "no tokens"),
+    "cached keys passed again": (lambda c: c.update(k=c["k"].repeat(1, 1, 2, 1)), "Pass the new tokens only"),
+    "heads that do not divide": (
+        lambda c: c.update(k=c["k"].repeat(1, 2, 1, 1)[:, :3], v=c["v"].repeat(1, 2, 1, 1)[:, :3]),
+        "3 key/value heads",
+    ),
+    "two dtypes": (lambda c: c.update(v=c["v"].float()), "one dtype"),
+    "head size": (lambda c: c.update(q=c["q"][..., :4], k=c["k"][..., :4]), "head_dim=8, the attention has 4"),
+    "value size": (lambda c: c.update(v=c["v"][..., :4]), "value_dim=6, the attention has 4"),
+    "no hidden states": (lambda c: c.update(x=None), "x=None"),
+    "hidden size": (lambda c: c.update(x=c["x"][..., :4]), "hidden_size"),
+    "mask shape": (lambda c: c.update(valid=torch.ones(B, T + 1, dtype=torch.bool)), "valid has shape"),
+    "mask dtype": (lambda c: c.update(valid=torch.ones(B, T)), "boolean mask"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_name_what_is_wrong(case, unchecked):
+    spoil, message = BAD_CALLS[case]
+    store, tokens = make()
+    call = dict(zip("qkvx", tokens, strict=True))
+    spoil(call)
+    with pytest.raises(ValueError, match=message):
+        store(**call)
+
+
+BAD_STATES = {
+    "another batch": (lambda s: s.reorder(torch.tensor([0])), {}, "1 rows"),
+    "another dtype": (lambda s: s._map(lambda u: u.float() if u.is_floating_point() else u), {}, "torch.float32"),
+    "another window": (lambda s: MemoryState(Window(9, 4), s.slots, s.seen, s.memory), {}, "same window"),
+    "another mode": (lambda s: s, {"use_memory": False}, "made with the long-term memory"),
+    "another layer": (
+        lambda s: MemoryState(s.window, s.slots.map(lambda u: u[:, :1]), s.seen, s.memory),
+        {},
+        "another layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_a_state_that_does_not_fit_is_refused_unchanged(case, unchecked):
+    spoil, options, message = BAD_STATES[case]
+    store, tokens = make()
+    state = spoil(run(store, tokens, [])[1])
+    before = state.clone().tensors()
+    with pytest.raises(ValueError, match=message):
+        store(*tokens, state, inplace=True, **options)
+    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items())
+
+
+def test_a_state_without_memory_is_refused():
+    store, tokens = make()
+    _, state = store(*tokens, use_memory=False)
+    with pytest.raises(ValueError, match="made without the long-term memory"):
+        store(*tokens, state)
+
+
+def test_a_state_of_another_compressor_is_refused():
+    store, tokens = make(GatedDeltaNet)
+    _, state = store(*tokens)
+    with pytest.raises(ValueError, match="another compressor"):
+        make(DeltaNet)[0](*tokens, state)

@@ -15,14 +15,14 @@ from .retrofit import adapter_parameters, full_attention, memory_report, restore
 from .rotary import Rotary
 from .state import MemoryState
 from .testing import check_compressor
+from .version import __version__
 from .window import Window
 
 if TYPE_CHECKING:
     from .huggingface.cache import HippocampalCache
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "Window",
     "Compressor",
     "MemoryStore",

@@ -15,13 +15,15 @@ from .attention import HippocampalAttention
 from .compressor import Compressor
 from .retrofit import find_retrofitted, retrofit
 from .state import write_atomically
+from .version import __version__
 
 FORMAT_VERSION = 1
 _WEIGHTS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
 _OURS = re.compile(r"layers\.(\d+)\.(.+)")
 _RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.ahn\.fn\.(.+)")
 _DESCRIBED = (
-    "compressor", "compressor_options", "window_size", "num_sinks", "sink_positions", "layers", "sizes", "base_model_type",
+    "compressor", "compressor_options", "window_size", "num_sinks", "sink_positions", "layers", "sizes",
+    "base_model_type",
 )  # fmt: skip
 _Weights = dict[int, dict[str, Tensor]]
 
@@ -37,8 +39,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         ValueError: if the model is not retrofitted or has no compressor.
     """
     from safetensors.torch import save
-
-    from . import __version__
 
     inner, record = find_retrofitted(model)
     if record.compressor is None:
@@ -108,7 +108,10 @@ def _compressors(inner: nn.Module) -> dict[int, Compressor]:
 
 
 def _sizes(compressor: Compressor) -> dict[str, int]:
-    return {name: getattr(compressor, name) for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")}
+    return {
+        name: getattr(compressor, name)
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")
+    }
 
 
 def _find(source: str | Path) -> list[Path]:
@@ -222,13 +225,12 @@ def _check_base(inner: nn.Module, record: Any, description: dict[str, Any], sour
             raise ValueError(f"{source}: the adapter has {name}={description[name]!r}, the model has {ours!r}.")
 
 
-def _match(
-    compressors: dict[int, Compressor], weights: _Weights, source: str | Path
-) -> list[tuple[Tensor, Tensor]]:
+def _match(compressors: dict[int, Compressor], weights: _Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
     """Each parameter with its new value, every one of them checked."""
     if compressors.keys() != weights.keys():
         raise ValueError(
-            f"{source}: memory weights for the layers {sorted(weights)}, the model has a memory in {sorted(compressors)}."
+            f"{source}: memory weights for the layers {sorted(weights)}, the model has a memory in"
+            f" {sorted(compressors)}."
         )
     updates = []
     for index, compressor in sorted(compressors.items()):
@@ -241,7 +243,8 @@ def _match(
             value = given[name]
             if value.shape != parameter.shape:
                 raise ValueError(
-                    f"{source}: layer {index} {name!r} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}."
+                    f"{source}: layer {index} {name!r} has shape {tuple(value.shape)}, "
+                    f"expected {tuple(parameter.shape)}."
                 )
             if not torch.isfinite(value).all():
                 raise ValueError(f"{source}: layer {index} {name!r} holds values that are not finite.")

@@ -103,6 +103,7 @@ class HippocampalAttention(nn.Module):
         Raises:
             RuntimeError: if the block did not call ``attend`` exactly once.
         """
+
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             nonlocal state
             out, state = self.memory(q, k, v, x, state, valid=valid, use_memory=use_memory, **options)

@@ -102,6 +102,6 @@ def check_state(store: "MemoryStore", state: MemoryState, new: Tokens, use_memor
         )
     if state.slots.gates.keys() != new.gates.keys():
         raise ValueError(
-            f"the state holds the write gates {sorted(state.slots.gates)}, the compressor computes {sorted(new.gates)}: "
+            f"the state holds the write gates {sorted(state.slots.gates)}, the compressor makes {sorted(new.gates)}: "
             "it was made by another compressor."
         )

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -126,14 +126,15 @@ class Compressor(nn.Module, ABC):
         return like.new_zeros(batch_size, self.num_states, self.head_dim, self.value_dim)
 
     @abstractmethod
-    def fold(self, state, k, v):  # type: ignore[no-untyped-def]  # subclasses add their gates by name
+    def fold(self, state: Any, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Fold one token into the state and return the new state; the one given stays as it is.
 
         Args:
             state: what :meth:`init_state` or an earlier fold returned.
             k: key of the evicted token, ``(B, num_states, D)``, in the dtype of the state.
             v: its value, ``(B, num_states, E)``.
-            **gates: its write gates, ``(B, num_states)`` each, as named parameters.
+            *args: not used; subclasses take their write gates here, ``(B, num_states)`` each, as named parameters.
+            **kwargs: likewise.
         """
 
     def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:

@@ -43,7 +43,8 @@ class MemoryStore(nn.Module):
     Example:
         >>> from ahn_layers import GatedDeltaNet, MemoryStore, Window
         >>> store = MemoryStore(Window(4, num_sinks=1), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
-        >>> q, k, v, x = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 9, 32)
+        >>> q, k, v = torch.randn(3, 1, 2, 9, 8)
+        >>> x = torch.randn(1, 9, 32)
         >>> out, state = store(q, k, v, x)
         >>> out.shape, len(state.slots), state.memory.shape
         (torch.Size([1, 2, 9, 8]), 5, torch.Size([1, 2, 8, 8]))
@@ -73,7 +74,9 @@ class MemoryStore(nn.Module):
         memory = self.compressor.init_state(len(k), k.new_zeros((), dtype=state_dtype(k))) if remembers else None  # type: ignore[union-attr]
         return MemoryState(self.window, slots, torch.zeros(len(k), dtype=torch.long, device=k.device), memory)
 
-    def arrive(self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None) -> Tokens:
+    def arrive(
+        self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
+    ) -> Tokens:
         """New tokens with their write gates, which ride in the window in the dtype of ``k``."""
         gates = {} if self.compressor is None or x is None else self.compressor.gates(x)
         return Tokens(k, v, {name: gate.to(k.dtype) for name, gate in gates.items()})

@@ -82,7 +82,9 @@ def retrofit(
     """
     window = Window(window_size, num_sinks, sink_positions)
     if compressor is not None and not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
-        raise TypeError(f"compressor={compressor!r}: expected a subclass of Compressor (the class, not an object), or None.")
+        raise TypeError(
+            f"compressor={compressor!r}: expected a subclass of Compressor (the class, not an object), or None."
+        )
     try:
         from .huggingface import install, probe
     except ImportError as error:
@@ -135,8 +137,8 @@ def restore(model: Model) -> Model:
 def full_attention(model: nn.Module) -> Iterator[None]:
     """Run the base model exactly, with full attention: the teacher in distillation, the baseline in measurements.
 
-    Caches filled inside and outside do not mix; mixing them is an error. The switch holds for the model, hence for every
-    thread that runs it.
+    Caches filled inside and outside do not mix; mixing them is an error. The switch holds for the model, hence for
+    every thread that runs it.
 
     Args:
         model: a retrofitted model, or one that contains it.

@@ -1,6 +1,5 @@
 """How a model rotates its queries, as far as the window needs to know."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ class Rotary(nn.Module):
         ValueError: if ``trained_length`` is not positive or ``inv_freq`` is not a vector.
 
     Example:
+        >>> import torch
         >>> rotary = Rotary(10_000.0 ** (-torch.arange(0, 64, 2) / 64), trained_length=8192)
         >>> rotary.turn_back(torch.randn(1, 9, 1, 64), torch.tensor([5])).shape
         torch.Size([1, 9, 1, 64])

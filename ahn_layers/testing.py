@@ -69,15 +69,19 @@ def _check_gates(memory: Compressor, x: Tensor) -> None:
 def _check_fold(memory: Compressor, k: Tensor, v: Tensor, x: Tensor) -> None:
     state = memory.init_state(_B, k.new_zeros(()))
     for name, u in _named(state):
-        assert u.dim() >= 1 and u.shape[0] == _B, f"init_state{name} has shape {tuple(u.shape)}, expected batch {_B} first."
+        assert u.dim() >= 1 and u.shape[0] == _B, (
+            f"init_state{name} has shape {tuple(u.shape)}, expected batch {_B} first."
+        )
         assert u.dtype == k.dtype, f"init_state{name} is {u.dtype}, expected the dtype of its argument, {k.dtype}."
     before = map_state(torch.clone, state)
     folded = _fold(memory, state, k, v, memory.gates(x), 0)
     for (name, old), (_, kept), (_, new) in zip(_named(state), _named(before), _named(folded), strict=True):
-        assert torch.equal(old, kept), f"fold changed the state{name} it was given: return a new tensor, no in-place ops."
+        assert torch.equal(old, kept), (
+            f"fold changed the state{name} it was given: return a new tensor, no in-place ops."
+        )
         assert new.shape == old.shape and new.dtype == old.dtype, (
-            f"fold turned state{name} from {tuple(old.shape)} {old.dtype} into {tuple(new.shape)} {new.dtype}: a memory "
-            "has a fixed size and dtype."
+            f"fold turned state{name} from {tuple(old.shape)} {old.dtype} into {tuple(new.shape)} {new.dtype}: "
+            "a memory has a fixed size and dtype."
         )
 
 
@@ -85,8 +89,8 @@ def _check_untrained(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Ten
     window = Window(5, num_sinks=2)
     out, plain = MemoryStore(window, memory)(q, k, v, x)[0], MemoryStore(window)(q, k, v)[0]
     assert torch.equal(out, plain), (
-        f"a fresh memory changes the output by {float((out - plain).abs().max()):.2g}, expected exactly 0: end output() "
-        "with a projection whose weight starts at zero, as self.o_proj does."
+        f"a fresh memory changes the output by {float((out - plain).abs().max().detach()):.2g}, expected exactly 0: end "
+        "output() with a projection whose weight starts at zero, as self.o_proj does."
     )
 
 
@@ -104,10 +108,12 @@ def _check_scan(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) 
             ends = [u for _, u in _named(state)]
             total = sum((u.square().sum() for u in ends), start=r.square().sum())
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)
-            results.append([r, *ends, *(torch.zeros_like(u) if g is None else g for u, g in zip(inputs, gradients, strict=True))])
+            results.append(
+                [r, *ends, *(torch.zeros_like(u) if g is None else g for u, g in zip(inputs, gradients, strict=True))]
+            )
         names = ["readings", *(f"state{name}" for name, _ in _named(state)), *(f"gradient of {n}" for n in "qkvx")]
         for name, fast, slow in zip(names, *results, strict=True):
-            error = float((fast - slow).abs().max() / slow.abs().max().clamp(min=1e-9))
+            error = float(((fast - slow).abs().max() / slow.abs().max().clamp(min=1e-9)).detach())
             where = "" if mask is None else " with a mask"
             assert error < 1e-8, (
                 f"scan{where}: {name} differ from fold and read one by one by {error:.2g} (relative), expected < 1e-8."
@@ -124,10 +130,12 @@ def _check_splits(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor
             out, state = store(q[:, :, part], k[:, :, part], v[:, :, part], x[:, part], state)
             outs.append(out)
             start += size
-        error = float((torch.cat(outs, dim=2) - whole).abs().max())
-        assert error < 1e-8, f"cut into {cuts} the output differs by {error:.2g} from one pass: output() must not mix tokens."
+        error = float((torch.cat(outs, dim=2) - whole).abs().max().detach())
+        assert error < 1e-8, (
+            f"cut into {cuts} the output differs by {error:.2g} from one pass: output() must not mix tokens."
+        )
         for (name, one), (_, other) in zip(_named(end.memory), _named(state.memory), strict=True):  # type: ignore[arg-type,union-attr]
-            error = float((one - other).abs().max())
+            error = float((one - other).abs().max().detach())
             assert error < 1e-8, f"cut into {cuts} the state{name} differs by {error:.2g} from one pass."
 
 
@@ -140,7 +148,7 @@ def _check_padding(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tenso
         real = valid[row].nonzero().squeeze(1)
         mine = slice(row, row + 1)
         alone, end = store(q[mine, :, real], k[mine, :, real], v[mine, :, real], x[mine, real])
-        error = float((out[mine, :, real] - alone).abs().max())
+        error = float((out[mine, :, real] - alone).abs().max().detach())
         assert error < 1e-8, f"a padded row differs from the same row alone by {error:.2g}: rows must not mix."
         for (name, padded), (_, single) in zip(_named(state.memory), _named(end.memory), strict=True):  # type: ignore[arg-type]
             assert torch.allclose(padded[mine], single), f"state{name} of a padded row differs from the same row alone."

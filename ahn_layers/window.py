@@ -66,7 +66,7 @@ class Window:
         return torch.where(empty, -1, rank)
 
     def leaves(self, rank: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-        """Whether the arrival of this rank pushes a token out of the window (the one of rank ``rank - window_size``)."""
+        """Whether the arrival of this rank pushes a token out: the one of rank ``rank - window_size``."""
         return rank >= self.capacity
 
     def farthest_sink(self, trained_length: int) -> int | None:

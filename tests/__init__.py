@@ -1,0 +1,1 @@
+"""The tests: contracts, parity, files, errors, documentation."""

@@ -19,9 +19,9 @@ def recurrence(memory: Compressor, state: Tensor, q: Tensor, k: Tensor, v: Tenso
     Written from the equations, with the parameters taken from the module; one state per query head.
     """
     head_dim = q.shape[-1]
-    normalise = lambda u: u / (u.square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    normalise = lambda u: u / (u.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     if isinstance(memory, Mamba2):
-        unit = lambda u: u / u.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # noqa: E731
+        unit = lambda u: u / u.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         dt = F.softplus(memory.dt_proj.weight @ x_j + memory.dt_proj.bias + memory.dt_bias)
         decay = torch.exp(-dt * memory.A_log.exp())
         state = decay[:, None, None] * state + torch.einsum("hd,he->hde", unit(k), dt[:, None] * v)
@@ -47,7 +47,16 @@ def recurrence(memory: Compressor, state: Tensor, q: Tensor, k: Tensor, v: Tenso
     return state, torch.einsum("he,hef->hf", r * F.silu(memory.g_proj.weight @ x_t)[:, None], memory.o_proj.weight)
 
 
-def memory_store(memory: Compressor, num_sinks: int, window_size: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor, valid: Tensor | None = None):
+def memory_store(
+    memory: Compressor,
+    num_sinks: int,
+    window_size: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    valid: Tensor | None = None,
+):
     """Outputs ``(B, H, T, E)`` and final states ``(B, H, D, E)``; outputs are zero where ``valid`` is False."""
     batch, heads, length, _ = q.shape
     valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid

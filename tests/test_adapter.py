@@ -111,8 +111,14 @@ KEY = "model.layers.1.ahn.fn."
 BAD_WEIGHTS = {
     "missing": ({KEY + "a_proj.weight": None}, "layer 1 lacks 'a_proj.weight'"),
     "unknown": ({KEY + "c_proj.weight": torch.ones(2)}, "layer 1 has 'c_proj.weight'"),
-    "shape": ({KEY + "a_proj.weight": torch.ones(4, 31)}, r"layer 1 'a_proj.weight' has shape \(4, 31\), expected \(4, 32\)"),
-    "infinite": ({KEY + "A_log": torch.tensor([1.0, float("inf"), 1, 1])}, "layer 1 'A_log' holds values that are not finite"),
+    "shape": (
+        {KEY + "a_proj.weight": torch.ones(4, 31)},
+        r"layer 1 'a_proj.weight' has shape \(4, 31\), expected \(4, 32\)",
+    ),
+    "infinite": (
+        {KEY + "A_log": torch.tensor([1.0, float("inf"), 1, 1])},
+        "layer 1 'A_log' holds values that are not finite",
+    ),
     "nan": ({KEY + "A_log": torch.full((4,), float("nan"))}, "not finite"),
     "layers": ({"model.layers.7.ahn.fn.A_log": torch.ones(4)}, r"for the layers \[0, 1, 2, 7\]"),
 }
@@ -145,7 +151,10 @@ BAD_FOLDERS = {
     "json": (lambda f: (f / "adapter.json").write_text("{"), "adapter.json"),
     "no json": (lambda f: (f / "adapter.json").unlink(), "adapter.json"),
     "incomplete json": (lambda f: (f / "adapter.json").write_text('{"format_version": 1}'), "lacks 'compressor'"),
-    "truncated": (lambda f: (f / "adapter.safetensors").write_bytes((f / "adapter.safetensors").read_bytes()[:99]), "damaged"),
+    "truncated": (
+        lambda f: (f / "adapter.safetensors").write_bytes((f / "adapter.safetensors").read_bytes()[:99]),
+        "damaged",
+    ),
     "foreign key": (lambda f: save_file({"x": torch.ones(1)}, f / "adapter.safetensors"), "unknown key 'x'"),
 }
 

@@ -148,5 +148,3 @@ def test_window_attention_needs_memory_linear_in_the_length(backward):
     kilobytes_of_inputs = 3 * 32768 * 2 * 16 * 4 / 1024
     assert long < 4 * short + 16_384, (short, long)
     assert long < 6 * kilobytes_of_inputs + 65_536, (short, long)
-
-

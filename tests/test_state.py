@@ -75,7 +75,10 @@ DAMAGE = {
     "truncated": (lambda data: data[: len(data) // 2], "damaged or truncated"),
     "empty": (lambda data: b"", "damaged or truncated"),
     "garbage": (lambda data: b"\xff" * len(data), "damaged or truncated"),
-    "another kind": (lambda data: with_metadata(data, format="pt"), "expected a file of format 'ahn_layers.memory_state'"),
+    "another kind": (
+        lambda data: with_metadata(data, format="pt"),
+        "expected a file of format 'ahn_layers.memory_state'",
+    ),
     "another version": (lambda data: with_metadata(data, version="99"), "format version 99, this library reads 1"),
 }
 

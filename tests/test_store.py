@@ -50,7 +50,15 @@ def test_any_cutting_equals_the_oracle(compressor, sinks, window):
     store, tokens = make(compressor, sinks, window)
     expected, state = oracle.memory_store(store.compressor, sinks, window, *tokens)
     full = sinks + window
-    for cuts in ([], range(1, T), [full], [full - 1] if full > 1 else [1], [full + 1], [1, 2, 12, 13, 14], [20, 21, 22]):
+    for cuts in (
+        [],
+        range(1, T),
+        [full],
+        [full - 1] if full > 1 else [1],
+        [full + 1],
+        [1, 2, 12, 13, 14],
+        [20, 21, 22],
+    ):
         for inplace in (False, True):
             out, end = run(store, tokens, list(cuts), inplace=inplace)
             close(out, expected)
@@ -245,7 +253,7 @@ def test_sinks_stay_within_reach(sink_positions, limit):
 
     sinks, window = 2, 5
     inv_freq = 1.0 / 10 ** torch.arange(0, 1, 2 / D, dtype=torch.float64)
-    rotate = lambda u, p: Rotary(inv_freq, 1).turn_back(u, -p)  # noqa: E731
+    rotate = lambda u, p: Rotary(inv_freq, 1).turn_back(u, -p)
     q, k, v = (torch.randn(1, 2, T, D) for _ in range(3))
     position = torch.arange(T)
     expected = torch.zeros(1, 2, T, D)

@@ -1,6 +1,5 @@
 """GatedDeltaNet: the delta rule with forgetting."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ class GatedDeltaNet(Compressor):
     ``beta`` per key/value head too.
 
     Example:
+        >>> import torch
         >>> sorted(GatedDeltaNet(hidden_size=64, num_heads=4, head_dim=16).gates(torch.zeros(1, 3, 64)))
         ['beta', 'g']
     """

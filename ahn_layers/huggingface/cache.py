@@ -28,7 +28,7 @@ MAX_ROLLBACK = 256
 
 
 class MemoryLayer(CacheLayerMixin):
-    """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows until the window is full."""
+    """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows up to the window."""
 
     is_compileable = False
     is_croppable = True
@@ -416,8 +416,8 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
         return layer
     if layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise ValueError(
-            f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they cannot "
-            "be taken over by the bounded memory. Begin with an empty cache."
+            f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they "
+            "cannot be taken over by the bounded memory. Begin with an empty cache."
         )
     ours = StaticMemoryLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else MemoryLayer()
     ours.record_past = bool(getattr(layer, "record_past", False))

@@ -18,7 +18,7 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class DecoderAttention(HippocampalAttention):
-    """[`HippocampalAttention`][ahn_layers.HippocampalAttention] for a block of transformers; its state lives in the cache.
+    """[`HippocampalAttention`][ahn_layers.HippocampalAttention] for a block of transformers, its state in the cache.
 
     Called, and answering, exactly as the block was.
 
@@ -84,8 +84,8 @@ class DecoderAttention(HippocampalAttention):
     def _warn_if_far(self, length: int) -> None:
         if self._warn_after is not None and length > self._warn_after:
             warnings.warn(
-                f"{type(self.block).__name__}: the text has passed the trained length of {self._warn_after} tokens, and "
-                f"the sinks stay at their true distance, since {self.found.fixed_positions}. Quality may collapse; "
+                f"{type(self.block).__name__}: the text has passed the trained length of {self._warn_after} tokens, "
+                f"and the sinks stay at their true distance, since {self.found.fixed_positions}. Quality may collapse; "
                 "use num_sinks=0, or sink_positions='absolute' to say that this is meant.",
                 stacklevel=2,
             )

@@ -75,7 +75,9 @@ def choose(
     chosen = [block for block in suitable if block.name not in reasons]
     wanted_but_small = [block for block in suitable if block.name in reasons] if layers is not None else []
     if not chosen or wanted_but_small:
-        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " there is no attention layer."
+        listing = (
+            "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " there is no attention layer."
+        )
         raise ValueError(f"no suitable attention layer to retrofit; candidates:{listing}")
     return chosen, reasons
 
@@ -87,10 +89,8 @@ def make_store(
     memory = None
     assert block.like is not None
     if compressor is not None:
-        sizes = dict(block.sizes)
-        positional = [sizes.pop(name) for name in ("hidden_size", "num_heads", "head_dim")]
         with torch.device(block.like.device):
-            memory = compressor(*positional, **sizes, **options)
+            memory = compressor(**block.sizes, **options)  # type: ignore[arg-type]
         memory = memory.to(block.like.dtype)
     return MemoryStore(window, memory, block.rotary)
 

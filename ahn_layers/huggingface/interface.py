@@ -97,8 +97,8 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     if not torch.compiler.is_compiling() and (not plain or overlaid):
         raise ValueError(
             "a mask other than causal and padding was asked for (packed sequences, whose position_ids start again "
-            "within a row, or a custom mask function): the memory would mix what the mask keeps apart. Pad the rows and "
-            "pass a 2-D attention_mask."
+            "within a row, or a custom mask function): the memory would mix what the mask keeps apart. Pad the rows "
+            "and pass a 2-D attention_mask."
         )
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
@@ -124,8 +124,8 @@ def refuse_unsupported(dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise for everything that would change the result and that the memory cannot honour."""
     if dropout:
         raise ValueError(
-            f"attention dropout={dropout}: expected 0, since a token that is dropped here is folded later all the same. "
-            "Set config.attention_dropout = 0 or call model.eval()."
+            f"attention dropout={dropout}: expected 0, since a token that is dropped here is folded later all the same."
+            " Set config.attention_dropout = 0 or call model.eval()."
         )
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal=False: expected causal attention, tokens are folded in their order.")

@@ -150,7 +150,9 @@ def _find_rotary(
             continue
         for interleaved in (False, True):
             for start in sorted({0, near.shape[-1] - 2 * len(inv_freq)}):
-                rotary = Rotary(inv_freq.to(near.device), block.trained_length or 1, interleaved=interleaved, start=start)
+                rotary = Rotary(
+                    inv_freq.to(near.device), block.trained_length or 1, interleaved=interleaved, start=start
+                )
                 if torch.allclose(rotary.turn_back(far, distance), near, rtol=0, atol=tolerance):
                     if block.trained_length is None:
                         block.fixed_positions = "the config has no max_position_embeddings"

@@ -17,7 +17,7 @@ def cut(
 ) -> tuple[
     Float[Tensor, "b s n rc d"], Float[Tensor, "b s n c d"], Float[Tensor, "b s n c e"], Float[Tensor, "b s n c"]
 ]:
-    """Cut the time axis into chunks, in the dtype of the state; the last chunk is filled up with tokens that do nothing.
+    """Cut the time axis into chunks, in the dtype of the state; the last chunk is filled up with idle tokens.
 
     Returns:
         Queries of a group side by side within a chunk, keys, values and log decays (zero where ``g`` is None).
@@ -27,11 +27,16 @@ def cut(
     fill = -k.shape[2] % size
     q, k, v = (F.pad(u.to(state.dtype), (0, 0, 0, fill)) for u in (q, k, v))
     q = rearrange(q, "b (s r) (n c) d -> b s n (r c) d", s=state.shape[1], c=size)
-    return q, k.unflatten(2, (-1, size)), v.unflatten(2, (-1, size)), F.pad(g.to(state.dtype), (0, fill)).unflatten(2, (-1, size))
+    return (
+        q,
+        k.unflatten(2, (-1, size)),
+        v.unflatten(2, (-1, size)),
+        F.pad(g.to(state.dtype), (0, fill)).unflatten(2, (-1, size)),
+    )
 
 
 def decay_matrix(g: Float[Tensor, "b s n c"]) -> tuple[Float[Tensor, "b s n c"], Float[Tensor, "b s n c c"]]:
-    """Log decay since the start of the chunk, and ``exp`` of the decay from token ``j`` to token ``i >= j`` (else 0)."""
+    """Log decay since the start of the chunk, and the decay from token ``j`` to token ``i >= j`` (0 for ``i < j``)."""
     total = g.cumsum(dim=-1)
     future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
     between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, float("-inf"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _BLOCK_SCORES = 1 << 27
-"""Upper bound on the scores ``b * h * block * keys`` of one query block (512 MiB in float32, if they are materialised)."""
+"""Upper bound on the scores ``b * h * block * keys`` of one query block (512 MiB in float32, if materialised)."""
 
 
 def masked_attention(
@@ -24,7 +24,7 @@ def masked_attention(
     q_sinks: Float[Tensor, "b h t d"] | None = None,
     num_sinks: int = 0,
 ) -> Float[Tensor, "b h t e"]:
-    """Attention under a boolean mask, with grouped key/value heads and, on request, soft-capped or re-positioned logits.
+    """Attention under a boolean mask, with grouped key/value heads and, on request, capped or re-positioned logits.
 
     Args:
         q: queries.
@@ -125,7 +125,10 @@ def window_attention(
     ends = [*starts[1:], q.shape[2]]
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or context_k.requires_grad or context_v.requires_grad)
     if needs_grad and len(starts) > 1:
-        blocks = [checkpoint(block, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in zip(starts, ends, strict=True)]
+        blocks = [
+            checkpoint(block, a, b, use_reentrant=False, preserve_rng_state=False)
+            for a, b in zip(starts, ends, strict=True)
+        ]
     else:
         blocks = [block(a, b) for a, b in zip(starts, ends, strict=True)]
     return torch.cat(blocks, dim=2)

@@ -1,0 +1,231 @@
+"""Read a text far longer than the window: full attention, the window alone, and window + memory, side by side.
+
+    python examples/quickstart.py                          # SmolLM2-135M-Instruct, 16,384 tokens, a few minutes on a CPU
+    python examples/quickstart.py --text novel.txt --tokens 32768 --adapter my_adapter
+
+It prints a table (loss by position, cache bytes, peak memory, speed), draws it to a PNG, and lets the retrofitted model
+continue the text from the cache it has built.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from peak_memory import PeakMemory
+from smollm2 import load_causal_lm
+from torch import Tensor
+from tqdm import tqdm
+
+from ahn_layers import GatedDeltaNet, full_attention, load_adapter, memory_report, retrofit, window_only
+
+
+@dataclass
+class Reading:
+    """What one arm measured while it read the text.
+
+    Attributes:
+        losses: nats per token, shape (T,).
+        positions: tokens read after each chunk.
+        cache_bytes: bytes of the cache after each chunk.
+        peak_bytes: most memory added while reading, None if it cannot be measured.
+        seconds: time for the whole text.
+        cache: the cache at the end.
+    """
+
+    losses: Tensor
+    positions: list[int]
+    cache_bytes: list[int]
+    peak_bytes: int | None
+    seconds: float
+    cache: Any
+
+
+@torch.no_grad()
+def read(model: Any, ids: Tensor, chunk: int, name: str) -> Reading:
+    """Stream a text through a model, chunk by chunk, with a cache.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: token ids, shape (1, T + 1); every one but the last is read, every one but the first predicted.
+        chunk: tokens per call.
+        name: of the progress bar.
+    """
+    cache, losses, positions, sizes = None, [], [], []
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    with PeakMemory(ids.device) as peak, tqdm(total=inputs.shape[1], desc=f"{name:14}", unit=" tokens") as bar:
+        start = time.perf_counter()
+        for begin in range(0, inputs.shape[1], chunk):
+            part = slice(begin, begin + chunk)
+            out = model(inputs[:, part], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            losses.append(F.cross_entropy(out.logits[0].float(), targets[0, part], reduction="none").cpu())
+            bar.update(len(losses[-1]))
+            positions.append(bar.n)
+            sizes.append(cache_bytes(cache))
+        seconds = time.perf_counter() - start
+    return Reading(torch.cat(losses), positions, sizes, peak.nbytes, seconds, cache)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes held by a cache of transformers, with or without memory layers."""
+    return sum(
+        layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers
+    )
+
+
+def compare(model: Any, ids: Tensor, chunk: int) -> dict[str, Reading]:
+    """Read a text by full attention, by the window alone, and with the memory.
+
+    Args:
+        model: a retrofitted model.
+        ids: token ids, shape (1, T + 1).
+        chunk: tokens per call.
+    """
+    arms = {"full attention": full_attention(model), "window only": window_only(model), "memory": nullcontext()}
+    with torch.no_grad():
+        model(ids[:, :chunk])  # warm up: the first arm should pay neither for lazy loading nor for thread pools
+    readings = {}
+    for name, arm in arms.items():
+        with arm:
+            readings[name] = read(model, ids, chunk, name)
+    return readings
+
+
+def format_table(readings: dict[str, Reading], capacity: int) -> str:
+    """Loss by position (ranges double from the window's capacity on), memory and speed of every arm."""
+    arms = list(readings.values())
+    edges, tokens = [0], len(arms[0].losses)
+    while edges[-1] < tokens:
+        edges.append(min(tokens, max(capacity, 2 * edges[-1])))
+    rows = [("", *readings)]
+    for low, high in zip(edges, edges[1:], strict=False):
+        rows.append((f"loss, tokens {low:,}-{high:,}", *(f"{arm.losses[low:high].mean():.3f}" for arm in arms)))
+    rows.append(("cache at the end, MB", *(f"{arm.cache_bytes[-1] / 1e6:.1f}" for arm in arms)))
+    rows.append(
+        ("peak memory, MB *", *("-" if arm.peak_bytes is None else f"{arm.peak_bytes / 1e6:.0f}" for arm in arms))
+    )
+    rows.append(("tokens per second", *(f"{tokens / arm.seconds:.0f}" for arm in arms)))
+    lines = [f"{row[0]:28}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def plot(readings: dict[str, Reading], capacity: int, trained: int, path: Path) -> None:
+    """Draw loss and cache bytes over position.
+
+    Args:
+        readings: of every arm.
+        capacity: tokens that the window holds.
+        trained: positions that the model was trained on.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    loss_axes, cache_axes = figure.subplots(2, 1, sharex=True)
+    styles = {
+        "full attention": ("tab:gray", "-", 2.0),
+        "window only": ("tab:orange", "-", 3.5),
+        "memory": ("tab:blue", "--", 1.5),
+    }
+    for name, arm in readings.items():
+        color, line, width = styles[name]
+        look = {"color": color, "linestyle": line, "linewidth": width, "label": name}
+        loss_axes.plot(*smooth(arm.losses, max(1, len(arm.losses) // 32)), **look)
+        cache_axes.plot([0, *arm.positions], [0, *(size / 1e6 for size in arm.cache_bytes)], **look)
+    tokens = len(next(iter(readings.values())).losses)
+    for axes, label in ((loss_axes, "loss, nats per token"), (cache_axes, "cache, MB")):
+        for position, meaning in ((capacity, "window full"), (trained, "trained length")):
+            if position < tokens:
+                axes.axvline(position, color="black", linewidth=0.8, linestyle=":")
+                axes.annotate(f" {meaning}", (position, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+    cache_axes.set_xlabel("position, tokens")
+    cache_axes.set_xlim(0, tokens)
+    loss_axes.legend(loc="lower left")
+    figure.savefig(path, dpi=150)
+
+
+def smooth(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Mean over a sliding window, and the position in the middle of it."""
+    means = F.avg_pool1d(values[None], width, stride=1)[0]
+    return torch.arange(len(means)) + width / 2, means
+
+
+def continue_text(model: Any, tokenizer: Any, ids: Tensor, cache: Any, count: int = 60) -> str:
+    """Greedy continuation of a text of which all but the last token is in the cache."""
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=count, do_sample=False
+    )
+    return str(tokenizer.decode(out[0, ids.shape[1] :]))
+
+
+def load_text(path: Path | None) -> str:
+    """A text file, or the reference of the Python language that every CPython carries."""
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", help="folder or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--adapter", help="trained memory: folder, file or hub id (default: none, an untrained memory)")
+    parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the reference of the Python language)")
+    parser.add_argument("--tokens", type=int, default=16_384, help="length of text to read")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens per call of the model")
+    parser.add_argument("--window", type=int, default=1920, help="most recent tokens kept without loss")
+    parser.add_argument("--sinks", type=int, default=128, help="first tokens kept without loss")
+    parser.add_argument("--plot", type=Path, default=Path("quickstart.png"), help="where the picture goes")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the whole comparison.
+
+    Returns:
+        ``readings`` by arm, ``table``, ``continuation`` and ``plot``.
+    """
+    args = parse(argv)
+    try:
+        model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
+        text = load_text(args.text)
+        retrofit(model, GatedDeltaNet, window_size=args.window, num_sinks=args.sinks)
+        if args.adapter:
+            load_adapter(model, args.adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"quickstart: {error}") from None
+    print(memory_report(model))
+
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
+    readings = compare(model, ids, args.chunk)
+    capacity, trained = args.window + args.sinks, model.config.max_position_embeddings
+    table = format_table(readings, capacity)
+    print(f"\n{table}\n* most added while reading: {PeakMemory(ids.device).meaning}")
+    if not args.adapter:
+        print("The memory is untrained (no --adapter): its output is zero, so the memory arm equals window only.")
+    plot(readings, capacity, trained, args.plot)
+    print(f"Loss and cache over position: {args.plot}")
+
+    continuation = continue_text(model, tokenizer, ids, readings["memory"].cache)
+    print(f"\n[...]{tokenizer.decode(ids[0, -60:])}\n[continued by the retrofitted model] {continuation}")
+    return {"readings": readings, "table": table, "continuation": continuation, "plot": args.plot}
+
+
+if __name__ == "__main__":
+    main()

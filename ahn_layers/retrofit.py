@@ -176,6 +176,26 @@ def window_only(model: nn.Module) -> Iterator[None]:
             _set_implementation(record, before)
 
 
+@contextmanager
+def memory_attention(model: nn.Module) -> Iterator[None]:
+    """Run with the memory, where a surrounding context has switched to another mode.
+
+    Args:
+        model: a retrofitted model, or one that contains it.
+
+    Raises:
+        ValueError: if the model is not retrofitted.
+    """
+    _, record = find_retrofitted(model)
+    with _mode(model, "memory"):
+        before = record.configs[0]._attn_implementation
+        _set_implementation(record, record.ours)
+        try:
+            yield
+        finally:
+            _set_implementation(record, before)
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The trainable parameters of the memory alone, by their names in the model.
 

@@ -89,8 +89,8 @@ def _check_untrained(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Ten
     window = Window(5, num_sinks=2)
     out, plain = MemoryStore(window, memory)(q, k, v, x)[0], MemoryStore(window)(q, k, v)[0]
     assert torch.equal(out, plain), (
-        f"a fresh memory changes the output by {float((out - plain).abs().max().detach()):.2g}, expected exactly 0: end "
-        "output() with a projection whose weight starts at zero, as self.o_proj does."
+        f"a fresh memory changes the output by {float((out - plain).abs().max().detach()):.2g}, expected exactly 0: "
+        "end output() with a projection whose weight starts at zero, as self.o_proj does."
     )
 
 

@@ -1,6 +1,6 @@
 """Read a text far longer than the window: full attention, the window alone, and window + memory, side by side.
 
-    python examples/quickstart.py                          # SmolLM2-135M-Instruct, 16,384 tokens, a few minutes on a CPU
+    python examples/quickstart.py    # SmolLM2-135M-Instruct, 16,384 tokens, a few minutes on two CPU cores
     python examples/quickstart.py --text novel.txt --tokens 32768 --adapter my_adapter
 
 It prints a table (loss by position, cache bytes, peak memory, speed), draws it to a PNG, and lets the retrofitted model
@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ class Reading:
         cache_bytes: bytes of the cache after each chunk.
         peak_bytes: most memory added while reading, None if it cannot be measured.
         seconds: time for the whole text.
-        cache: the cache at the end.
     """
 
     losses: Tensor
@@ -44,11 +44,10 @@ class Reading:
     cache_bytes: list[int]
     peak_bytes: int | None
     seconds: float
-    cache: Any
 
 
 @torch.no_grad()
-def read(model: Any, ids: Tensor, chunk: int, name: str) -> Reading:
+def read(model: Any, ids: Tensor, chunk: int, name: str) -> tuple[Reading, Any]:
     """Stream a text through a model, chunk by chunk, with a cache.
 
     Args:
@@ -56,6 +55,9 @@ def read(model: Any, ids: Tensor, chunk: int, name: str) -> Reading:
         ids: token ids, shape (1, T + 1); every one but the last is read, every one but the first predicted.
         chunk: tokens per call.
         name: of the progress bar.
+
+    Returns:
+        What was measured, and the cache, which has seen all tokens but the last.
     """
     cache, losses, positions, sizes = None, [], [], []
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -70,7 +72,7 @@ def read(model: Any, ids: Tensor, chunk: int, name: str) -> Reading:
             positions.append(bar.n)
             sizes.append(cache_bytes(cache))
         seconds = time.perf_counter() - start
-    return Reading(torch.cat(losses), positions, sizes, peak.nbytes, seconds, cache)
+    return Reading(torch.cat(losses), positions, sizes, peak.nbytes, seconds), cache
 
 
 def cache_bytes(cache: Any) -> int:
@@ -80,22 +82,26 @@ def cache_bytes(cache: Any) -> int:
     )
 
 
-def compare(model: Any, ids: Tensor, chunk: int) -> dict[str, Reading]:
+def compare(model: Any, ids: Tensor, chunk: int) -> tuple[dict[str, Reading], Any]:
     """Read a text by full attention, by the window alone, and with the memory.
 
     Args:
         model: a retrofitted model.
         ids: token ids, shape (1, T + 1).
         chunk: tokens per call.
+
+    Returns:
+        A reading for each, and the cache of the last, the memory.
     """
     arms = {"full attention": full_attention(model), "window only": window_only(model), "memory": nullcontext()}
     with torch.no_grad():
         model(ids[:, :chunk])  # warm up: the first arm should pay neither for lazy loading nor for thread pools
-    readings = {}
+    readings, cache = {}, None
     for name, arm in arms.items():
+        cache = None  # lets go of the cache of the arm before
         with arm:
-            readings[name] = read(model, ids, chunk, name)
-    return readings
+            readings[name], cache = read(model, ids, chunk, name)
+    return readings, cache
 
 
 def format_table(readings: dict[str, Reading], capacity: int) -> str:
@@ -105,7 +111,7 @@ def format_table(readings: dict[str, Reading], capacity: int) -> str:
     while edges[-1] < tokens:
         edges.append(min(tokens, max(capacity, 2 * edges[-1])))
     rows = [("", *readings)]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         rows.append((f"loss, tokens {low:,}-{high:,}", *(f"{arm.losses[low:high].mean():.3f}" for arm in arms)))
     rows.append(("cache at the end, MB", *(f"{arm.cache_bytes[-1] / 1e6:.1f}" for arm in arms)))
     rows.append(
@@ -176,6 +182,14 @@ def load_text(path: Path | None) -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def positive(text: str) -> int:
+    """A whole number above zero, for the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
+    return value
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     gpu = torch.cuda.is_available()
@@ -185,8 +199,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--adapter", help="trained memory: folder, file or hub id (default: none, an untrained memory)")
     parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the reference of the Python language)")
-    parser.add_argument("--tokens", type=int, default=16_384, help="length of text to read")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens per call of the model")
+    parser.add_argument("--tokens", type=positive, default=16_384, help="length of text to read")
+    parser.add_argument("--chunk", type=positive, default=512, help="tokens per call of the model")
     parser.add_argument("--window", type=int, default=1920, help="most recent tokens kept without loss")
     parser.add_argument("--sinks", type=int, default=128, help="first tokens kept without loss")
     parser.add_argument("--plot", type=Path, default=Path("quickstart.png"), help="where the picture goes")
@@ -208,12 +222,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         retrofit(model, GatedDeltaNet, window_size=args.window, num_sinks=args.sinks)
         if args.adapter:
             load_adapter(model, args.adapter)
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
+        if ids.shape[1] < 2:
+            raise ValueError(f"--text {args.text}: expected at least 2 tokens, found {ids.shape[1]}.")
     except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"quickstart: {error}") from None
+        raise SystemExit(f"quickstart: {' '.join(str(error).split())}") from None
     print(memory_report(model))
 
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
-    readings = compare(model, ids, args.chunk)
+    readings, cache = compare(model, ids, args.chunk)
     capacity, trained = args.window + args.sinks, model.config.max_position_embeddings
     table = format_table(readings, capacity)
     print(f"\n{table}\n* most added while reading: {PeakMemory(ids.device).meaning}")
@@ -222,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     plot(readings, capacity, trained, args.plot)
     print(f"Loss and cache over position: {args.plot}")
 
-    continuation = continue_text(model, tokenizer, ids, readings["memory"].cache)
+    continuation = continue_text(model, tokenizer, ids, cache)
     print(f"\n[...]{tokenizer.decode(ids[0, -60:])}\n[continued by the retrofitted model] {continuation}")
     return {"readings": readings, "table": table, "continuation": continuation, "plot": args.plot}
 

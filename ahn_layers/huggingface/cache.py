@@ -240,7 +240,7 @@ class StaticMemoryLayer(MemoryLayer):
             out, after = store(q, k, v, x, self.state, **options)
             with torch.no_grad():
                 self.state.copy_(after)
-        self.state.length = None  # from here on lengths live on the device
+        self.state.length, self.state.padded = None, True  # from here on lengths live on the device
         self.cumulative_length.add_(k.shape[2])
         return out
 

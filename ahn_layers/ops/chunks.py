@@ -15,24 +15,21 @@ def cut(
     g: Float[Tensor, "b s t"] | None,
     size: int,
 ) -> tuple[
-    Float[Tensor, "b s n rc d"], Float[Tensor, "b s n c d"], Float[Tensor, "b s n c e"], Float[Tensor, "b s n c"]
+    Float[Tensor, "b s n rc d"], Float[Tensor, "b s n c d"], Float[Tensor, "b s n c e"], Float[Tensor, "bg sg ng c"]
 ]:
     """Cut the time axis into chunks, in the dtype of the state; the last chunk is filled up with idle tokens.
 
     Returns:
-        Queries of a group side by side within a chunk, keys, values and log decays (zero where ``g`` is None).
+        Queries of a group side by side within a chunk, keys, values, and log decays; without ``g`` these are zeros of
+        shape ``(1, 1, 1, size)``.
     """
-    if g is None:
-        g = state.new_zeros(()).expand(k.shape[:3])
     fill = -k.shape[2] % size
     q, k, v = (F.pad(u.to(state.dtype), (0, 0, 0, fill)) for u in (q, k, v))
     q = rearrange(q, "b (s r) (n c) d -> b s n (r c) d", s=state.shape[1], c=size)
-    return (
-        q,
-        k.unflatten(2, (-1, size)),
-        v.unflatten(2, (-1, size)),
-        F.pad(g.to(state.dtype), (0, fill)).unflatten(2, (-1, size)),
-    )
+    k, v = (u.unflatten(2, (-1, size)) for u in (k, v))
+    if g is None:
+        return q, k, v, state.new_zeros(1, 1, 1, size)
+    return q, k, v, F.pad(g.to(state.dtype), (0, fill)).unflatten(2, (-1, size))
 
 
 def decay_matrix(g: Float[Tensor, "b s n c"]) -> tuple[Float[Tensor, "b s n c"], Float[Tensor, "b s n c c"]]:

@@ -4,6 +4,7 @@ Dimensions as in :mod:`.linear_scan`.
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -51,7 +52,7 @@ def gated_delta_scan(
     """
     length = q.shape[2]
     q, k, v, g = cut(state, q, k, v, g, chunk_size)
-    beta = torch.nn.functional.pad(beta.to(state.dtype), (0, g.shape[2] * chunk_size - beta.shape[2]))
+    beta = F.pad(beta.to(state.dtype), (0, -length % chunk_size))
     beta = beta.unflatten(2, (-1, chunk_size)).unsqueeze(-1)
     total, decay = decay_matrix(g)
     since = total.exp().unsqueeze(-1)
@@ -63,7 +64,7 @@ def gated_delta_scan(
     scores = (q @ k.mT) * decay.repeat(1, 1, 1, repeats, 1)
     reach = q * since.repeat(1, 1, 1, repeats, 1)
     tail = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).mT
-    carry = total[..., -1].exp()[..., None, None]
+    carry = total[..., -1].exp().expand(k.shape[:3])[..., None, None]
     reads = []
     for n in range(k.shape[2]):
         written = u[:, :, n] - w[:, :, n] @ state

@@ -40,7 +40,7 @@ def gated_linear_scan(
     scores = rearrange(q @ k.mT, "b s n (r i) j -> b s n r i j", i=chunk_size)
     within = rearrange(scores * decay.unsqueeze(3), "b s n r i j -> b s n (r i) j") @ v
     updates = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).mT @ v
-    carry = total[..., -1].exp()[..., None, None]
+    carry = total[..., -1].exp().expand(k.shape[:3])[..., None, None]
     before = []
     for n in range(k.shape[2]):
         before.append(state)

@@ -39,25 +39,32 @@ def masked_attention(
     Returns:
         The attention output, in the dtype of ``q``.
     """
-    if softcap is None and q_sinks is None:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
-    b, h, t, d = q.shape
-    scale = d**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if softcap is None and (q_sinks is None or q.shape[2] > 1):
+        size, grouped = v.shape[-1], q.shape[1] != k.shape[1]
+        if q_sinks is not None:
+            # one product for both kinds of keys: [q_sinks, q] with [k, 0] at the sinks and [0, k] elsewhere
+            is_sink = (torch.arange(k.shape[2], device=k.device) < num_sinks).unsqueeze(-1)
+            q, k = torch.cat((q_sinks, q), dim=-1), torch.cat((k * is_sink, k * ~is_sink), dim=-1)
+            v = F.pad(v, (0, k.shape[-1] - size))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+        return out[..., :size]
+    b, h, t, _ = q.shape
 
     def by_group(u: Tensor) -> Tensor:  # the queries of a key/value head side by side: nothing is repeated
         return u.reshape(b, k.shape[1], -1, u.shape[-1])
 
-    logits = by_group(q) @ k.mT
-    if q_sinks is not None:
-        logits = torch.cat((by_group(q_sinks) @ k[:, :, :num_sinks].mT, logits[..., num_sinks:]), dim=-1)
-    logits = logits.reshape(b, h, t, -1).float() * scale
+    if q_sinks is None:
+        logits = by_group(q * scale) @ k.mT
+    else:
+        sinks, rest = k.mT.split((num_sinks, k.shape[2] - num_sinks), dim=-1)
+        logits = torch.cat((by_group(q_sinks * scale) @ sinks, by_group(q * scale) @ rest), dim=-1)
+    logits = logits.reshape(b, h, t, -1).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
-    weights = logits.softmax(dim=-1).to(v.dtype)
-    return (by_group(weights) @ v).reshape(b, h, t, -1)
+    return (by_group(logits.softmax(dim=-1).to(v.dtype)) @ v).reshape(b, h, t, -1)
 
 
 def window_attention(

@@ -13,6 +13,9 @@ from .cache import HippocampalCache, MemoryLayer, memory_layer
 from .interface import implementation_name
 from .probe import AttentionBlock
 
+PREFILL_CHUNK = 4096
+"""Tokens that ``generate`` reads at a time where a text may outgrow the window and the caller asks for no other size."""
+
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 """What the cache is called in the forward of attention blocks."""
 
@@ -99,6 +102,9 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: s
 class PrepareCache:
     """Stands in for ``model._prepare_cache_for_generation``: the cache of ``generate`` gets our layers from the start.
 
+    A prompt that may outgrow the window is read in chunks of ``PREFILL_CHUNK`` tokens, so that not only the cache but
+    the activations too stay bounded.
+
     An object and not a function, so that the model can still be pickled and copied.
 
     Args:
@@ -130,4 +136,12 @@ class PrepareCache:
             model_kwargs["past_key_values"] = cache = HippocampalCache.of(cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
+        if chunk is None and not cache.is_compileable and _is_plain_text(model_kwargs):
+            generation_config.prefill_chunk_size = PREFILL_CHUNK
         return result
+
+
+def _is_plain_text(model_kwargs: dict[str, Any]) -> bool:
+    """Whether the prompt is token ids alone, which can be cut anywhere."""
+    tensors = {name for name, u in model_kwargs.items() if isinstance(u, Tensor)}
+    return tensors <= {"attention_mask", "position_ids"}

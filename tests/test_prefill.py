@@ -1,0 +1,58 @@
+"""Long prompts are read in chunks, by default and with the same result."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ahn_layers import GatedDeltaNet, adapter_parameters, full_attention, retrofit
+from ahn_layers.huggingface import decoder
+
+
+@pytest.fixture
+def model():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = retrofit(LlamaForCausalLM(config).eval(), GatedDeltaNet, window_size=8, num_sinks=2)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.normal_(std=0.5)
+    return model
+
+
+def lengths_of_calls(model):
+    """The tokens that each forward of the model gets."""
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize("pads", [0, 5])
+def test_generate_reads_long_prompts_in_chunks(model, monkeypatch, pads):
+    ids = torch.randint(1, 64, (2, 50))
+    ids[0, :pads] = 0
+    inputs = {"attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, prefill_chunk_size=50, **inputs)
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 16)
+    seen = lengths_of_calls(model)
+    assert torch.equal(model.generate(ids, **inputs), expected)
+    assert seen == [16, 16, 16, 2] + [1] * 5
+    seen.clear()
+    assert torch.equal(model.generate(ids, prefill_chunk_size=30, **inputs), expected)
+    assert seen[:2] == [30, 20], "a size that the caller asks for is kept"
+
+
+def test_full_attention_and_embeddings_are_not_cut(model, monkeypatch):
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 16)
+    ids = torch.randint(1, 64, (1, 50))
+    seen = lengths_of_calls(model)
+    with full_attention(model):
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert seen == [50, 1]
+    model.model._forward_pre_hooks.clear()
+    embeddings = model.get_input_embeddings()(ids)
+    from_ids = model.generate(ids, max_new_tokens=4, do_sample=False)[:, 50:]
+    assert torch.equal(model.generate(inputs_embeds=embeddings, max_new_tokens=4, do_sample=False), from_ids)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
+from .files import write_atomically
 from .retrofit import find_retrofitted, retrofit
-from .state import write_atomically
 from .version import __version__
 
 FORMAT_VERSION = 1

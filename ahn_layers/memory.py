@@ -131,7 +131,6 @@ class MemoryStore(nn.Module):
 
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in each row
         x = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        state = replace(state, padded=True)
         out, state = self._extend(take(q, order), new.take(order), x, state, valid.sum(dim=1), attention, None)
         return take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0), state
 
@@ -163,22 +162,14 @@ class MemoryStore(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """Any number of new tokens; with ``arrivals``, only the first so many columns of each row are real."""
         window, count = self.window, len(new)
-        first = state.seen.unsqueeze(1) if state.uniform is None else state.uniform  # rank of the first new token
-        slots = self._write(state, new, first, arrivals)
-        after = replace(
-            state,
-            slots=slots,
-            seen=state.seen + (count if arrivals is None else arrivals),
-            length=None if state.length is None else state.length + count,
-        )
+        after = state.extended(new, arrivals)
         if dense is not None and after.uniform is not None and after.uniform <= window.capacity:
-            resident = slots.columns(0, after.uniform)
+            resident = after.slots.columns(0, after.uniform)
             return dense(q, resident.k, resident.v), after
 
-        past = self._past(state, first)
-        context = past.cat(new)
-        rank = first + torch.arange(count, device=q.device)
-        sinks = slots.columns(0, window.num_sinks)
+        recent, sinks = state.recent(), after.slots.columns(0, window.num_sinks)
+        context = recent.cat(new)
+        rank = state.next_rank + torch.arange(count, device=q.device)
         out = window_attention(
             q,
             sinks.k,
@@ -191,19 +182,18 @@ class MemoryStore(nn.Module):
             q_sinks=self._sink_queries(q, rank, after.length),
             **attention,  # type: ignore[arg-type]
         )
-        waits = window.window_size - len(past)  # the first queries, for which nothing leaves
-        if state.uniform is not None:
-            waits += max(0, window.num_sinks + len(past) - state.uniform)  # sinks do not leave
-        if state.memory is None or waits >= count:
+        # Query i pushes out column i - spare of the context; sinks are never pushed out.
+        spare = window.window_size - len(recent)
+        first = spare + (0 if state.uniform is None else max(0, window.num_sinks + len(recent) - state.uniform))
+        if state.memory is None or first >= count:
             return out, after
-        evicted = context.columns(waits - window.window_size + len(past), count - window.window_size + len(past))
-        folds = None
-        if state.uniform is None:
-            folds = window.leaves(rank[:, waits:])
+        evicted, folds = context.columns(first - spare, count - spare), None
+        if after.uniform is None:
+            folds = window.leaves(state.seen.unsqueeze(1) + torch.arange(first, count, device=q.device))
             if arrivals is not None:
-                folds = folds & (torch.arange(waits, count, device=q.device) < arrivals.unsqueeze(1))
-        recalled, after.memory = self._remember(state.memory, q[:, :, waits:], evicted, x[:, waits:], folds)  # type: ignore[index]
-        return torch.cat((out[:, :, :waits], out[:, :, waits:] + recalled.to(out.dtype)), dim=2), after
+                folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
+        recalled, after.memory = self._remember(state.memory, q[:, :, first:], evicted, x[:, first:], folds)  # type: ignore[index]
+        return torch.cat((out[:, :, :first], out[:, :, first:] + recalled.to(out.dtype)), dim=2), after
 
     def _step(
         self,
@@ -247,38 +237,10 @@ class MemoryStore(nn.Module):
         if not inplace:
             return out, replace(state, slots=slots, seen=seen, memory=memory, length=length, padded=padded)
         state.seen.copy_(seen)
-        if memory is not None:
-            map_state(lambda old, now: old.copy_(now), state.memory, memory)  # type: ignore[arg-type]
-        state.length, state.padded = length, padded
+        if memory is not None and length is None:  # a static state: every address is fixed
+            memory = map_state(lambda old, now: old.copy_(now), state.memory, memory)  # type: ignore[arg-type]
+        state.memory, state.length, state.padded = memory, length, padded
         return out, state
-
-    def _write(
-        self, state: MemoryState, new: Tokens, first: int | Tensor, arrivals: Int[Tensor, " b"] | None
-    ) -> Tokens:
-        """The slots once the new tokens are in: each slot keeps its token or takes the last one that belongs there."""
-        window, held = self.window, len(state.slots)
-        needed = window.capacity if state.length is None else min(window.capacity, state.length + len(new))
-        if state.uniform == held and held + len(new) <= window.capacity:
-            return state.slots.cat(new)
-        slot = torch.arange(max(needed, held), device=new.k.device)
-        total = first + (len(new) if arrivals is None else arrivals.unsqueeze(1))
-        rank = window.resident(slot, torch.as_tensor(total, device=slot.device).view(-1, 1))
-        rank = rank.squeeze(0) if isinstance(first, int) else rank
-        source = torch.where(rank >= first, held + rank - first, slot)
-        source = torch.where(rank < 0, held + len(new), source)  # empty slots take the column of zeros
-        nothing = new.map(lambda u: u.new_zeros(*u.shape[:2], 1, *u.shape[3:]))
-        return state.slots.cat(new, nothing).take(source)
-
-    def _past(self, state: MemoryState, first: int | Tensor) -> Tokens:
-        """The window before the new tokens, in the order of rank: the last columns are the most recent tokens."""
-        window = self.window
-        size = window.window_size
-        if state.length is not None:
-            size = min(size, max(0, state.length - window.num_sinks))
-        if state.uniform is not None and state.uniform <= window.capacity:
-            return state.slots.columns(state.uniform - size, state.uniform)
-        rank = first + torch.arange(-size, 0, device=state.seen.device)
-        return state.slots.take(window.slot(rank).clamp(min=0, max=max(len(state.slots) - 1, 0)))
 
     def _remember(
         self,

@@ -1,7 +1,7 @@
 """Put a memory into a loaded model, take it out again, and switch between the two."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -133,9 +133,8 @@ def restore(model: Model) -> Model:
     return model
 
 
-@contextmanager
-def full_attention(model: nn.Module) -> Iterator[None]:
-    """Run the base model exactly, with full attention: the teacher in distillation, the baseline in measurements.
+def full_attention(model: nn.Module) -> AbstractContextManager[None]:
+    """Within this context, run the base model exactly: the teacher in distillation, the baseline in measurements.
 
     Caches filled inside and outside do not mix; mixing them is an error. The switch holds for the model, hence for
     every thread that runs it.
@@ -146,19 +145,11 @@ def full_attention(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model is not retrofitted.
     """
-    _, record = find_retrofitted(model)
-    with _mode(model, "full"):
-        before = record.configs[0]._attn_implementation
-        _set_implementation(record, record.base)
-        try:
-            yield
-        finally:
-            _set_implementation(record, before)
+    return _switched(model, "full")
 
 
-@contextmanager
-def window_only(model: nn.Module) -> Iterator[None]:
-    """Run sinks + window without the memory: the ablation that a memory has to beat.
+def window_only(model: nn.Module) -> AbstractContextManager[None]:
+    """Within this context, run sinks + window without the memory: the ablation that a memory has to beat.
 
     Args:
         model: a retrofitted model, or one that contains it.
@@ -166,19 +157,11 @@ def window_only(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model is not retrofitted.
     """
-    _, record = find_retrofitted(model)
-    with _mode(model, "window"):
-        before = record.configs[0]._attn_implementation
-        _set_implementation(record, record.ours)
-        try:
-            yield
-        finally:
-            _set_implementation(record, before)
+    return _switched(model, "window")
 
 
-@contextmanager
-def memory_attention(model: nn.Module) -> Iterator[None]:
-    """Run with the memory, where a surrounding context has switched to another mode.
+def memory_attention(model: nn.Module) -> AbstractContextManager[None]:
+    """Within this context, run with the memory, where a surrounding context has switched it off.
 
     Args:
         model: a retrofitted model, or one that contains it.
@@ -186,14 +169,7 @@ def memory_attention(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model is not retrofitted.
     """
-    _, record = find_retrofitted(model)
-    with _mode(model, "memory"):
-        before = record.configs[0]._attn_implementation
-        _set_implementation(record, record.ours)
-        try:
-            yield
-        finally:
-            _set_implementation(record, before)
+    return _switched(model, "memory")
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -253,13 +229,19 @@ def _set_implementation(record: Retrofitted, name: str) -> None:
 
 
 @contextmanager
-def _mode(model: nn.Module, mode: str) -> Iterator[None]:
-    blocks = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
-    before = [block.mode for block in blocks]
-    for block in blocks:
-        block.mode = mode  # type: ignore[assignment]
+def _switched(model: nn.Module, mode: str) -> Iterator[None]:
+    _, record = find_retrofitted(model)
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
+    before = [block.mode for block in blocks], record.configs[0]._attn_implementation
+    _set_modes(blocks, [mode] * len(blocks))
+    _set_implementation(record, record.base if mode == "full" else record.ours)
     try:
         yield
     finally:
-        for block, old in zip(blocks, before, strict=True):
-            block.mode = old
+        _set_modes(blocks, before[0])
+        _set_implementation(record, before[1])
+
+
+def _set_modes(blocks: list[Any], modes: list[str]) -> None:
+    for block, mode in zip(blocks, modes, strict=True):
+        block.mode = mode

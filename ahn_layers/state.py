@@ -1,20 +1,18 @@
 """What a memory store carries between calls: a value that belongs to the caller."""
 
-import json
-import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from .compressor import State, map_state
+from .files import load_tensors, save_tensors
 from .tokens import Tokens
 from .window import Window
-
-FORMAT_VERSION = 1
 
 
 @dataclass
@@ -51,6 +49,54 @@ class MemoryState:
         return None if self.padded else self.length
 
     @property
+    def next_rank(self) -> int | Int[Tensor, "b 1"]:
+        """Rank of the next token: one number if it is the same in every row and known, else per row."""
+        return self.seen.unsqueeze(1) if self.uniform is None else self.uniform
+
+    def recent(self) -> Tokens:
+        """The tokens of the window in the order of rank, the latest last; columns before the first one are filler.
+
+        As many columns as the fullest row can have; the tokens of rank below ``num_sinks`` are left out.
+        """
+        window, size = self.window, self.window.window_size
+        if self.length is not None:
+            size = min(size, max(0, self.length - window.num_sinks))
+        if self.uniform is not None and self.uniform <= window.capacity:
+            return self.slots.columns(self.uniform - size, self.uniform)
+        rank = self.next_rank + torch.arange(-size, 0, device=self.seen.device)
+        return self.slots.take(window.slot(rank).clamp(min=0, max=max(len(self.slots) - 1, 0)))
+
+    def extended(self, new: Tokens, arrivals: Int[Tensor, " b"] | None = None) -> "MemoryState":
+        """The state with new tokens in their slots; what they push out is gone, the memory is as it was.
+
+        Args:
+            new: the tokens.
+            arrivals: how many of them are real in each row, the first ones; None for all.
+        """
+        return replace(
+            self,
+            slots=self._slots_with(new, arrivals),
+            seen=self.seen + (len(new) if arrivals is None else arrivals),
+            length=None if self.length is None else self.length + len(new),
+            padded=self.padded or arrivals is not None,
+        )
+
+    def _slots_with(self, new: Tokens, arrivals: Int[Tensor, " b"] | None) -> Tokens:
+        """Each slot keeps its token, or takes the last of the new ones that belongs there."""
+        window, held = self.window, len(self.slots)
+        if arrivals is None and self.uniform == held and held + len(new) <= window.capacity:
+            return self.slots.cat(new)
+        needed = window.capacity if self.length is None else min(window.capacity, self.length + len(new))
+        slot = torch.arange(max(needed, held), device=self.seen.device)
+        total = self.next_rank + (len(new) if arrivals is None else arrivals.unsqueeze(1))
+        rank = window.resident(slot, torch.as_tensor(total, device=slot.device).view(-1, 1))
+        rank = rank.squeeze(0) if isinstance(total, int) else rank
+        source = torch.where(rank >= self.next_rank, held + rank - self.next_rank, slot)
+        source = torch.where(rank < 0, held + len(new), source)  # empty slots take the column of zeros
+        nothing = new.map(lambda u: u.new_zeros(*u.shape[:2], 1, *u.shape[3:]))
+        return self.slots.cat(new, nothing).take(source)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(u.numel() * u.element_size() for u in self.tensors().values())
@@ -65,7 +111,7 @@ class MemoryState:
             named |= {f"memory.{name}": u for name, u in self.memory.items()}
         return named
 
-    def _map(self, function) -> "MemoryState":  # type: ignore[no-untyped-def]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         memory = None if self.memory is None else map_state(function, self.memory)
         return replace(self, slots=self.slots.map(function), seen=function(self.seen), memory=memory)
 
@@ -106,12 +152,12 @@ class MemoryState:
         tensors, description = load_tensors(path, "memory_state", device)
         return cls.from_tensors(tensors, description)
 
-    def description(self) -> dict[str, object]:
+    def description(self) -> dict[str, Any]:
         """What the tensors alone do not say, as JSON values."""
         return {"window": asdict(self.window), "length": self.length, "padded": self.padded}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], description: dict) -> "MemoryState":  # type: ignore[type-arg]
+    def from_tensors(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> "MemoryState":
         """Inverse of :meth:`tensors` and :meth:`description`."""
         several = {name.removeprefix("memory."): u for name, u in tensors.items() if name.startswith("memory.")}
         gates = {name.removeprefix("gates."): u for name, u in tensors.items() if name.startswith("gates.")}
@@ -123,48 +169,3 @@ class MemoryState:
             length=description["length"],
             padded=description["padded"],
         )
-
-
-def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, description: dict) -> None:  # type: ignore[type-arg]
-    """Write tensors and a JSON description to a safetensors file that appears complete or not at all."""
-    from safetensors.torch import save
-
-    metadata = {"format": f"ahn_layers.{kind}", "version": str(FORMAT_VERSION), "description": json.dumps(description)}
-    write_atomically(path, save({name: u.detach().contiguous() for name, u in tensors.items()}, metadata))
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that it is complete or not there, whatever happens meanwhile."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict]:  # type: ignore[type-arg]
-    """Read back what :func:`save_tensors` wrote; every defect of the file is a ValueError that names it."""
-    from safetensors import SafetensorError, safe_open
-
-    expected = f"ahn_layers.{kind}"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != expected:
-                raise ValueError(f"{path}: expected a file of format {expected!r}, found {metadata.get('format')!r}.")
-            if metadata.get("version") != str(FORMAT_VERSION):
-                raise ValueError(
-                    f"{path}: format version {metadata.get('version')}, this library reads {FORMAT_VERSION}. "
-                    "Load it with the version of ahn_layers that wrote it."
-                )
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["description"])  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ahn_layers import GatedDeltaNet, Mamba2, MemoryState, MemoryStore, Window
-from ahn_layers.state import write_atomically
+from ahn_layers.files import write_atomically
 
 
 @pytest.fixture(params=[GatedDeltaNet, Mamba2, None])

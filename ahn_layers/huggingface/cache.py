@@ -20,8 +20,9 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from ..files import load_tensors, save_tensors
 from ..memory import MemoryStore
-from ..state import MemoryState, load_tensors, save_tensors
+from ..state import MemoryState
 
 MAX_ROLLBACK = 256
 """Most recent tokens that :meth:`MemoryLayer.crop` can take back while the past is recorded (assisted decoding)."""

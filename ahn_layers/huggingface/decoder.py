@@ -14,7 +14,7 @@ from .interface import implementation_name
 from .probe import AttentionBlock
 
 PREFILL_CHUNK = 4096
-"""Tokens that ``generate`` reads at a time where a text may outgrow the window and the caller asks for no other size."""
+"""Tokens that ``generate`` reads at a time, unless the caller asks for another size."""
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 """What the cache is called in the forward of attention blocks."""

@@ -1,0 +1,57 @@
+"""Tensors in safetensors files: versioned, written atomically, every defect named."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, description: dict[str, Any]) -> None:
+    """Write tensors and a JSON description to a safetensors file that appears complete or not at all."""
+    from safetensors.torch import save
+
+    metadata = {"format": f"ahn_layers.{kind}", "version": str(FORMAT_VERSION), "description": json.dumps(description)}
+    write_atomically(path, save({name: u.detach().contiguous() for name, u in tensors.items()}, metadata))
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is complete or not there, whatever happens meanwhile."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read back what :func:`save_tensors` wrote; every defect of the file is a ValueError that names it."""
+    from safetensors import SafetensorError, safe_open
+
+    expected = f"ahn_layers.{kind}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != expected:
+                raise ValueError(f"{path}: expected a file of format {expected!r}, found {metadata.get('format')!r}.")
+            if metadata.get("version") != str(FORMAT_VERSION):
+                raise ValueError(
+                    f"{path}: format version {metadata.get('version')}, this library reads {FORMAT_VERSION}. "
+                    "Load it with the version of ahn_layers that wrote it."
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["description"])  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error

@@ -18,8 +18,10 @@ from .state import MemoryState
 from .tokens import Tokens, take
 from .window import Window
 
-_SEGMENT = 1024
-"""Tokens folded in one go: bounds what the scan expands and converts at a time."""
+_SEGMENT = {"cpu": 1024}
+"""Tokens folded in one go, by device type: bounds what the scan expands and converts at a time, within caches."""
+_LONG_SEGMENT = 8192
+"""The same for every other device, where launches cost more than memory traffic."""
 
 
 class MemoryStore(nn.Module):
@@ -255,8 +257,9 @@ class MemoryStore(nn.Module):
         compressor, outputs = self.compressor, []
         repeats = compressor.num_states // evicted.k.shape[1]
         scan = compressor.loop if len(evicted) == 1 else compressor.scan
-        for start in range(0, len(evicted), _SEGMENT):
-            part = slice(start, start + _SEGMENT)
+        size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
+        for start in range(0, len(evicted), size):
+            part = slice(start, start + size)
             k, v = (u[:, :, part].repeat_interleave(repeats, dim=1) for u in (evicted.k, evicted.v))
             gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}
             mask = None if folds is None else folds[:, part]

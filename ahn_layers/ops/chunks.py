@@ -32,7 +32,7 @@ def cut(
     return q, k, v, F.pad(g.to(state.dtype), (0, fill)).unflatten(2, (-1, size))
 
 
-def decay_matrix(g: Float[Tensor, "b s n c"]) -> tuple[Float[Tensor, "b s n c"], Float[Tensor, "b s n c c"]]:
+def decay_matrix(g: Float[Tensor, "*b c"]) -> tuple[Float[Tensor, "*b c"], Float[Tensor, "*b c c"]]:
     """Log decay since the start of the chunk, and the decay from token ``j`` to token ``i >= j`` (0 for ``i < j``)."""
     total = g.cumsum(dim=-1)
     future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)

@@ -5,6 +5,7 @@ inside a chunk n chunks, c tokens a chunk, r = h / s queries that share a state.
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -40,11 +41,12 @@ def gated_linear_scan(
     scores = rearrange(q @ k.mT, "b s n (r i) j -> b s n r i j", i=chunk_size)
     within = rearrange(scores * decay.unsqueeze(3), "b s n r i j -> b s n (r i) j") @ v
     updates = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).mT @ v
-    carry = total[..., -1].exp().expand(k.shape[:3])[..., None, None]
-    before = []
-    for n in range(k.shape[2]):
-        before.append(state)
-        state = carry[:, :, n] * state + updates[:, :, n]
+    # the states between the chunks obey the same recurrence, with a chunk in the place of a token
+    between = F.pad(total[..., -1].expand(k.shape[:3]), (1, 0))
+    _, weights = decay_matrix(between)
+    sums = torch.cat((state.unsqueeze(2), updates), dim=2).flatten(3)
+    states = (weights @ sums).unflatten(3, state.shape[2:])
     reach = total.exp().repeat(1, 1, 1, q.shape[3] // chunk_size).unsqueeze(-1)
-    r = within + (q * reach) @ torch.stack(before, dim=2)
-    return rearrange(r, "b s n (r c) e -> b (s r) (n c) e", c=chunk_size)[:, :, :length], state
+    r = within + (q * reach) @ states[:, :, :-1]
+    r = rearrange(r, "b s n (r c) e -> b (s r) (n c) e", c=chunk_size)
+    return r[:, :, :length], states[:, :, -1]

@@ -41,14 +41,13 @@ def masked_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if softcap is None and (q_sinks is None or q.shape[2] > 1):
-        size, grouped = v.shape[-1], q.shape[1] != k.shape[1]
+        size = v.shape[-1]
         if q_sinks is not None:
             # one product for both kinds of keys: [q_sinks, q] with [k, 0] at the sinks and [0, k] elsewhere
             is_sink = (torch.arange(k.shape[2], device=k.device) < num_sinks).unsqueeze(-1)
             q, k = torch.cat((q_sinks, q), dim=-1), torch.cat((k * is_sink, k * ~is_sink), dim=-1)
             v = F.pad(v, (0, k.shape[-1] - size))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
-        return out[..., :size]
+        return _grouped_attention(q, k, v, visible, scale)[..., :size]
     b, h, t, _ = q.shape
 
     def by_group(u: Tensor) -> Tensor:  # the queries of a key/value head side by side: nothing is repeated
@@ -65,6 +64,17 @@ def masked_attention(
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     return (by_group(logits.softmax(dim=-1).to(v.dtype)) @ v).reshape(b, h, t, -1)
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's attention for grouped heads, in the form that has a fused kernel on the device."""
+    repeats = q.shape[1] // k.shape[1]
+    if repeats == 1 or visible is None or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=repeats > 1)
+    b, h, t, d = q.shape  # fused kernels take a mask or grouped heads: put the queries of a group side by side
+    together = q.reshape(b, k.shape[1], repeats * t, d)
+    visible = visible.expand(-1, -1, t, -1).repeat(1, 1, repeats, 1)
+    return F.scaled_dot_product_attention(together, k, v, attn_mask=visible, scale=scale).reshape(b, h, t, -1)
 
 
 def window_attention(
@@ -142,6 +152,7 @@ def window_attention(
 
 
 def _block_size(q: Tensor, seen: int) -> int:
-    """Half of what a query sees (few wasted scores), between 128 and 1024, and few enough that scores stay bounded."""
+    """Half of what a query sees (few wasted scores) within limits, and few enough that scores stay bounded."""
     affordable = _BLOCK_SCORES // (q.shape[0] * q.shape[1] * seen) // 16 * 16
-    return max(16, min(affordable, max(128, min(seen // 2, 1024))))
+    shortest = 1024 if q.is_cuda else 128  # launches cost more than wasted scores
+    return max(16, min(affordable, max(shortest, min(seen // 2, 1024))))

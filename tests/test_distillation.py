@@ -1,0 +1,416 @@
+"""Self-distillation: the loss against its definition, gradients, what may change and what may not."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from ahn_layers import GatedDeltaNet, adapter_parameters, full_attention, retrofit, window_only
+from ahn_layers.distillation import (
+    DistillationTrainer,
+    align_layers,
+    arm_losses,
+    distillation_loss,
+    freeze_base,
+    gap_closed,
+    repeat_spans,
+    sample_window,
+    sliced_loss,
+    use_window,
+)
+from ahn_layers.distillation.windows import CAPACITIES, SINKS
+
+VOCAB, CAPACITY = 61, 16
+
+
+def small(dtype=torch.float32, trained=True, **config):
+    """A tiny retrofitted model whose memory already says something."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, **sizes, **config)).to(dtype)
+    model = retrofit(base, GatedDeltaNet, window_size=12, num_sinks=4)
+    freeze_base(model)
+    if trained:
+        with torch.no_grad():
+            for _, parameter in adapter_parameters(model):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def text(rows=2, length=48, seed=1):
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in adapter_parameters(model)}
+
+
+# windows
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 31, 32, 33, 64, 100, 1024, 8192, 24_000, 65_536, 131_072, 10**7])
+@pytest.mark.parametrize("shortest", [0.0, 1 / 8, 0.9])
+def test_a_window_can_be_drawn_at_any_length(length, shortest):
+    for seed in range(20):
+        window, sinks = sample_window(length, torch.Generator().manual_seed(seed), shortest=shortest)
+        assert window >= 1 and sinks >= 0 and sinks <= (window + sinks) // 2
+        assert window + sinks < length or length == 1
+
+
+def test_windows_are_the_papers():
+    generator = torch.Generator().manual_seed(0)
+    drawn = {sample_window(8192, generator) for _ in range(2000)}
+    assert {w + s for w, s in drawn} == {2048, 4096}  # above 8192 / 8, below 8192
+    assert {s for w, s in drawn if w + s == 4096} == {0, 32, 64, 128, 512, 2048}
+    every = {sum(sample_window(8192, generator, shortest=0.0)) for _ in range(2000)}
+    assert every == set(CAPACITIES) - {8192}
+    assert {sample_window(8192, generator, sinks=(4, 16))[1] for _ in range(200)} == {4, 16}
+    assert SINKS[0] == 0
+
+
+@pytest.mark.parametrize(("length", "shortest"), [(0, 0.1), (-3, 0.1), (100, 1.0), (100, -0.1)])
+def test_impossible_draws_are_refused(length, shortest):
+    with pytest.raises(ValueError, match="expected"):
+        sample_window(length, shortest=shortest)
+
+
+def test_use_window_is_a_retrofit_with_that_window():
+    model, ids = small(), text()
+    with use_window(model, 5, 2):
+        inside = model(ids).logits
+    assert {m.memory.window.capacity for m in model.modules() if hasattr(m, "memory")} == {CAPACITY}
+    weights = model.state_dict()
+    other = small()
+    other.load_state_dict(weights)
+    for module in other.modules():
+        if hasattr(module, "memory"):
+            module.memory.window = type(module.memory.window)(5, 2)
+    assert torch.equal(inside, other(ids).logits)
+    with pytest.raises(ValueError, match="retrofit"), use_window(nn.Linear(2, 2), 4):
+        pass
+
+
+# the loss
+
+
+@pytest.mark.parametrize("slice_size", [1, 7, 64, 1000])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
+def test_slices_give_the_loss_in_one_piece(slice_size, weights):
+    kl, ce = weights
+    student = torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(64, 8, dtype=torch.float64)
+    weight, labels = torch.randn(30, 8, dtype=torch.float64), torch.randint(30, (64,))
+
+    def head(hidden):
+        return 5 * torch.tanh(hidden @ weight.T / 5)
+
+    loss, divergence, entropy = sliced_loss(
+        student, head, teacher=teacher, labels=labels, kl_weight=kl, ce_weight=ce, slice_size=slice_size
+    )
+    (gradient,) = torch.autograd.grad(3 * loss, student)
+    p, log_q = head(teacher).softmax(-1), head(student).log_softmax(-1)
+    expected_kl = (p * (p.log() - log_q)).sum(-1).mean()
+    expected_ce = F.cross_entropy(head(student), labels)
+    expected = kl * expected_kl + ce * expected_ce
+    (expected_gradient,) = torch.autograd.grad(3 * expected, student)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(divergence, expected_kl.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, expected_ce.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_no_tensor_is_larger_than_a_slice_of_logits():
+    largest = 0
+
+    def head(hidden):
+        nonlocal largest
+        largest = max(largest, len(hidden))
+        return hidden @ torch.ones(4, 30)
+
+    student = torch.randn(100, 4, requires_grad=True)
+    loss = sliced_loss(student, head, teacher=torch.randn(100, 4), slice_size=16)[0]
+    assert largest == 16
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda u: u):
+        loss = sliced_loss(student, head, teacher=torch.randn(100, 4), slice_size=16)[0]
+    loss.backward()
+    assert sizes and max(sizes) <= 30 * 16
+
+
+def test_what_a_loss_needs_is_asked_for():
+    student = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="teacher"):
+        sliced_loss(student, lambda u: u)
+    with pytest.raises(ValueError, match="labels"):
+        sliced_loss(student, lambda u: u, kl_weight=0.0, ce_weight=1.0)
+    with pytest.raises(ValueError, match="no token"):
+        sliced_loss(student[:0], lambda u: u, teacher=student[:0])
+
+
+def test_distillation_loss_is_its_definition():
+    model, ids = small(torch.float64), text()
+    found = distillation_loss(model, ids, ce_weight=0.5, slice_size=10)
+    found.loss.backward()
+    with torch.no_grad(), full_attention(model):
+        goal = model(ids).logits[:, CAPACITY:-1].log_softmax(-1)
+    sliced = gradients(model)
+    model.zero_grad()
+    logits = model(ids).logits[:, CAPACITY:-1].log_softmax(-1)
+    divergence = (goal.exp() * (goal - logits)).sum(-1).mean()
+    entropy = F.nll_loss(logits.flatten(0, 1), ids[:, CAPACITY + 1 :].flatten())
+    (divergence + 0.5 * entropy).backward()
+    torch.testing.assert_close(found.divergence, divergence.detach(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.cross_entropy, entropy.detach(), rtol=1e-8, atol=1e-10)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(sliced[name], gradient, rtol=1e-6, atol=1e-10)
+    with pytest.raises(ValueError, match="longer"):
+        distillation_loss(model, ids[:, :CAPACITY])
+
+
+def test_a_perfect_student_has_no_loss():
+    model, ids = small(trained=False), text()
+    with use_window(model, 40):
+        found = distillation_loss(model, ids, layer_weight=1.0)
+    with use_window(model, 46):
+        assert arm_losses(model, ids, start=4)["full"].shape == (2, 43)
+    assert found.divergence < 0.1  # only the last tokens lost anything
+    with torch.no_grad(), use_window(model, 47):
+        nothing = distillation_loss(model, ids[:, :48], layer_weight=1.0)
+    assert nothing.tokens == 2
+
+
+def test_arms_are_the_three_models():
+    model, ids = small(), text()
+    losses = arm_losses(model, ids, slice_size=9)
+    for arm, mode in (("full", full_attention), ("window", window_only)):
+        with torch.no_grad(), mode(model):
+            logits = model(ids).logits
+        expected = F.cross_entropy(logits[:, CAPACITY:-1].transpose(1, 2), ids[:, CAPACITY + 1 :], reduction="none")
+        torch.testing.assert_close(losses[arm], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(losses["memory"], losses["window"])
+    assert gap_closed(3.0, 4.0, 3.5) == 0.5 and gap_closed(3.0, 3.0, 3.0) != gap_closed(3.0, 3.0, 3.0)
+
+
+def test_a_soft_capped_head_is_honoured():
+    model, ids = small(), text(length=40)
+    plain = arm_losses(model, ids)["full"]
+    model.config.final_logit_softcapping = 0.1
+    assert not torch.allclose(plain, arm_losses(model, ids)["full"])
+
+
+# gradients
+
+
+def test_only_the_memory_learns_and_the_base_is_bit_frozen():
+    model = small()
+    before = {name: u.clone() for name, u in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for seed in range(3):
+        distillation_loss(model, text(seed=seed), ce_weight=0.1, layer_weight=0.1).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, u in model.state_dict().items():
+        assert torch.equal(u, before[name]) != (".memory." in name), name
+
+
+def test_gradient_checkpointing_changes_nothing():
+    plain, saving = small(torch.float64), small(torch.float64)
+    saving.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, saving):
+        model.train()
+        with use_window(model, 7, 2):
+            distillation_loss(model, text(), layer_weight=0.1).loss.backward()
+    for name, gradient in gradients(plain).items():
+        assert torch.equal(gradient, gradients(saving)[name]), name
+
+
+def test_a_bfloat16_base_keeps_a_float32_memory():
+    model = small(torch.bfloat16)
+    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
+    distillation_loss(model, text()).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for _, p in adapter_parameters(model))
+
+
+def test_alignment_has_the_gradient_of_each_layers_own_error():
+    model, ids = small(torch.float64), text()
+    errors = align_layers(model, ids)
+    found = gradients(model)
+    model.zero_grad()
+    # the same by hand for layer 0, whose input is the teacher's in any case
+    block = model.model.layers[0]
+    x = block.input_layernorm(model.model.embed_tokens(ids))
+    position = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    with torch.no_grad(), full_attention(model):
+        goal = block.self_attn(hidden_states=x, position_embeddings=position, attention_mask=None)[0][:, CAPACITY:]
+    out = block.self_attn(hidden_states=x, position_embeddings=position, attention_mask=None)[0][:, CAPACITY:]
+    error = (out - goal).square().mean() / goal.square().mean()
+    error.backward()
+    torch.testing.assert_close(errors[0], error.detach())
+    torch.testing.assert_close(found["model.layers.0.self_attn.memory.compressor.o_proj.weight"],
+                               block.self_attn.memory.compressor.o_proj.weight.grad)  # fmt: skip
+    assert len(errors) == 3 and all(g.abs().sum() > 0 for name, g in found.items() if "o_proj" in name)
+    model.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)  # hooks and modes are gone
+
+
+def test_alignment_learns():
+    model = small(trained=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    history = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        history.append(float(align_layers(model, text()).mean()))
+        optimizer.step()
+    assert history[-1] < 0.9 * history[0]
+
+
+# copied spans
+
+
+def test_spans_come_back_later():
+    tokens = torch.arange(2048)
+    changed = repeat_spans(tokens, torch.Generator().manual_seed(3), spans=(1, 1), sizes=(50, 60))
+    assert torch.equal(tokens, torch.arange(2048))  # the argument is left alone
+    (where,) = (changed != tokens).nonzero(as_tuple=True)
+    size = len(where)
+    assert 50 <= size <= 60 and torch.equal(where, torch.arange(int(where[0]), int(where[0]) + size))
+    source = int(changed[where[0]])
+    assert torch.equal(changed[where], torch.arange(source, source + size)) and source + size <= int(where[0])
+
+
+@pytest.mark.parametrize("length", [1, 100, 127, 128, 130, 4096])
+def test_spans_at_any_length(length):
+    for seed in range(20):
+        changed = repeat_spans(torch.arange(length), torch.Generator().manual_seed(seed))
+        assert len(changed) == length and (length >= 128) == bool((changed != torch.arange(length)).any())
+
+
+# the trainer
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return {"input_ids": text(1, 40, seed=100 + index)[0]}
+
+
+def trainer(folder: Path, model=None, callbacks=(), **changes):
+    settings = {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "save_steps": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "seed": 5,
+        "per_device_eval_batch_size": 1,
+    }  # fmt: skip
+    eval_dataset = [Texts()[i] for i in range(3)]
+    return DistillationTrainer(
+        model or small(trained=False), TrainingArguments(**(settings | changes)), sinks=(2, 4), shortest=0.0,
+        train_dataset=Texts(), eval_dataset=eval_dataset, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in adapter_parameters(model)}
+
+
+def losses(run):
+    return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_exact(tmp_path, accumulate):
+    whole = trainer(tmp_path / "whole", gradient_accumulation_steps=accumulate)
+    whole.train()
+    again = trainer(tmp_path / "again", gradient_accumulation_steps=accumulate)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(again)[6] == losses(whole)[6]
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+
+
+def test_checkpoints_hold_the_memory_alone(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
+    assert "adapter.safetensors" in files and not any("model" in name for name in files)
+    memory = sum(p.numel() * 4 for _, p in adapter_parameters(run.model))
+    assert (tmp_path / "checkpoint-6" / "adapter.safetensors").stat().st_size < 1.2 * memory + 10_000
+
+
+def test_three_arms_are_reported(tmp_path):
+    run = trainer(tmp_path, small())
+    metrics = run.evaluate()
+    ids = torch.stack([Texts()[i]["input_ids"] for i in range(3)])
+    expected = {arm: float(loss.mean()) for arm, loss in arm_losses(run.model, ids).items()}
+    for arm, value in expected.items():
+        assert metrics[f"eval_{arm}"] == pytest.approx(value, rel=1e-5)
+    assert metrics["eval_gap_closed"] == pytest.approx(gap_closed(**expected), rel=1e-2)
+
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interruption_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run = trainer(tmp_path / "stopped", callbacks=[Interrupt()])
+    run.train()
+    assert run.state.global_step == 2 and signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "stopped" / "checkpoint-2" / "adapter.safetensors").exists()
+    again = trainer(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+
+
+def test_a_model_without_a_memory_cannot_be_trained(tmp_path):
+    with pytest.raises(ValueError, match="no memory"):
+        trainer(tmp_path, LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1,
+                                                       num_hidden_layers=1, intermediate_size=8)))  # fmt: skip
+
+
+# several processes
+
+
+def sharded(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = small(torch.float64)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with use_window(model, 7, 2):
+        distillation_loss(model, text(4)[2 * rank : 2 * rank + 2], ce_weight=0.5).loss.backward()
+    found = {name: p.grad.full_tensor() for name, p in adapter_parameters(model)}
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_fsdp2_are_one(tmp_path):
+    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)
+    model = small(torch.float64)
+    with use_window(model, 7, 2):
+        distillation_loss(model, text(4), ce_weight=0.5).loss.backward()
+    both = torch.load(tmp_path / "gradients.pt")
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(both[name], gradient, rtol=1e-9, atol=1e-12, msg=name)

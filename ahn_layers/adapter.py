@@ -31,6 +31,8 @@ _Weights = dict[int, dict[str, Tensor]]
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the memory weights of a retrofitted model, and what is needed to load them, to a folder.
 
+    Sharded weights (FSDP2) are gathered: all processes have to call it, and all write the same files.
+
     Args:
         model: a retrofitted model, or one that contains it.
         folder: made if it is not there; earlier adapter files in it are replaced.
@@ -45,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         raise ValueError("the model was retrofitted without a compressor: there are no memory weights to save.")
     layers = _compressors(inner)
     tensors = {
-        f"layers.{index}.{name}": u.detach().cpu().contiguous()
+        f"layers.{index}.{name}": _whole(u.detach()).cpu().contiguous()
         for index, compressor in layers.items()
         for name, u in compressor.state_dict().items()
     }
@@ -98,8 +100,24 @@ def load_adapter(model: nn.Module, source: str | Path) -> nn.Module:
     updates = _match(_compressors(inner), weights, source)
     with torch.no_grad():
         for parameter, value in updates:
-            parameter.copy_(value)
+            parameter.copy_(_as_sharded(value, parameter))
     return model
+
+
+def _whole(u: Tensor) -> Tensor:
+    """A tensor in one piece: FSDP2 shards it, and all processes gather it together."""
+    gathered: Tensor = u.full_tensor() if hasattr(u, "full_tensor") else u
+    return gathered
+
+
+def _as_sharded(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, laid out over the processes as the parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
 def _compressors(inner: nn.Module) -> dict[int, Compressor]:

@@ -1,0 +1,278 @@
+"""What attention with a bounded memory costs: the paper's formulas, beside what is really allocated.
+
+Letters as in arXiv 2510.07318: per layer N hidden size, H query and G key/value heads of size D, I MLP width; V
+vocabulary, L tokens, C capacity (sinks + window).
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import HippocampalAttention
+from .compressor import Compressor
+from .retrofit import find_retrofitted, full_attention
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a decoder that its cost depends on.
+
+    Attributes:
+        num_layers: layers, all alike.
+        hidden_size: N.
+        num_heads: query heads, H.
+        num_kv_heads: key/value heads, G.
+        head_dim: D.
+        intermediate_size: I, of a gated MLP with three matrices.
+        vocab_size: V.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Sizes":
+        """From a transformers config.
+
+        Raises:
+            ValueError: if the config lacks one of them.
+        """
+        config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+        for name in names:
+            if not isinstance(getattr(config, name, None), int):
+                raise ValueError(f"{type(config).__name__} has no whole number {name!r}: build Sizes(...) by hand.")
+        layers, hidden, heads, intermediate, vocab = (getattr(config, name) for name in names)
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or hidden // heads
+        return cls(layers, hidden, heads, groups, size, intermediate, vocab)
+
+
+def num_gates(compressor: Compressor) -> int:
+    """Scalars per head that a compressor computes from hidden states: write gates and read gate."""
+    return sum(isinstance(m, nn.Linear) and m.in_features == compressor.hidden_size for m in compressor.modules())
+
+
+def mixing_flops(sizes: Sizes, length: int, capacity: int | None = None, gates: int | None = None) -> int:
+    """FLOPs of token mixing in one layer for one sequence: projections, attention, memory.
+
+    ``4 L N D (H + G) + 2 D H L^2`` for full attention; with a window the second term is
+    ``2 D H C^2 + 4 (L - C) C D H``; a memory adds ``2 (L - C) (2 D^2 H + gates N H)``.
+
+    Args:
+        sizes: of the model.
+        length: tokens, L.
+        capacity: sinks + window, C; None, or at least ``length``, for full attention.
+        gates: scalars per head of the memory, see ``num_gates``; None for the window alone.
+    """
+    n, h, g, d = sizes.hidden_size, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    projections = 4 * length * n * d * (h + g)
+    if capacity is None or capacity >= length:
+        return projections + 2 * d * h * length**2
+    flops = projections + 2 * d * h * capacity**2 + 4 * (length - capacity) * capacity * d * h
+    if gates is not None:
+        flops += 2 * (length - capacity) * (2 * d**2 * h + gates * n * h)
+    return flops
+
+
+def model_flops(sizes: Sizes, length: int, capacity: int | None = None, gates: int | None = None) -> int:
+    """FLOPs of a forward pass: ``layers (mixing + 6 N I L) + 4 V N L``, arguments as in ``mixing_flops``.
+
+    As in the paper the embedding look-up is counted as a product like the output layer.
+    """
+    mlp = 6 * sizes.hidden_size * sizes.intermediate_size * length
+    ends = 4 * sizes.vocab_size * sizes.hidden_size * length
+    return sizes.num_layers * (mixing_flops(sizes, length, capacity, gates) + mlp) + ends
+
+
+def cache_ratio(sizes: Sizes, length: int, capacity: int, *, num_states: int | None = None) -> float:
+    """Numbers held per layer, relative to a full cache: ``(2 C D G + D^2 H) / (2 L D G)``.
+
+    Counts numbers, not bytes, and leaves out the write gates, as the paper does;
+    [`cost_report`][ahn_layers.cost_report] has the bytes.
+
+    Args:
+        sizes: of the model.
+        length: tokens, L.
+        capacity: sinks + window, C.
+        num_states: matrices ``(D, D)``, one per query head by default, 0 for the window alone.
+    """
+    states = sizes.num_heads if num_states is None else num_states
+    full = 2 * length * sizes.head_dim * sizes.num_kv_heads
+    if capacity >= length:
+        return 1.0
+    return (2 * capacity * sizes.head_dim * sizes.num_kv_heads + sizes.head_dim**2 * states) / full
+
+
+def memory_parameters(sizes: Sizes, gates: int) -> int:
+    """Parameters of the memory's matrices in all layers, ``layers (gates N H + D^2 H)``; without its vectors."""
+    n, h, d = sizes.hidden_size, sizes.num_heads, sizes.head_dim
+    return sizes.num_layers * (gates * n * h + d**2 * h)
+
+
+@dataclass
+class CostRow:
+    """Costs at one length, for one sequence.
+
+    Attributes:
+        length: tokens.
+        full_flops: of the model with full attention.
+        window_ratio: FLOPs of sinks + window, relative to that.
+        memory_ratio: FLOPs with the memory, relative to that.
+        cache_ratio: the paper's cache figure, in numbers.
+        full_bytes: a full cache of the retrofitted layers, in the model's dtype.
+        state_bytes: what the memory states really hold: keys, values, write gates, lengths, float32 states.
+        measured: seconds and peak bytes of a forward pass by arm, if measured.
+    """
+
+    length: int
+    full_flops: int
+    window_ratio: float
+    memory_ratio: float
+    cache_ratio: float
+    full_bytes: int
+    state_bytes: int
+    measured: dict[str, tuple[float, int | None]] = field(default_factory=dict)
+
+
+@dataclass
+class CostReport:
+    """The result of [`cost_report`][ahn_layers.cost_report]; ``print`` it, or ``plot`` it.
+
+    Attributes:
+        name: class of the model.
+        capacity: sinks + window.
+        parameters: of the memory, in all layers.
+        rows: one per length.
+    """
+
+    name: str
+    capacity: int
+    parameters: int
+    rows: list[CostRow]
+
+    def __str__(self) -> str:
+        head = ("tokens", "FLOPs, full", "window", "memory", "cache (paper)", "full cache", "state", "state / full")
+        cells: list[tuple[str, ...]] = [head]
+        for row in self.rows:
+            ratios = (f"{100 * u:.2f} %" for u in (row.window_ratio, row.memory_ratio, row.cache_ratio))
+            held = (_bytes(row.full_bytes), _bytes(row.state_bytes), f"{100 * row.state_bytes / row.full_bytes:.2f} %")
+            cells.append((f"{row.length:,}", f"{row.full_flops:.3e}", *ratios, *held))
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in cells]
+        lines.insert(1, "-" * len(lines[0]))
+        for row in self.rows:
+            for arm, (seconds, peak) in row.measured.items():
+                memory = "" if peak is None else f", peak {_bytes(peak)} above the weights"
+                lines.append(f"measured, {row.length:,} tokens, {arm}: {seconds:.2f} s{memory}")
+        title = f"{self.name}: capacity {self.capacity:,}, memory of {self.parameters:,} parameters"
+        return "\n".join([title, *lines])
+
+    def plot(self, path: str) -> None:
+        """Draw relative FLOPs and bytes over the length to an image file; needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        lengths = [row.length for row in self.rows]
+        left.plot(lengths, [1.0] * len(lengths), "o-", label="full attention")
+        left.plot(lengths, [row.window_ratio for row in self.rows], "o-", label="window")
+        left.plot(lengths, [row.memory_ratio for row in self.rows], "o--", label="window + memory")
+        right.plot(lengths, [row.full_bytes for row in self.rows], "o-", label="full attention")
+        right.plot(lengths, [row.state_bytes for row in self.rows], "o--", label="window + memory")
+        for axes, title in ((left, "FLOPs, relative"), (right, "bytes per sequence")):
+            axes.set(xscale="log", xlabel="tokens", title=title, ylim=(0, None))
+            axes.legend()
+        figure.savefig(path, dpi=120)
+
+
+def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) -> CostReport:
+    """What a retrofitted model costs per sequence: the paper's figures, and what is really allocated.
+
+    Args:
+        model: a retrofitted transformers model with a memory, all of whose layers are alike.
+        lengths: numbers of tokens.
+        measure: also run each length once, on the model's device, with full attention and with the memory: seconds,
+            and on a GPU the peak of allocated memory.
+
+    Raises:
+        ValueError: if the model is not retrofitted, has no memory, or its config lacks a size.
+    """
+    inner, _ = find_retrofitted(model)
+    blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)]
+    compressor = blocks[0].memory.compressor
+    if compressor is None:
+        raise ValueError("the model was retrofitted without a compressor: expected a memory to report on.")
+    sizes, capacity = Sizes.of(inner.config), blocks[0].memory.window.capacity
+    gates = num_gates(compressor)
+    rows = []
+    for length in lengths:
+        full = model_flops(sizes, length)
+        row = CostRow(
+            length=length,
+            full_flops=full,
+            window_ratio=model_flops(sizes, length, capacity) / full,
+            memory_ratio=model_flops(sizes, length, capacity, gates) / full,
+            cache_ratio=cache_ratio(sizes, length, capacity, num_states=compressor.num_states),
+            full_bytes=sum(_full_bytes(block, length) for block in blocks),
+            state_bytes=sum(_state_bytes(block, length) for block in blocks),
+        )
+        if measure:
+            with full_attention(model):
+                row.measured["full attention"] = _measure(model, length, sizes.vocab_size)
+            row.measured["memory"] = _measure(model, length, sizes.vocab_size)
+        rows.append(row)
+    parameters = sum(p.numel() for b in blocks for p in b.memory.parameters())
+    return CostReport(type(inner).__name__, capacity, parameters, rows)
+
+
+def _full_bytes(block: Any, length: int) -> int:
+    """Keys and values of a full cache, in the model's dtype."""
+    sizes = block.found.sizes
+    per_token: int = sizes["num_kv_heads"] * (sizes["head_dim"] + sizes["value_dim"]) * block.found.like.element_size()
+    return per_token * length
+
+
+def _state_bytes(block: Any, length: int) -> int:
+    """What one row of a layer's state holds after ``length`` tokens: slots are allocated as they fill."""
+    store, like = block.memory, block.found.like
+    total: int = store.bytes_per_row(like, **block.found.sizes)
+    precise = torch.promote_types(like.dtype, torch.float32)
+    memory = store.compressor.init_state(1, torch.zeros((), dtype=precise, device="meta"))
+    tensors = [memory] if isinstance(memory, torch.Tensor) else list(memory.values())
+    fixed = sum(u.numel() * u.element_size() for u in tensors) + torch.long.itemsize  # and the count of tokens seen
+    return fixed + (total - fixed) * min(length, store.window.capacity) // store.window.capacity
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, length: int, vocab_size: int) -> tuple[float, int | None]:
+    """Seconds of one forward pass with a cache, and on a GPU the peak of allocated memory above what was there."""
+    device = next(model.parameters()).device
+    ids = torch.randint(vocab_size, (1, length), device=device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    start = time.perf_counter()
+    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    if not on_gpu:
+        return time.perf_counter() - start, None
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) - before
+
+
+def _bytes(count: int) -> str:
+    """A number of bytes for people."""
+    size, unit = float(count), 0
+    while size >= 1024 and unit < 4:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}" if unit else f"{count} B"

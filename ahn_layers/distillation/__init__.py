@@ -1,0 +1,39 @@
+"""Self-distillation: the memory of a frozen model learns to answer as the model with full attention does.
+
+arXiv 2510.07318, section 3.3. These are pieces; the loop is that of transformers
+([`DistillationTrainer`][ahn_layers.distillation.DistillationTrainer]) or yours.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .alignment import align_layers
+from .copying import repeat_spans
+from .loss import sliced_loss
+from .passes import DistillationLoss, arm_losses, distillation_loss, freeze_base, gap_closed, output_head
+from .windows import sample_window, use_window
+
+if TYPE_CHECKING:
+    from ..huggingface.trainer import DistillationTrainer
+
+__all__ = [
+    "DistillationLoss",
+    "DistillationTrainer",
+    "align_layers",
+    "arm_losses",
+    "distillation_loss",
+    "freeze_base",
+    "gap_closed",
+    "output_head",
+    "repeat_spans",
+    "sample_window",
+    "sliced_loss",
+    "use_window",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistillationTrainer":  # needs transformers, which the rest does not
+        from ..huggingface.trainer import DistillationTrainer
+
+        return DistillationTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

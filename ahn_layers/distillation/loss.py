@@ -1,0 +1,109 @@
+"""KL divergence and cross-entropy from hidden states, slice by slice: two full logit tensors never exist."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Head = Callable[[Tensor], Tensor]
+"""From hidden states ``(n, N)`` to logits ``(n, V)``; its parameters get no gradient."""
+
+
+def sliced_loss(
+    student: Float[Tensor, "n h"],
+    head: Head,
+    *,
+    teacher: Float[Tensor, "n h"] | None = None,
+    labels: Int[Tensor, " n"] | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    slice_size: int = 1024,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """``kl_weight * KL(teacher || student) + ce_weight * cross-entropy``, both averaged over tokens.
+
+    The head is applied to ``slice_size`` hidden states at a time. The gradient of each slice is taken on the spot, so
+    that nothing of the size of the vocabulary is kept for the backward pass, and the head runs once.
+
+    Args:
+        student: hidden states that the gradient flows to, any floating dtype.
+        head: the output layer; logits are compared in float32, or float64 for float64 logits.
+        teacher: hidden states of the teacher; needed if ``kl_weight`` is not 0.
+        labels: next tokens; needed if ``ce_weight`` is not 0, and used for the third result if given.
+        kl_weight: factor of the divergence.
+        ce_weight: factor of the cross-entropy.
+        slice_size: tokens at a time; the largest tensors are ``(slice_size, V)``.
+
+    Returns:
+        The loss, and without gradient its two parts unweighted: divergence and cross-entropy, 0 where not computed.
+
+    Raises:
+        ValueError: if there are no tokens, or what a weight needs is missing.
+    """
+    if len(student) == 0:
+        raise ValueError("no token to compute a loss on: the sequences do not reach beyond the window's capacity.")
+    if kl_weight and teacher is None:
+        raise ValueError(f"kl_weight={kl_weight}: expected the teacher's hidden states.")
+    if ce_weight and labels is None:
+        raise ValueError(f"ce_weight={ce_weight}: expected labels.")
+    results: tuple[Tensor, Tensor, Tensor] = _SlicedLoss.apply(  # type: ignore[no-untyped-call]
+        student, teacher, labels, head, kl_weight, ce_weight, slice_size
+    )
+    return results
+
+
+class _SlicedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        head: Head,
+        kl_weight: float,
+        ce_weight: float,
+        slice_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_gradient = ctx.needs_input_grad[0]
+        gradients, count = [], len(student)
+        parts = torch.zeros(2, dtype=torch.promote_types(student.dtype, torch.float32), device=student.device)
+        for start in range(0, count, slice_size):
+            part = slice(start, start + slice_size)
+            hidden = student[part].detach().requires_grad_(wants_gradient)
+            goal = None if teacher is None else teacher[part].detach()
+            with torch.set_grad_enabled(wants_gradient):
+                divergence, entropy = _slice(hidden, goal, None if labels is None else labels[part], head)
+                loss = (kl_weight * divergence + ce_weight * entropy) / count
+            if wants_gradient:
+                gradients.append(torch.autograd.grad(loss, hidden)[0])
+            parts += torch.stack((divergence.detach(), entropy.detach())) / count
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
+        ctx.mark_non_differentiable(divergence := parts[0].clone(), entropy := parts[1].clone())
+        return kl_weight * divergence + ce_weight * entropy, divergence, entropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad.to(gradient.dtype), None, None, None, None, None, None)
+
+
+def _slice(hidden: Tensor, teacher: Tensor | None, labels: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
+    """Divergence and cross-entropy of a slice, summed over its tokens."""
+    log_student = _log_probabilities(head(hidden))
+    divergence = entropy = log_student.new_zeros(())
+    if teacher is not None:
+        with torch.no_grad():
+            log_teacher = _log_probabilities(head(teacher))
+        divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    if labels is not None:
+        entropy = F.nll_loss(log_student, labels, reduction="sum")
+    return divergence, entropy
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

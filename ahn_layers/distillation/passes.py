@@ -1,0 +1,233 @@
+"""Teacher and student passes of one batch: the same model with full attention, and with its memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..attention import HippocampalAttention
+from ..retrofit import adapter_parameters, find_retrofitted, full_attention, window_only
+from .loss import Head, sliced_loss
+
+
+class DistillationLoss(NamedTuple):
+    """What [`distillation_loss`][ahn_layers.distillation.distillation_loss] found.
+
+    Attributes:
+        loss: the weighted sum, with gradient.
+        divergence: KL(teacher || student) in nats a token.
+        cross_entropy: the student's loss on the next tokens, in nats; 0 if it was not asked for.
+        layers: mean relative squared error of the attention outputs; 0 if it was not asked for.
+        tokens: how many tokens they were averaged over.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    layers: Tensor
+    tokens: int
+
+
+def freeze_base(model: nn.Module) -> list[nn.Parameter]:
+    """Let the memory train and nothing else; the memory's parameters become float32, for the optimiser's sake.
+
+    Args:
+        model: a retrofitted model.
+
+    Returns:
+        The memory's parameters.
+
+    Raises:
+        ValueError: if the model has no memory to train.
+    """
+    model.requires_grad_(False)
+    parameters = [parameter for _, parameter in adapter_parameters(model)]
+    if not parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no memory to train: call retrofit(model, GatedDeltaNet, ...) first."
+        )
+    for parameter in parameters:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def distillation_loss(
+    model: nn.Module,
+    input_ids: Int[Tensor, "b t"],
+    *,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    layer_weight: float = 0.0,
+    slice_size: int = 1024,
+) -> DistillationLoss:
+    """Compare the model with its memory to the same model with full attention (arXiv 2510.07318, section 3.3).
+
+    Averaged over the positions beyond the window's capacity, where the two differ. The teacher runs without gradient.
+
+    Args:
+        model: a retrofitted transformers model, bare or wrapped (DistributedDataParallel, FSDP2).
+        input_ids: token ids without padding, longer than the capacity.
+        kl_weight: factor of KL(teacher || student).
+        ce_weight: factor of the student's cross-entropy on the text itself.
+        layer_weight: factor of the squared error of each layer's attention output, relative to the teacher's.
+        slice_size: tokens whose logits exist at a time.
+
+    Raises:
+        ValueError: if the model is not retrofitted, its layers differ in their window, or the text is not longer.
+    """
+    start = common_capacity(model)
+    if input_ids.shape[1] <= start:
+        raise ValueError(
+            f"sequences of {input_ids.shape[1]} tokens and a window that holds {start}: expected longer ones, there is "
+            "nothing to learn inside the window."
+        )
+    head = output_head(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()  # the base is frozen: noise would only blur the comparison
+    with torch.no_grad(), full_attention(model):
+        teacher, goals = run_hidden(model, input_ids, with_layers=layer_weight != 0)
+    student, outputs = run_hidden(model, input_ids, with_layers=layer_weight != 0)
+    last = -1 if ce_weight else None  # the last token has no successor to predict
+    labels = input_ids[:, start + 1 :].flatten() if ce_weight else None
+    loss, divergence, cross_entropy = sliced_loss(
+        student[:, start:last].flatten(0, 1),
+        head,
+        teacher=teacher[:, start:last].flatten(0, 1) if kl_weight else None,
+        labels=labels,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        slice_size=slice_size,
+    )
+    layers = loss.new_zeros(())
+    if layer_weight:
+        errors = [relative_error(u[:, start:], goal[:, start:]) for u, goal in zip(outputs, goals, strict=True)]
+        layers = torch.stack(errors).mean()
+        loss = loss + layer_weight * layers
+    return DistillationLoss(loss, divergence, cross_entropy, layers.detach(), student[:, start:last].shape[:2].numel())
+
+
+@torch.no_grad()
+def arm_losses(
+    model: nn.Module, input_ids: Int[Tensor, "b t"], *, start: int | None = None, slice_size: int = 1024
+) -> dict[str, Float[Tensor, "b u"]]:
+    """Loss on every next token beyond the capacity: with full attention, with the window alone, with the memory.
+
+    Args:
+        model: a retrofitted transformers model.
+        input_ids: token ids without padding.
+        start: first position that predicts, the capacity by default.
+        slice_size: tokens whose logits exist at a time.
+
+    Returns:
+        ``full``, ``window`` and ``memory``, in nats, for the tokens ``start + 1`` to the last.
+    """
+    start = common_capacity(model) if start is None else start
+    head, labels = output_head(model), input_ids[:, start + 1 :].flatten()
+    modes: dict[str, Callable[[], Any]] = {
+        "full": lambda: full_attention(model),
+        "window": lambda: window_only(model),
+        "memory": lambda: _as_it_is(),
+    }
+    losses = {}
+    for arm, mode in modes.items():
+        with mode():
+            hidden = run_hidden(model, input_ids)[0][:, start:-1].flatten(0, 1)
+        pieces = [
+            nn.functional.cross_entropy(head(h).float(), y, reduction="none")
+            for h, y in zip(hidden.split(slice_size), labels.split(slice_size), strict=True)
+        ]
+        losses[arm] = torch.cat(pieces).view(len(input_ids), -1)
+    return losses
+
+
+def gap_closed(full: float, window: float, memory: float) -> float:
+    """Which share of what the window loses against full attention the memory wins back: 1 is all, NaN if no gap."""
+    return (window - memory) / (window - full) if window != full else float("nan")
+
+
+def relative_error(u: Float[Tensor, "b t n"], goal: Float[Tensor, "b t n"]) -> Float[Tensor, ""]:
+    """Squared error over the square of the goal, both averaged, in float32 at least."""
+    precise = torch.promote_types(u.dtype, torch.float32)
+    goal = goal.to(precise)
+    return (u.to(precise) - goal).square().mean() / goal.square().mean().clamp(min=1e-12)
+
+
+def common_capacity(model: nn.Module) -> int:
+    """The capacity of the model's windows, which must be one."""
+    found = {m.memory.window.capacity for m in model.modules() if isinstance(m, HippocampalAttention)}
+    if len(found) != 1:
+        raise ValueError(f"windows of the capacities {sorted(found)}: expected retrofitted layers of one capacity.")
+    return found.pop()
+
+
+def run_hidden(
+    model: nn.Module, input_ids: Int[Tensor, "b t"], *, with_layers: bool = False
+) -> tuple[Float[Tensor, "b t n"], list[Tensor]]:
+    """The hidden states that enter the output layer, and on request the output of every retrofitted attention block.
+
+    The model is called as a whole, so that wrappers around it do their work; its logits are computed for one token.
+    """
+    inner, _ = find_retrofitted(model)
+    with _collect(_decoder(inner)) as final:
+        blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)] if with_layers else []
+        with _collect(*blocks) as layers:
+            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    return final[0], layers
+
+
+@contextmanager
+def _collect(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """The (first) output of each module, in the order in which they run."""
+    outputs: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda _m, _a, out: outputs.append(out[0])) for m in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def _decoder(inner: nn.Module) -> nn.Module:
+    decoder: nn.Module = inner.get_decoder()  # type: ignore[operator]
+    return decoder
+
+
+def output_head(model: nn.Module) -> Head:
+    """The output layer as a function of the decoder's last hidden states, with everything that follows it.
+
+    What a model does to the product (a factor, a soft cap) is read from its config and checked on random hidden
+    states' behalf by [`check_head`][ahn_layers.distillation.passes.check_head]; weights that are sharded are gathered.
+
+    Args:
+        model: a retrofitted transformers model, bare or wrapped.
+    """
+    inner, _ = find_retrofitted(model)
+    layer: nn.Module = inner.get_output_embeddings()  # type: ignore[operator]
+    weight, bias = (_gathered(getattr(layer, name, None)) for name in ("weight", "bias"))
+    config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)  # type: ignore[union-attr,arg-type]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
+
+
+def _gathered(weight: Tensor | None) -> Tensor | None:
+    """A frozen weight in one piece: FSDP2 shards it over the processes."""
+    if weight is None:
+        return None
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -1,0 +1,167 @@
+"""Self-distillation under transformers' Trainer: accelerate, FSDP2, DeepSpeed, progress bar, checkpoints."""
+
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..adapter import load_adapter, save_adapter
+from ..distillation.passes import arm_losses, common_capacity, distillation_loss, freeze_base, gap_closed
+from ..distillation.windows import SINKS, sample_window, use_window
+
+
+class DistillationTrainer(Trainer):
+    """A [`Trainer`][transformers.Trainer] that teaches the memory to answer as full attention does (arXiv 2510.07318).
+
+    Everything but the memory is frozen. Every step draws its own window; evaluation uses the model's. Checkpoints hold
+    the memory's weights (an adapter), the optimiser and the position in the data; ``train(resume_from_checkpoint=...)``
+    goes on exactly where they were written. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns.
+
+    ``evaluate`` reports the loss of three arms on the tokens beyond the window: ``eval_full``, ``eval_window``,
+    ``eval_memory``, and ``eval_gap_closed`` (see [`gap_closed`][ahn_layers.distillation.gap_closed]).
+
+    Args:
+        model: a retrofitted model.
+        args: training arguments. ``remove_unused_columns`` is not used; examples are dictionaries with ``input_ids``.
+        kl_weight: factor of KL(teacher || student).
+        ce_weight: factor of the cross-entropy on the text.
+        layer_weight: factor of the error of each layer's attention output.
+        random_windows: draw a window for every step, else train on the model's own.
+        shortest: smallest capacity drawn, as a share of the length; see
+            [`sample_window`][ahn_layers.distillation.sample_window].
+        sinks: numbers of sinks drawn.
+        slice_size: tokens whose logits exist at a time.
+        **trainer_arguments: passed to [`Trainer`][transformers.Trainer]: datasets, collator, callbacks, ...
+
+    Raises:
+        ValueError: if the model has no memory to train.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        layer_weight: float = 0.0,
+        random_windows: bool = True,
+        shortest: float = 1 / 8,
+        sinks: Sequence[int] = SINKS,
+        slice_size: int = 1024,
+        **trainer_arguments: Any,
+    ) -> None:
+        freeze_base(model)
+        args.remove_unused_columns = False
+        super().__init__(model, args, **trainer_arguments)
+        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "layer_weight": layer_weight}
+        self.random_windows = random_windows
+        self.shortest = shortest
+        self.sinks = tuple(sinks)
+        self.slice_size = slice_size
+        self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer divides it by the accumulation steps
+        self.loss_is_scaled_for_ga = False
+        self.add_callback(StopWhenAsked())
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass, with a window that depends on the seed and the number of the step only."""
+        length = inputs["input_ids"].shape[1]
+        if not self.random_windows:
+            return super().training_step(model, inputs, *args, **kwargs)
+        step = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        with use_window(model, *sample_window(length, step, shortest=self.shortest, sinks=self.sinks)):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The distillation loss of a batch."""
+        found = distillation_loss(model, inputs["input_ids"], slice_size=self.slice_size, **self.weights)
+        return (found.loss, found) if return_outputs else found.loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Losses of the three arms, averaged over all tokens beyond the window's capacity."""
+        was_training = self.model.training
+        model = self.model_wrapped.eval()
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        for batch in self.get_eval_dataloader(eval_dataset):
+            ids = batch["input_ids"].to(self.args.device)
+            losses = arm_losses(model, ids, start=common_capacity(model), slice_size=self.slice_size)
+            sums = [losses[arm].double().sum() for arm in ("full", "window", "memory")]
+            totals += torch.stack([*sums, sums[0].new_tensor(losses["full"].numel())])
+        totals = self.accelerator.reduce(totals, "sum")
+        model.train(was_training)
+        full, window, memory = (totals[:3] / totals[3]).tolist()
+        values = {"full": full, "window": window, "memory": memory, "gap_closed": gap_closed(full, window, memory)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_loss"] = memory
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the memory's weights as an adapter; the base is never written."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if self.args.should_save or self.is_fsdp_enabled:  # sharded weights are gathered by all processes together
+            save_adapter(self.model, folder)
+        if self.args.should_save:
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_adapter(self.model, self.state.best_model_checkpoint or "")
+
+
+class StopWhenAsked(TrainerCallback):
+    """At the first SIGINT or SIGTERM: finish the step, write a checkpoint, stop. At the second: as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Listen, if this is the main thread."""
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                self._before[name] = signal.signal(name, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        print("\nfinishing the step and writing a checkpoint; once more to stop at once", flush=True)
+        self.asked = True
+        self._restore()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Stop all processes if one of them was asked to."""
+        asked = self.asked
+        if args.world_size > 1:
+            flag = torch.tensor(float(asked), device=args.device)
+            torch.distributed.all_reduce(flag)
+            asked = bool(flag)
+        if asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Listen no longer."""
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())

@@ -1,0 +1,310 @@
+"""Measure what a memory is worth: full attention, the window alone, and window + memory, side by side.
+
+    python examples/evaluate.py --adapter examples/adapters/smollm2-135m-instruct-gdn --text novel.txt --output results
+
+Four parts, each switched off by giving it 0: loss while a text streams by (``--tokens``), the share of the gap between
+window and full attention that the memory closes at several capacities (``--stretches``), needle tasks scored by where
+the needle lies (``--needles``), and the ways to position the sinks (``--sink-positions``). Writes a table, a JSON file
+and a picture.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from needles import TASKS, make, score
+from quickstart import compare, format_table, load_text, read, smooth
+from smollm2 import load_causal_lm
+from texts import stretches
+from torch import Tensor
+from tqdm import tqdm
+
+from ahn_layers import HippocampalAttention, full_attention, load_adapter, memory_report, window_only
+from ahn_layers.distillation import arm_losses, gap_closed, use_window
+
+ARMS = {"full": full_attention, "window": window_only, "memory": lambda _: nullcontext()}
+Results = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> Results:
+    """Run the parts that were asked for; returns what is written to ``results.json``."""
+    options = parse(arguments)
+    model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
+    load_adapter(model, options.adapter)
+    print(memory_report(model).splitlines()[-1])
+    documents = [tokens_of(tokenizer, load_text(path)) for path in options.text or [None]]
+    capacities = options.capacities or [own_window(model)]
+    results: Results = {"model": options.model, "adapter": str(options.adapter), "tables": []}
+    if options.tokens:
+        results["streaming"] = streaming(model, documents, options, capacities[0], results["tables"])
+    if options.stretches:
+        results["gap"] = gaps(model, documents, options, capacities, results["tables"])
+    if options.needles:
+        results["needles"] = needles(model, tokenizer, documents, options, capacities[0], results["tables"])
+    if options.sink_positions:
+        results["sinks"] = sinks(model, documents, options, capacities[0], results["tables"])
+    options.output.mkdir(parents=True, exist_ok=True)
+    plot(results, options.output / "results.png")
+    print("\n\n".join(["", *results["tables"]]))
+    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.output / "results.txt").write_text("\n\n".join(results["tables"]) + "\n")
+    print(f"\n{options.output}/results.json, results.txt, results.png")
+    return results
+
+
+def tokens_of(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of a text, without special tokens."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def own_window(model: Any) -> tuple[int, int]:
+    """``(window_size, num_sinks)`` of a retrofitted model."""
+    window = next(m.memory.window for m in model.modules() if isinstance(m, HippocampalAttention))
+    return window.window_size, window.num_sinks
+
+
+def table(title: str, rows: list[tuple[str, ...]]) -> str:
+    """Rows as text, the first one the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for name, *cells in rows:
+        lines.append(
+            "  ".join([f"{name:<{widths[0]}}", *(f"{u:>{w}}" for u, w in zip(cells, widths[1:], strict=True))])
+        )
+    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def streaming(
+    model: Any, documents: list[Tensor], options: argparse.Namespace, window: tuple[int, int], tables: list[str]
+) -> Results:
+    """Loss by position while the longest text streams by, cache bytes and peak memory along the way."""
+    ids = max(documents, key=len)[: options.tokens + 1][None].to(options.device)
+    with use_window(model, *window):
+        readings, _ = compare(model, ids, options.chunk)
+    title = f"Streaming {ids.shape[1] - 1:,} tokens, {window[0]}+{window[1]}"
+    tables.append(f"{title}\n{format_table(readings, sum(window))}")
+    points = max(1, (ids.shape[1] - 1) // 256)
+    return {
+        name: {
+            "positions": arm.positions, "cache_bytes": arm.cache_bytes, "peak_bytes": arm.peak_bytes,
+            "seconds": arm.seconds, "loss_every": points,
+            "losses": [float(part.mean()) for part in arm.losses.split(points)],
+            "smooth": [u.tolist()[::points] for u in smooth(arm.losses, max(1, len(arm.losses) // 32))],
+        }
+        for name, arm in readings.items()
+    }  # fmt: skip
+
+
+def gaps(
+    model: Any,
+    documents: list[Tensor],
+    options: argparse.Namespace,
+    capacities: list[tuple[int, int]],
+    tables: list[str],
+) -> Results:
+    """Mean loss beyond the capacity, and ``(window - memory) / (window - full)``."""
+    found = stretches(documents, options.length, options.stretches)
+    pieces = [piece["input_ids"][None].to(options.device) for piece in found]
+    results: Results = {}
+    rows = [("capacity", "full", "window", "memory", "gap closed", "+- (s.e.)")]
+    for window, sinks in capacities:
+        losses: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        with use_window(model, window, sinks):
+            for piece in tqdm(pieces, desc=f"{window}+{sinks}", unit=" texts"):
+                for arm, values in arm_losses(model, piece, start=max(window + sinks, options.start)).items():
+                    losses[arm].append(float(values.double().mean()))
+        means = {arm: sum(values) / len(values) for arm, values in losses.items()}
+        closed, error = gap_closed(**means), jackknife(losses)
+        results[f"{window}+{sinks}"] = {**means, "gap_closed": closed, "standard_error": error, "by_text": losses}
+        cells = (f"{means[arm]:.4f}" for arm in ARMS)
+        rows.append((f"{window}+{sinks}", *cells, f"{100 * closed:.1f} %", f"{100 * error:.1f} %"))
+    title = f"{len(pieces)} stretches of {options.length:,} tokens, positions from max(capacity, {options.start:,})"
+    tables.append(table(title, rows))
+    return results
+
+
+def jackknife(losses: dict[str, list[float]]) -> float:
+    """Standard error of the gap closed over texts, each left out in turn; NaN for fewer than two."""
+    count = len(losses["full"])
+    if count < 2:
+        return float("nan")
+    means = [
+        gap_closed(**{arm: (sum(values) - values[i]) / (count - 1) for arm, values in losses.items()})
+        for i in range(count)
+    ]
+    center = sum(means) / count
+    return float(((count - 1) / count * sum((u - center) ** 2 for u in means)) ** 0.5)
+
+
+def needles(
+    model: Any,
+    tokenizer: Any,
+    documents: list[Tensor],
+    options: argparse.Namespace,
+    window: tuple[int, int],
+    tables: list[str],
+) -> Results:
+    """Accuracy of each task and arm by the place of the needle; no average over places."""
+    rng = random.Random(options.seed)
+    haystack = max(documents, key=len).tolist()
+    counts: dict[str, dict[str, dict[str, list[float]]]] = {}
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    plan = [(task, i) for task in TASKS for i in range(options.needles)]
+    for task, i in tqdm(plan, desc="needles", unit=" prompts"):
+        start = rng.randrange(max(1, len(haystack) - options.needle_length))
+        text, depth = haystack[start:] + haystack[:start], rng.random() if i % 4 else 0.0  # every fourth: the beginning
+        recent = window[0] // 2 if i % 4 == 3 else 0  # and every fourth inside the window
+        example = make(task, encode, text, options.needle_length, depth, rng, recent=recent)
+        with use_window(model, *window):
+            for arm, mode in ARMS.items():
+                with mode(model):
+                    for needle in score(model, example, options.chunk):
+                        place = needle.place(len(example.prompt), *window)
+                        cell = counts.setdefault(task, {}).setdefault(place, {"n": [], **{a: [] for a in ARMS}})
+                        cell[arm].append(float(needle.correct))
+                        cell.setdefault(f"{arm} loss", []).append(needle.loss)
+    results: Results = {}
+    rows = [("task", "needle in", "n", *ARMS, *(f"{arm} loss" for arm in ARMS))]
+    for task, places in counts.items():
+        results[task] = {}
+        for place in sorted(places, key=rank):
+            cell = places[place]
+            values = {name: sum(v) / len(v) for name, v in cell.items() if v}
+            results[task][place] = {**values, "n": len(cell["full"])}
+            shares = (f"{100 * values[arm]:.0f} %" for arm in ARMS)
+            losses = (f"{values[f'{arm} loss']:.2f}" for arm in ARMS)
+            rows.append((task, place, str(len(cell["full"])), *shares, *losses))
+    title = (
+        f"Needles in {options.needle_length:,} tokens, {window[0]}+{window[1]}: answers right, and loss on the answer"
+    )
+    tables.append(table(title, rows))
+    return results
+
+
+def rank(place: str) -> tuple[int, int]:
+    """Order of places: sink, window, then further and further back."""
+    order = ("sink", "window", "edge")
+    digits = "".join(c for c in place if c.isdigit())
+    return next((i for i, name in enumerate(order) if place.startswith(name)), 3), int(digits or 10**9)
+
+
+@contextmanager
+def positioned(model: Any, sink_positions: str) -> Iterator[None]:
+    """The model with another way to position its sinks."""
+    stores = [m.memory for m in model.modules() if isinstance(m, HippocampalAttention)]
+    before = [store.window for store in stores]
+    for store in stores:
+        store.window = replace(store.window, sink_positions=sink_positions)
+    try:
+        yield
+    finally:
+        for store, window in zip(stores, before, strict=True):
+            store.window = window
+
+
+def sinks(
+    model: Any, documents: list[Tensor], options: argparse.Namespace, window: tuple[int, int], tables: list[str]
+) -> Results:
+    """Streaming loss of window and memory under each way to position the sinks."""
+    ids = max(documents, key=len)[: (options.tokens or options.length) + 1][None].to(options.device)
+    edges = [0, sum(window)]
+    while edges[-1] < ids.shape[1] - 1:
+        edges.append(min(ids.shape[1] - 1, 2 * edges[-1]))
+    results: Results = {}
+    rows = [("sinks", "arm", *(f"{a:,}-{b:,}" for a, b in pairwise(edges)))]
+    for way in options.sink_positions:
+        for arm in ("window", "memory"):
+            with ExitStack() as stack:
+                for context in (use_window(model, *window), positioned(model, way), ARMS[arm](model)):
+                    stack.enter_context(context)
+                losses = read(model, ids, options.chunk, f"{way} {arm}")[0].losses
+            values = [float(losses[a:b].mean()) for a, b in pairwise(edges)]
+            results[f"{way} {arm}"] = dict(zip(rows[0][2:], values, strict=True))
+            rows.append((way, arm, *(f"{value:.4f}" for value in values)))
+    tables.append(table(f"Positions of the sinks, {window[0]}+{window[1]}", rows))
+    return results
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw what was measured: loss and cache over position, gap closed, needles by place."""
+    parts = [name for name in ("streaming", "gap", "needles") if name in results]
+    if not parts:
+        return
+    figure = Figure(figsize=(5.5 * len(parts) + 3 * ("streaming" in parts), 4), layout="constrained")
+    axes = list(figure.subplots(1, len(parts) + ("streaming" in parts), squeeze=False)[0])
+    if "streaming" in parts:
+        loss, cache = axes.pop(0), axes.pop(0)
+        for name, arm in results["streaming"].items():
+            loss.plot(*arm["smooth"], label=name)
+            cache.plot(arm["positions"], [size / 1e6 for size in arm["cache_bytes"]], label=name)
+        loss.set(xlabel="position, tokens", ylabel="loss, nats per token")
+        cache.set(xlabel="position, tokens", ylabel="cache, MB", ylim=(0, None))
+        loss.legend()
+    if "gap" in parts:
+        ax = axes.pop(0)
+        bars = [100 * cell["gap_closed"] for cell in results["gap"].values()]
+        ax.bar(list(results["gap"]), bars)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(ylabel="gap closed, %", xlabel="window + sinks", ylim=(min(0, *bars) - 5, max(100, *bars)))
+    if "needles" in parts:
+        draw_needles(axes.pop(0), results["needles"])
+    figure.savefig(path, dpi=120)
+
+
+def draw_needles(ax: Any, tasks: Results) -> None:
+    """Accuracy by place, all tasks pooled within a place."""
+    places = sorted({place for cells in tasks.values() for place in cells}, key=rank)
+    for shift, arm in enumerate(ARMS):
+        heights = []
+        for place in places:
+            cells = [cells[place] for cells in tasks.values() if place in cells]
+            heights.append(100 * sum(c[arm] * c["n"] for c in cells) / sum(c["n"] for c in cells))
+        ax.bar([i + 0.27 * (shift - 1) for i in range(len(places))], heights, width=0.25, label=arm)
+    ax.set_xticks(range(len(places)), [place.replace(", ", ",\n") for place in places], fontsize=7)
+    ax.set(ylabel="answers right, %", ylim=(0, 100))
+    ax.legend()
+
+
+def capacity(text: str) -> tuple[int, int]:
+    """``480+32`` as window and sinks."""
+    window, _, sinks = text.partition("+")
+    return int(window), int(sinks or 0)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
+    add("--adapter", required=True, help="trained memory: folder, file or hub id")
+    add("--text", type=Path, nargs="+", help="UTF-8 text files; default: the reference of the Python language")
+    add("--tokens", type=int, default=16_384, help="length of the text that streams by")
+    add("--chunk", type=int, default=512, help="tokens per call")
+    add("--capacities", type=capacity, nargs="+", help="such as 480+32 1920+128; default: the adapter's own")
+    add("--stretches", type=int, default=8, help="stretches of text to measure the gap on")
+    add("--length", type=int, default=8192, help="tokens in each")
+    add("--start", type=int, default=512, help="positions before this are never counted")
+    add("--needles", type=int, default=8, help="prompts for each needle task")
+    add("--needle-length", type=int, default=4096, help="tokens in each prompt")
+    add("--sink-positions", nargs="*", default=[], choices=["trained", "streaming", "absolute"], help="ways to compare")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if gpu else "cpu")
+    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    add("--output", type=Path, required=True, help="folder for results.json, results.txt, results.png")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The evaluation: needles lie where they are said to, arms differ where they must, lm_eval runs unchanged."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ahn_layers import GatedDeltaNet, adapter_parameters, full_attention, retrofit, save_adapter, window_only
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+pytest.importorskip("matplotlib")
+
+import evaluate  # noqa: E402
+import needles  # noqa: E402
+import texts  # noqa: E402
+import train  # noqa: E402
+
+
+def tokenizer():
+    """Bytes as tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=alphabet[0], pad_token=alphabet[0])
+
+
+def base(length=4096):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=length, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def small(window_size=24, num_sinks=8):
+    model = retrofit(base(), GatedDeltaNet, window_size=window_size, num_sinks=num_sinks).eval()
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base model, an adapter and a text on disk."""
+    root = tmp_path_factory.mktemp("evaluate")
+    base().save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    save_adapter(small(), root / "adapter")
+    (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    return root
+
+
+@pytest.mark.parametrize("task", sorted(needles.TASKS))
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+def test_needles_lie_where_they_are_said_to(task, depth):
+    encode = tokenizer().encode
+    haystack = encode("lorem ipsum dolor sit amet " * 40)
+    example = needles.make(task, encode, haystack, 900, depth, random.Random(3))
+    assert len(example.prompt) == 900
+    text = tokenizer().decode(example.prompt)
+    positions = [needle.position for needle in example.needles]
+    assert positions == sorted(positions)
+    for needle in example.needles:
+        answer = tokenizer().decode(needle.answer).strip(', "')
+        hidden = tokenizer().decode(example.prompt[needle.position : needle.end])
+        assert answer in hidden
+        assert text.count(answer) <= 2 or task == "facts"  # the pass key is said twice, nothing gives it away elsewhere
+    if depth == 0.0:
+        assert min(positions) == 0 or task in ("RULER multi-key", "RULER multi-value", "key-value", "facts")
+
+
+@pytest.mark.parametrize(
+    ("position", "end", "place"),
+    [
+        (0, 8, "sink"),
+        (0, 9, "evicted, up to 2,048 back"),
+        (464, 474, "evicted, up to 512 back"),
+        (940, 960, "evicted, up to 512 back"),
+        (300, 310, "evicted, up to 2,048 back"),
+        (975, 990, "edge of the window"),
+        (976, 990, "window"),
+    ],
+)
+def test_places(position, end, place):
+    assert needles.Needle(position, end, [1]).place(1000, 24, 8) == place
+    assert needles.Needle(20, 30, [1]).place(100_000, 24, 8) == "evicted, further back"
+
+
+def test_a_needle_can_be_put_into_the_window():
+    encode, haystack = tokenizer().encode, tokenizer().encode("lorem ipsum " * 200)
+    for seed in range(10):
+        example = needles.make("pass key", encode, haystack, 800, 0.0, random.Random(seed), recent=200)
+        assert example.needles[0].position >= 800 - 200 - 100
+    with pytest.raises(ValueError, match="does not fit"):
+        needles.make("pass key", encode, haystack, 30, 0.0, random.Random(0))
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_scores_are_those_of_greedy_decoding(chunk):
+    model = small()
+    encode, haystack = tokenizer().encode, tokenizer().encode("lorem ipsum " * 40)
+    example = needles.make("RULER multi-value", encode, haystack, 400, 0.3, random.Random(0))
+    answer = [token for needle in example.needles for token in needle.answer]
+    with torch.no_grad():
+        logits = model(torch.tensor([example.prompt + answer[:-1]])).logits[0, -len(answer) :]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+    scored = needles.score(model, example, chunk)
+    total = sum(needle.loss * len(needle.answer) for needle in scored) / len(answer)
+    assert total == pytest.approx(float(expected), rel=1e-4)
+    written = model.generate(torch.tensor([example.prompt]), max_new_tokens=4, do_sample=False)[0, -4:].tolist()
+    example.needles = [needles.Needle(0, 5, written), needles.Needle(9, 15, [(written[0] + 1) % 256])]
+    assert [needle.correct for needle in needles.score(model, example, chunk)] == [True, False]
+
+
+def test_a_needle_outside_the_window_cannot_reach_it():
+    model = small()
+    encode, haystack = tokenizer().encode, tokenizer().encode("lorem ipsum " * 60)
+    pair = [needles.make("pass key", encode, haystack, 500, 0.3, random.Random(seed)) for seed in (0, 1)]
+    pair[1].needles[0].answer = pair[0].needles[0].answer
+    losses = {}
+    for arm, mode in evaluate.ARMS.items():
+        with mode(model):
+            losses[arm] = [needles.score(model, example, 64)[0].loss for example in pair]
+    # two layers hand on what lies up to two windows back, the needle lies farther
+    assert losses["window"][0] == pytest.approx(losses["window"][1], abs=1e-6)
+    assert abs(losses["full"][0] - losses["full"][1]) > 1e-6 and abs(losses["memory"][0] - losses["memory"][1]) > 1e-6
+
+
+def test_evaluate_writes_table_json_and_picture(folders, tmp_path):
+    results = evaluate.main([
+        "--model", str(folders / "base"), "--adapter", str(folders / "adapter"), "--text", str(folders / "text.txt"),
+        "--tokens", "300", "--chunk", "50", "--stretches", "3", "--length", "200", "--start", "40", "--needles", "2",
+        "--needle-length", "420", "--capacities", "24+8", "56+8", "--sink-positions", "trained", "absolute",
+        "--device", "cpu", "--dtype", "float32", "--output", str(tmp_path),
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == results.keys()
+    assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(results["gap"]) == {"24+8", "56+8"} and set(results["needles"]) == set(needles.TASKS)
+    for cell in results["gap"].values():
+        assert cell["gap_closed"] == pytest.approx((cell["window"] - cell["memory"]) / (cell["window"] - cell["full"]))
+    assert len(results["tables"]) == 4 and "evicted" in results["tables"][2]
+    streamed = results["streaming"]
+    assert streamed["memory"]["cache_bytes"][-1] == streamed["memory"]["cache_bytes"][-2]  # constant once it is full
+    assert streamed["full attention"]["cache_bytes"][-1] > streamed["full attention"]["cache_bytes"][-2]
+
+
+def test_train_writes_an_adapter_that_evaluate_reads(folders, tmp_path):
+    report = train.main([
+        "--model", str(folders / "base"), "--text", str(folders / "text.txt"), "--dev", str(folders / "text.txt"),
+        "--dev-length", "100", "--dev-count", "2", "--window", "24", "--sinks", "8", "--steps", "4",
+        "--align-steps", "2", "--length", "80", "--batch", "2", "--save-every", "2", "--shared-state",
+        "--output", str(tmp_path / "adapter"),
+    ])  # fmt: skip
+    assert report["steps"] == 4 and {"eval_full", "eval_window", "eval_memory"} <= report["metrics"].keys()
+    assert json.loads((tmp_path / "adapter" / "training.json").read_text())["tokens"] == 4 * 2 * 80
+    results = evaluate.main([
+        "--model", str(folders / "base"), "--adapter", str(tmp_path / "adapter"), "--text", str(folders / "text.txt"),
+        "--tokens", "0", "--stretches", "1", "--length", "100", "--start", "40", "--needles", "0", "--device", "cpu",
+        "--dtype", "float32", "--output", str(tmp_path / "results"),
+    ])  # fmt: skip
+    assert set(results["gap"]) == {"24+8"}
+
+
+def test_crops_depend_on_their_number_only():
+    documents = [torch.arange(1000), torch.arange(5000, 5030), torch.arange(9000, 9300)]
+    one, other = (texts.Crops(documents, 200, 50, copies=0.5, seed=3) for _ in range(2))
+    assert torch.equal(one[7]["input_ids"], other[7]["input_ids"])
+    assert all(len(one[i]["input_ids"]) == 200 for i in range(50))
+    assert {int(crop["input_ids"][0]) // 5000 for crop in one} == {0, 1}
+    with pytest.raises(ValueError, match="at least one stretch"):
+        texts.Crops(documents, 5000, 1)
+    pieces = texts.stretches(documents, 100, 4)
+    assert [int(p["input_ids"][0]) for p in pieces] == [0, 400, 800, 9200]
+
+
+def test_lm_eval_runs_on_a_retrofitted_model(tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    words = " alpha beta gamma delta"  # lm_eval moves a space at the end of the context into the answer
+    rows = [{"context": words * (4 + i), "choices": [" one", " two"], "label": i % 2} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        f"""task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{tmp_path / "data.jsonl"}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_target: label
+doc_to_choice: choices
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+    model, letters = small(), tokenizer()
+
+    def run():
+        harness = HFLM(pretrained=model, tokenizer=letters, batch_size=2, max_length=512)
+        out = lm_eval.simple_evaluate(
+            harness,
+            tasks=["local_choice"],
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+        samples = sorted(out["samples"]["local_choice"], key=lambda sample: sample["doc_id"])
+        return [float(response[0]) for sample in samples for response in sample["filtered_resps"]]
+
+    def by_hand():
+        values = []
+        for row in rows:
+            for choice in row["choices"]:
+                context, whole = letters.encode(row["context"]), letters.encode(row["context"] + choice)
+                with torch.no_grad():
+                    scores = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+                values.append(sum(float(scores[i - 1, whole[i]]) for i in range(len(context), len(whole))))
+        return values
+
+    found = {}
+    for arm, mode in evaluate.ARMS.items():
+        with mode(model):
+            found[arm] = run()
+            assert found[arm] == pytest.approx(by_hand(), abs=1e-3)
+    assert found["memory"] != pytest.approx(found["window"], abs=1e-3)
+    assert found["full"] != pytest.approx(found["window"], abs=1e-3)
+    assert full_attention is evaluate.ARMS["full"] and window_only is evaluate.ARMS["window"]

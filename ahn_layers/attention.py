@@ -26,7 +26,7 @@ class HippocampalAttention(nn.Module):
     Raises:
         ValueError: if the block is wrapped already, or has a child called ``memory``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ahn_layers import GatedDeltaNet, MemoryStore, Window
         >>> class Attention(nn.Module):

@@ -23,18 +23,18 @@ def map_state(function: Callable[..., Tensor], *states: State) -> State:
 
 
 class Compressor(nn.Module, ABC):
-    """Fixed-size long-term memory of an attention layer. Subclass it and write :meth:`fold`.
+    """Fixed-size long-term memory of an attention layer. Subclass it and write ``fold``.
 
     A token that leaves the window is *folded* into the state; a query *reads* the state; the reading passes through
-    :meth:`output` and is added to the attention output, before the block's output projection. Everything but
-    :meth:`fold` has a default:
+    ``output`` and is added to the attention output, before the block's output projection. Everything but
+    ``fold`` has a default:
 
-    - :meth:`build`: further parameters. Default: none.
-    - :meth:`gates`: write gates, computed once when a token arrives and kept beside its key and value. Default: none.
-    - :meth:`init_state`: an empty state. Default: a matrix ``(head_dim, value_dim)`` of zeros per state.
-    - :meth:`read`: what a query gets from the state. Default: ``S^T q``.
-    - :meth:`output`: from the reading to the output. Default: RMS norm, then a matrix per head that starts at zero.
-    - :meth:`scan`: fold and read many tokens. Default: one after the other; override it with a faster form that gives
+    - ``build``: further parameters. Default: none.
+    - ``gates``: write gates, computed once when a token arrives and kept beside its key and value. Default: none.
+    - ``init_state``: an empty state. Default: a matrix ``(head_dim, value_dim)`` of zeros per state.
+    - ``read``: what a query gets from the state. Default: ``S^T q``.
+    - ``output``: from the reading to the output. Default: RMS norm, then a matrix per head that starts at zero.
+    - ``scan``: fold and read many tokens. Default: one after the other; override it with a faster form that gives
       the same result.
 
     Keys and queries come as the attention uses them (after the rotation). The state is float32, or float64 in a
@@ -51,7 +51,7 @@ class Compressor(nn.Module, ABC):
     Raises:
         ValueError: if a size is not positive, or ``num_heads`` is not a multiple of ``num_kv_heads``.
 
-    Example:
+    Examples:
         >>> class Average(Compressor):
         ...     def fold(self, state, k, v):
         ...         return 0.99 * state + outer(k, v)
@@ -109,7 +109,7 @@ class Compressor(nn.Module, ABC):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def gates(self, x: Float[Tensor, "b t n"]) -> dict[str, Float[Tensor, "b s t"]]:
-        """Write gates of arriving tokens, one scalar per state, by the names that :meth:`fold` gives them.
+        """Write gates of arriving tokens, one scalar per state, by the names that ``fold`` gives them.
 
         Args:
             x: hidden states that enter the attention block.
@@ -130,7 +130,7 @@ class Compressor(nn.Module, ABC):
         """Fold one token into the state and return the new state; the one given stays as it is.
 
         Args:
-            state: what :meth:`init_state` or an earlier fold returned.
+            state: what ``init_state`` or an earlier fold returned.
             k: key of the evicted token, ``(B, num_states, D)``, in the dtype of the state.
             v: its value, ``(B, num_states, E)``.
             *args: not used; subclasses take their write gates here, ``(B, num_states)`` each, as named parameters.
@@ -176,7 +176,7 @@ class Compressor(nn.Module, ABC):
         gates: dict[str, Float[Tensor, "b s t"]],
         mask: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """:meth:`scan`, token by token: its definition, and what a single decode step uses."""
+        """``scan``, token by token: its definition, and what a single decode step uses."""
         dtype = state_dtype(q)
         readings = []
         for t in range(q.shape[2]):

@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read back what :func:`save_tensors` wrote; every defect of the file is a ValueError that names it."""
+    """Read back what ``save_tensors`` wrote; every defect of the file is a ValueError that names it."""
     from safetensors import SafetensorError, safe_open
 
     expected = f"ahn_layers.{kind}"

@@ -27,7 +27,7 @@ _LONG_SEGMENT = 8192
 class MemoryStore(nn.Module):
     """Attention with a bounded memory: sinks and window without loss, everything older in a fixed-size state.
 
-    For the query of the token of rank ``p``, with ``S`` sinks and a window of ``W`` (arXiv 2510.07318, section 3)::
+    For the query of the token of rank ``p``, with ``S`` sinks and a window of ``W`` (arXiv 2510.07318, section 3):
 
         j   = p - W                                   the token that just left the window, if j >= S
         S_p = fold(S_{p-1}, k_j, v_j, gates(x_j))
@@ -42,7 +42,7 @@ class MemoryStore(nn.Module):
         rotary: how the model rotates its queries. Needed only to keep the sinks within the trained distance
             (``Window.sink_positions``); without it they stay at their true distance.
 
-    Example:
+    Examples:
         >>> from ahn_layers import GatedDeltaNet, MemoryStore, Window
         >>> store = MemoryStore(Window(4, num_sinks=1), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
         >>> q, k, v = torch.randn(3, 1, 2, 9, 8)

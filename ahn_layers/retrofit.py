@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class Retrofitted:
-    """What :func:`retrofit` did to a model, kept on the model as ``hippocampus``.
+    """What ``retrofit`` did to a model, kept on the model as ``hippocampus``.
 
     Attributes:
         window: the window of every retrofitted layer.
@@ -71,7 +71,7 @@ def retrofit(
         TypeError: if ``model`` is not a transformers model, or ``compressor`` is not a class.
         ValueError: if the model is retrofitted already, or has no suitable layer. The model is unchanged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from ahn_layers import GatedDeltaNet, retrofit
@@ -111,7 +111,7 @@ def retrofit(
 
 
 def restore(model: Model) -> Model:
-    """Take the memory out again: the model is what it was before :func:`retrofit`, with its current base weights.
+    """Take the memory out again: the model is what it was before ``retrofit``, with its current base weights.
 
     Args:
         model: a retrofitted model, or one that contains it.

@@ -21,7 +21,7 @@ class Rotary(nn.Module):
     Raises:
         ValueError: if ``trained_length`` is not positive or ``inv_freq`` is not a vector.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rotary = Rotary(10_000.0 ** (-torch.arange(0, 64, 2) / 64), trained_length=8192)
         >>> rotary.turn_back(torch.randn(1, 9, 1, 64), torch.tensor([5])).shape
@@ -55,5 +55,5 @@ class Rotary(nn.Module):
         return f"trained_length={self.trained_length}, interleaved={self.interleaved}, start={self.start}"
 
     def turn_back(self, q: Float[Tensor, "b h t d"], distance: Int[Tensor, "*b t"]) -> Float[Tensor, "b h t d"]:
-        """Queries as if each stood ``distance`` positions earlier, see :func:`ahn_layers.ops.rotary.turn_back`."""
+        """Queries as if each stood ``distance`` positions earlier, see ``ahn_layers.ops.rotary.turn_back``."""
         return turn_back(q, distance, self.inv_freq, interleaved=self.interleaved, start=self.start)

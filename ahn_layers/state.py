@@ -158,7 +158,7 @@ class MemoryState:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> "MemoryState":
-        """Inverse of :meth:`tensors` and :meth:`description`."""
+        """Inverse of ``tensors`` and ``description``."""
         several = {name.removeprefix("memory."): u for name, u in tensors.items() if name.startswith("memory.")}
         gates = {name.removeprefix("gates."): u for name, u in tensors.items() if name.startswith("gates.")}
         return cls(

@@ -28,7 +28,7 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
     Raises:
         AssertionError: with what was expected, what was found, and where to look.
 
-    Example:
+    Examples:
         >>> from ahn_layers import Compressor, outer
         >>> class Average(Compressor):
         ...     def fold(self, state, k, v):

@@ -30,7 +30,7 @@ class Window:
     Raises:
         ValueError: if a size is not a whole number in its range, or ``sink_positions`` is unknown.
 
-    Example:
+    Examples:
         >>> window = Window(window_size=4, num_sinks=2)
         >>> window.slot(torch.arange(8))
         tensor([0, 1, 2, 3, 4, 5, 2, 3])

@@ -26,7 +26,7 @@ class PeakMemory:
     @property
     def meaning(self) -> str:
         """What ``nbytes`` counts."""
-        return "tensors on the GPU" if self.cuda else "resident memory of the process"
+        return "tensors on the GPU" if self.cuda else "resident memory of the process, with its allocator's slack"
 
     def __enter__(self) -> "PeakMemory":
         if self.cuda:

@@ -149,13 +149,13 @@ def plot(readings: dict[str, Reading], capacity: int, trained: int, path: Path) 
         for position, meaning in ((capacity, "window full"), (trained, "trained length")):
             if position < tokens:
                 axes.axvline(position, color="black", linewidth=0.8, linestyle=":")
-                axes.annotate(f" {meaning}", (position, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+                axes.annotate(f" {meaning}", (position, 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=8)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
     cache_axes.set_xlabel("position, tokens")
     cache_axes.set_xlim(0, tokens)
-    loss_axes.legend(loc="lower left")
+    loss_axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(readings), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -217,8 +217,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     args = parse(argv)
     try:
-        model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
         text = load_text(args.text)
+        model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
         retrofit(model, GatedDeltaNet, window_size=args.window, num_sinks=args.sinks)
         if args.adapter:
             load_adapter(model, args.adapter)

@@ -12,7 +12,7 @@ from ..ops.delta_scan import delta_step, gated_delta_scan
 class DeltaNet(Compressor):
     """The delta rule (arXiv 2406.06484), as in Artificial Hippocampus Networks (arXiv 2510.07318).
 
-    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``::
+    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 
         beta = sigmoid(b_proj(x_j))
         S   <- S + k' (beta (v - S^T k'))^T
@@ -22,7 +22,7 @@ class DeltaNet(Compressor):
     It takes the arguments of [`Compressor`][ahn_layers.Compressor]; with ``shared_state`` there is one ``beta`` per
     key/value head too.
 
-    Example:
+    Examples:
         >>> import torch
         >>> DeltaNet(hidden_size=64, num_heads=4, head_dim=16).gates(torch.zeros(1, 3, 64))["beta"].shape
         torch.Size([1, 4, 3])

@@ -13,7 +13,7 @@ from .time_step import decay_parameters
 class GatedDeltaNet(Compressor):
     """The gated delta rule (arXiv 2412.06464), as in Artificial Hippocampus Networks (arXiv 2510.07318).
 
-    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``::
+    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 
         g    = -exp(A_log) softplus(a_proj(x_j) + dt_bias)
         beta = sigmoid(b_proj(x_j))
@@ -24,7 +24,7 @@ class GatedDeltaNet(Compressor):
     It takes the arguments of [`Compressor`][ahn_layers.Compressor]; with ``shared_state`` there is one ``g`` and one
     ``beta`` per key/value head too.
 
-    Example:
+    Examples:
         >>> import torch
         >>> sorted(GatedDeltaNet(hidden_size=64, num_heads=4, head_dim=16).gates(torch.zeros(1, 3, 64)))
         ['beta', 'g']

@@ -15,9 +15,9 @@ class LinearAttention(Compressor):
     default output: RMS norm (in place of the usual normaliser) and a matrix per head.
 
     Args:
-        hidden_size: see :class:`~ahn_layers.Compressor`, as for the other sizes and ``shared_state``.
+        hidden_size: see ``ahn_layers.Compressor``, as for the other sizes and ``shared_state``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> memory = LinearAttention(hidden_size=64, num_heads=4, head_dim=16)
         >>> memory.fold(memory.init_state(1, torch.zeros(())), torch.ones(1, 4, 16), torch.ones(1, 4, 16))[0, 0, 0, 0]

@@ -13,7 +13,7 @@ from .time_step import decay_parameters
 class Mamba2(Compressor):
     """State space duality (arXiv 2405.21060), as in Artificial Hippocampus Networks (arXiv 2510.07318).
 
-    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / max(|u|, 1e-12)``::
+    With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / max(|u|, 1e-12)``:
 
         dt = softplus(dt_proj(x_j) + dt_bias)
         S <- exp(-dt exp(A_log)) S + k' (dt v)^T
@@ -23,7 +23,7 @@ class Mamba2(Compressor):
     It takes the arguments of [`Compressor`][ahn_layers.Compressor]; with ``shared_state`` there is one ``dt`` per
     key/value head too.
 
-    Example:
+    Examples:
         >>> list(Mamba2(hidden_size=64, num_heads=4, head_dim=16).state_dict())[:3]
         ['A_log', 'dt_bias', 'o_proj.weight']
     """

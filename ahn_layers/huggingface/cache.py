@@ -25,7 +25,7 @@ from ..memory import MemoryStore
 from ..state import MemoryState
 
 MAX_ROLLBACK = 256
-"""Most recent tokens that :meth:`MemoryLayer.crop` can take back while the past is recorded (assisted decoding)."""
+"""Most recent tokens that ``MemoryLayer.crop`` can take back while the past is recorded (assisted decoding)."""
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -94,7 +94,7 @@ class MemoryLayer(CacheLayerMixin):
         self._checkpoint, self._since, self._store = None, [], None
 
     def activate_past_recording(self) -> None:
-        """From now on keep what :meth:`crop` needs to take tokens back."""
+        """From now on keep what ``crop`` needs to take tokens back."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -298,7 +298,7 @@ class HippocampalCache(DynamicCache):
 
     Make one yourself to keep it over several calls: ``generate(..., past_key_values=HippocampalCache())``.
 
-    Example:
+    Examples:
         >>> cache = HippocampalCache()
         >>> len(cache)
         0
@@ -331,7 +331,7 @@ class HippocampalCache(DynamicCache):
         return copy
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file, atomically; resume with :meth:`load` in any process."""
+        """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
         tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in _tensors(layer).items()}
         save_tensors(path, tensors, "cache", {"layers": [_describe(layer) for layer in self.layers]})
 
@@ -379,7 +379,7 @@ def _describe(layer: Any) -> dict[str, Any]:
 
 
 def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """Inverse of :func:`_describe` and :func:`_tensors`."""
+    """Inverse of ``_describe`` and ``_tensors``."""
     if description["type"] == "memory":
         layer: Any = MemoryLayer()
         if "state" in description:

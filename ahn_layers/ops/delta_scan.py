@@ -1,6 +1,6 @@
 """The gated delta rule over many tokens, in chunks: the recurrence of DeltaNet and GatedDeltaNet.
 
-Dimensions as in :mod:`.linear_scan`.
+Dimensions as in ``linear_scan``.
 """
 
 import torch

@@ -108,7 +108,7 @@ def window_attention(
         window_size: tokens a query sees besides the sinks.
         num_sinks: ranks below this are sinks and are never seen through the context.
         scale: logit factor, default ``d ** -0.5``.
-        softcap: see :func:`masked_attention`.
+        softcap: see ``masked_attention``.
         q_sinks: queries to use against the sinks, for the last ``far`` queries.
 
     Returns:

@@ -1,0 +1,166 @@
+"""What llama.py, qwen.py and mistral.py share: a chat in bounded memory, with live memory figures."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from smollm2 import load_causal_lm
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, TextStreamer
+
+from ahn_layers import Compressor, HippocampalCache, load_adapter, retrofit
+
+CHUNK = 512
+"""Tokens read per call of the model: bounds the activations."""
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+"""Sizes of a model with random weights."""
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+_MARK = "@reply@"
+
+
+class Chat:
+    """A conversation over one cache: every token is read once, however many turns follow.
+
+    Args:
+        model: a retrofitted model.
+        tokenizer: its tokenizer, with a chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.cache = HippocampalCache()
+        self.ids = torch.empty(1, 0, dtype=torch.long, device=model.device)
+
+    def say(self, message: str, max_new_tokens: int) -> str:
+        """Add a message, and stream the model's reply to standard output."""
+        new = self.tokenizer(self._format(message), add_special_tokens=False, return_tensors="pt", verbose=False)
+        self.ids = torch.cat((self.ids, new.input_ids.to(self.ids.device)), dim=1)
+        self._read()
+        asked = self.ids.shape[1]
+        out = self.model.generate(
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            past_key_values=self.cache,
+            max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            pad_token_id=self.tokenizer.eos_token_id,
+            **GREEDY,
+        )
+        ends = torch.tensor(self.model.generation_config.eos_token_id, device=out.device)
+        ended = bool(torch.isin(out[0, -1], ends))
+        self.ids = out[:, :-1] if ended else out  # the template of the next message closes the turn
+        return str(self.tokenizer.decode(out[0, asked:], skip_special_tokens=True))
+
+    def figures(self) -> str:
+        """Bytes that the cache holds, and what full attention would hold by now."""
+        tokens = self.cache.get_seq_length()
+        full = sum(tokens * u.nbytes // u.shape[2] for layer in self.cache.layers for u in (layer.keys, layer.values))
+        return f"{tokens:,} tokens, cache {self.cache.nbytes / 1e6:.2f} MB, full attention {full / 1e6:.2f} MB"
+
+    def _format(self, message: str) -> str:
+        """The message in the chat template, behind the end of the reply before it, if there was one."""
+        turns = [{"role": "user", "content": message}]
+        begun = self.ids.shape[1] > 0
+        if begun:
+            turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _MARK}, *turns]
+        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text.split(_MARK)[-1] if begun else text
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        """Take in all tokens but the last, which ``generate`` needs."""
+        begin, end = self.cache.get_seq_length(), self.ids.shape[1] - 1
+        with tqdm(total=end - begin, desc="reading", unit=" tokens", disable=end - begin <= CHUNK) as bar:
+            for part in self.ids[:, begin:end].split(CHUNK, dim=1):
+                self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                bar.update(part.shape[1])
+                bar.set_postfix_str(self.figures())
+
+
+def main(argv: Sequence[str] | None, *, description: str, config: PretrainedConfig, default: str | None) -> list[str]:
+    """Chat with a model of one family.
+
+    Args:
+        argv: command line, None for the process's own.
+        description: docstring of the script.
+        config: of the model that ``--random-weights`` makes.
+        default: hub id, None for SmolLM2-135M-Instruct.
+
+    Returns:
+        The replies.
+    """
+    args = _parse(argv, description, default)
+    try:
+        model, tokenizer = random_model(config) if args.random_weights else _load(args)
+        retrofit(model, Compressor.by_name[args.compressor], window_size=args.window, num_sinks=args.sinks)
+        if args.adapter:
+            load_adapter(model, args.adapter)
+        document = f"{args.document.read_text(encoding='utf-8')}\n\n" if args.document else ""
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
+    if not args.adapter:
+        print("No --adapter: the memory is untrained and adds nothing. What has left the window is forgotten.")
+    chat, replies = Chat(model, tokenizer), []
+    for prompt in args.prompt or _typed():
+        replies.append(chat.say(document + prompt, args.max_new_tokens))
+        print(f"[{chat.figures()}]")
+        document = ""
+    return replies
+
+
+def _parse(argv: Sequence[str] | None, description: str, default: str | None) -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=default, help=f"folder or hub id (default: {default or 'SmolLM2-135M-Instruct'})"
+    )
+    parser.add_argument("--random-weights", action="store_true", help="a tiny model with random weights: no network")
+    parser.add_argument("--adapter", help="trained memory: folder, file or hub id (default: none)")
+    parser.add_argument("--compressor", default="GatedDeltaNet", choices=sorted(Compressor.by_name))
+    parser.add_argument("--window", type=int, default=1920, help="tokens kept without loss (default: 1920)")
+    parser.add_argument("--sinks", type=int, default=128, help="first tokens kept for ever (default: 128)")
+    parser.add_argument("--document", type=Path, help="text file that stands before the first message")
+    parser.add_argument("--prompt", action="append", help="message, may be repeated (default: type them)")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    return parser.parse_args(argv)
+
+
+def _typed() -> Iterator[str]:
+    """Messages from the keyboard, until an empty line or the end of input."""
+    try:
+        while message := input("> "):
+            yield message
+    except (EOFError, KeyboardInterrupt):
+        return
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{args.model}: its tokenizer has no chat template. Name an instruct or chat model by --model."
+        )
+    return model, tokenizer
+
+
+def random_model(config: PretrainedConfig) -> tuple[Any, Any]:
+    """A model with random weights, and a tokenizer with one token per byte."""
+    names = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytewise = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    bytewise.add_special_tokens([AddedToken(name, special=True) for name in names[:2]])
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token=names[0], eos_token=names[1])
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.chat_template = (
+        "<s>{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    torch.manual_seed(0)
+    config.vocab_size, config.bos_token_id, config.eos_token_id = len(names), 0, 1
+    return AutoModelForCausalLM.from_config(config).eval(), tokenizer

@@ -176,7 +176,7 @@ class Compressor(nn.Module, ABC):
         gates: dict[str, Float[Tensor, "b s t"]],
         mask: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """``scan``, token by token: its definition, and what a single decode step uses."""
+        """``scan``, token by token: its definition."""
         dtype = state_dtype(q)
         readings = []
         for t in range(q.shape[2]):

@@ -68,6 +68,8 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
         if level == 0 and name.split(".")[0] == "transformers":
             assert inside, f"{path} imports transformers"
     for level, name in imports(path, top_level=True):
+        if path.startswith("ops/triton_"):  # nothing but kernels, imported where they run
+            break
         assert level or name.split(".")[0] not in ("triton", "fla"), f"{path} imports {name} at its top"
 
 

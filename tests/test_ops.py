@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ahn_layers.ops.delta_scan import delta_step, gated_delta_scan
+from ahn_layers.ops.decode import delta_step
+from ahn_layers.ops.delta_scan import gated_delta_scan
 from ahn_layers.ops.linear_scan import gated_linear_scan
 from ahn_layers.ops.rotary import turn_back
 from ahn_layers.ops.window_attention import masked_attention, window_attention

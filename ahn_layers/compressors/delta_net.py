@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from ..compressor import Compressor, State
 from ..layers import Scale, l2_normalize, project, rms_normalize
-from ..ops.delta_scan import delta_step, gated_delta_scan
+from ..ops.decode import delta_step
+from ..ops.delta_scan import gated_delta_scan
 
 
 class DeltaNet(Compressor):

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from .affine_scan import states_between
 from .chunks import cut, decay_matrix
-
-
-def delta_step(
-    state: Float[Tensor, "b s d e"],
-    k: Float[Tensor, "b s d"],
-    v: Float[Tensor, "b s e"],
-    beta: Float[Tensor, "b s"],
-) -> Float[Tensor, "b s d e"]:
-    """``S + k (beta (v - S^T k))^T`` for one token."""
-    stored = (k.unsqueeze(-2) @ state).squeeze(-2)
-    return state + k.unsqueeze(-1) * (beta.unsqueeze(-1) * (v - stored)).unsqueeze(-2)
+from .decode import fold_and_read
+from .scan import runs_in_triton, scan_in_triton
 
 
 def gated_delta_scan(
@@ -46,13 +37,27 @@ def gated_delta_scan(
         v: folded values.
         beta: write strength in [0, 1]; 0 with ``g = 0`` folds nothing.
         g: log decay per token, None for no decay.
-        chunk_size: tokens folded at once; by default 32, on a GPU 64.
+        chunk_size: tokens folded at once; by default 32, on a GPU 128.
 
     Returns:
         What each query reads, and the state after the last token.
     """
     length = q.shape[2]
-    chunk_size = chunk_size or (64 if state.is_cuda else 32)
+    if length == 1:
+        q, k, v, beta = (u.squeeze(2).to(state.dtype) for u in (q, k, v, beta))
+        r, state = fold_and_read(state, q, k, v, None if g is None else g.squeeze(2).to(state.dtype), beta)
+        return r.unsqueeze(2), state
+    if chunk_size is None and runs_in_triton(state, k):
+        return scan_in_triton(_chunks, state, q, k, v, g, beta)
+    return _chunks(state, q, k, v, g, beta, chunk_size)
+
+
+def _chunks(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scan in plain PyTorch, exact in values and gradients."""
+    length = q.shape[2]
+    chunk_size = chunk_size or (128 if state.is_cuda else 32)
     q, k, v, g = cut(state, q, k, v, g, chunk_size)
     beta = F.pad(beta.to(state.dtype), (0, -length % chunk_size))
     beta = beta.unflatten(2, (-1, chunk_size)).unsqueeze(-1)

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .chunks import cut, decay_matrix
+from .decode import fold_and_read
+from .scan import runs_in_triton, scan_in_triton
 
 
 def gated_linear_scan(
@@ -20,7 +22,7 @@ def gated_linear_scan(
     v: Float[Tensor, "b s t e"],
     g: Float[Tensor, "b s t"] | None = None,
     *,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b s d e"]]:
     """``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, read after folding: ``r_t = S_t^T q_t`` (arXiv 2405.21060, section 6).
 
@@ -30,12 +32,27 @@ def gated_linear_scan(
         k: folded keys.
         v: folded values.
         g: log decay per token, None for no decay.
-        chunk_size: tokens folded at once.
+        chunk_size: tokens folded at once, by default 64.
 
     Returns:
         What each query reads, and the state after the last token.
     """
     length = q.shape[2]
+    if length == 1:
+        q, k, v = (u.squeeze(2).to(state.dtype) for u in (q, k, v))
+        r, state = fold_and_read(state, q, k, v, None if g is None else g.squeeze(2).to(state.dtype))
+        return r.unsqueeze(2), state
+    if chunk_size is None and runs_in_triton(state, k):
+        return scan_in_triton(_chunks, state, q, k, v, g, None)
+    return _chunks(state, q, k, v, g, None, chunk_size)
+
+
+def _chunks(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: None, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scan in plain PyTorch, exact in values and gradients."""
+    length = q.shape[2]
+    chunk_size = chunk_size or 64
     q, k, v, g = cut(state, q, k, v, g, chunk_size)
     total, decay = decay_matrix(g)
     scores = rearrange(q @ k.mT, "b s n (r i) j -> b s n r i j", i=chunk_size)
@@ -49,4 +66,4 @@ def gated_linear_scan(
     reach = total.exp().repeat(1, 1, 1, q.shape[3] // chunk_size).unsqueeze(-1)
     r = within + (q * reach) @ states[:, :, :-1]
     r = rearrange(r, "b s n (r c) e -> b (s r) (n c) e", c=chunk_size)
-    return r[:, :, :length], states[:, :, -1]
+    return r[:, :, :length], states[:, :, -1].clone()  # else it would hold the states of all chunks

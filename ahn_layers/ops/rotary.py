@@ -31,9 +31,10 @@ def turn_back(
     """
     pairs = inv_freq.shape[0]
     angle = distance.double()[..., None] * inv_freq.double()
-    cos, sin = (f(angle).float().unsqueeze(-3) for f in (torch.cos, torch.sin))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = (f(angle).to(dtype).unsqueeze(-3) for f in (torch.cos, torch.sin))
     before, turned, after = q.split((start, 2 * pairs, q.shape[-1] - start - 2 * pairs), dim=-1)
     shape = (pairs, 2) if interleaved else (2, pairs)
-    first, second = turned.float().unflatten(-1, shape).unbind(-1 if interleaved else -2)
+    first, second = turned.to(dtype).unflatten(-1, shape).unbind(-1 if interleaved else -2)
     rotated = torch.stack((first * cos + second * sin, second * cos - first * sin), -1 if interleaved else -2)
     return torch.cat((before, rotated.flatten(-2).to(q.dtype), after), dim=-1)

@@ -3,11 +3,15 @@
 Dimensions: b batch, h query heads, g key/value heads, t queries, s sinks, c context columns, d key size, e value size.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from . import flash_attention
 
 _BLOCK_SCORES = 1 << 27
 """Upper bound on the scores ``b * h * block * keys`` of one query block (512 MiB in float32, if materialised)."""
@@ -58,7 +62,7 @@ def masked_attention(
     else:
         sinks, rest = k.mT.split((num_sinks, k.shape[2] - num_sinks), dim=-1)
         logits = torch.cat((by_group(q_sinks * scale) @ sinks, by_group(q * scale) @ rest), dim=-1)
-    logits = logits.reshape(b, h, t, -1).float()
+    logits = logits.reshape(b, h, t, -1).to(torch.promote_types(q.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
@@ -90,13 +94,15 @@ def window_attention(
     scale: float | None = None,
     softcap: float | None = None,
     q_sinks: Float[Tensor, "b h far d"] | None = None,
+    first_rank: int | None = None,
 ) -> Float[Tensor, "b h t e"]:
     """Every query sees the sinks up to itself and the last ``window_size`` tokens, itself included.
 
     The context is contiguous in rank and its last ``t`` columns are the queries' own tokens, so query ``i`` has
     column ``c - t + i``. Queries go block by block against the sinks and the slice of the context they can see; the
     largest tensor is one block of scores, and in training each block is recomputed in the backward pass, so memory
-    grows linearly with the length in both directions.
+    grows linearly with the length in both directions. In half precision on a GPU, rows of equal rank go through fused
+    kernels instead.
 
     Args:
         q: queries, already rotated.
@@ -110,10 +116,46 @@ def window_attention(
         scale: logit factor, default ``d ** -0.5``.
         softcap: see ``masked_attention``.
         q_sinks: queries to use against the sinks, for the last ``far`` queries.
+        first_rank: rank of the first query, if it is the same in every row and known.
 
     Returns:
         The attention output, in the dtype of ``q``.
     """
+    past = context_k.shape[2] - q.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if first_rank is not None and flash_attention.supports(q, context_v, softcap):
+        head = min(q.shape[2], max(0, num_sinks - first_rank))  # queries that are sinks themselves
+        own = max(0, num_sinks - (first_rank - past))  # columns of the context that are sinks
+        far = 0 if q_sinks is None else q_sinks.shape[2]
+        facing = q if q_sinks is None else torch.cat((q[:, :, : q.shape[2] - far], q_sinks), dim=2)
+        tail = (q[:, :, head:], facing[:, :, head:], sink_k, sink_v, context_k[:, :, own:], context_v[:, :, own:])
+        outs = []
+        if head:
+            columns = (u[:, :, : past + head] for u in (context_k, context_v))
+            heads = (q[:, :, :head], sink_k, sink_v, *columns, rank[..., :head])
+            outs.append(_blockwise(*heads, window_size=window_size, num_sinks=num_sinks, scale=scale))
+        if head < q.shape[2]:
+            outs.append(flash_attention.flash_window_attention(*tail, window_size=window_size, scale=scale))
+        return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+    options: dict[str, Any] = {"window_size": window_size, "num_sinks": num_sinks, "scale": scale, "softcap": softcap}
+    return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, **options)
+
+
+def _blockwise(
+    q: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    context_k: Tensor,
+    context_v: Tensor,
+    rank: Tensor,
+    q_sinks: Tensor | None = None,
+    *,
+    window_size: int,
+    num_sinks: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """``window_attention`` in plain PyTorch: under a mask, one block of queries at a time."""
     past = context_k.shape[2] - q.shape[2]
     near = q.shape[2] - (0 if q_sinks is None else q_sinks.shape[2])
     sinks = sink_k.shape[2]

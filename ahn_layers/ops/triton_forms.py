@@ -1,0 +1,20 @@
+"""Where the Triton forms of the operations run."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_INSTALLED = find_spec("triton") is not None
+
+
+def has_triton(u: Tensor) -> bool:
+    """Whether kernels can run on this tensor: it is on a GPU, or Triton's interpreter is on."""
+    return _INSTALLED and (u.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def in_triton(*tensors: Tensor | None) -> bool:
+    """Whether a kernel without a backward pass can run on these tensors."""
+    given = [u for u in tensors if u is not None]
+    return has_triton(given[0]) and not (torch.is_grad_enabled() and any(u.requires_grad for u in given))

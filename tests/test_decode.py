@@ -1,0 +1,87 @@
+"""The Triton kernels of a decode step, against plain PyTorch: in Triton's interpreter, and on a GPU if there is one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ahn_layers.ops import decode
+
+GPU = torch.cuda.is_available()
+# rows, query heads, key/value heads, slots, key size, value size, sinks whose queries are turned
+ATTENTION = [
+    (2, 6, 2, 150, 16, 24, 5),
+    (1, 4, 4, 300, 64, 64, 0),
+    (2, 7, 1, 70, 40, 40, 70),
+    (1, 8, 2, 700, 128, 128, 3),
+]
+MEMORY = [(16, 24, 2, 6), (64, 64, 3, 3), (40, 80, 1, 2)]  # key size, value size, states, query heads
+
+
+def error(found, expected):
+    return float((found.double().cpu() - expected).norm() / expected.norm())
+
+
+def check_attention(device, dtype, tolerance, b, h, g, slots, d, e, sinks):
+    q, turned = torch.randn(2, b, h, 1, d, dtype=torch.float64)
+    k, v = torch.randn(b, g, slots, d, dtype=torch.float64), torch.randn(b, g, slots, e, dtype=torch.float64)
+    for seen in ([slots + 5, 3, 40], [0, slots, slots]):
+        seen = torch.tensor(seen[:b])
+        options = {"full": False, "q_sinks": turned if sinks else None, "num_sinks": sinks}
+        expected = decode.slot_attention(q, k, v, seen, **options)  # float64 never runs in the kernels
+        empty = (torch.arange(slots) >= seen.clamp(min=1).unsqueeze(1))[:, None, :, None]
+        half = [
+            u.to(device, dtype) for u in (q, turned, k.masked_fill(empty, torch.nan), v.masked_fill(empty, torch.nan))
+        ]
+        options["q_sinks"] = half[1] if sinks else None
+        out = decode.slot_attention(half[0], half[2], half[3], seen.to(device), **options)
+        assert out.dtype == dtype and error(out, expected) < tolerance
+
+
+def check_memory(device, d, e, states, heads):
+    shapes = ((2, states, d, e), (2, heads, d), (2, states, d), (2, states, e))
+    state, q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    k, g, beta = k / d**0.5, -torch.rand(2, states).double(), torch.rand(2, states).double()
+    for gates in ((g, beta), (None, beta), (g, None), (None, None)):
+        expected = decode.fold_and_read(state, q, k, v, *gates)
+        single = [None if u is None else u.to(device, torch.float32) for u in (state, q, k, v, *gates)]
+        before = single[0].clone()
+        for one, other in zip(decode.fold_and_read(*single), expected, strict=True):
+            assert error(one, other) < 1e-5
+        assert torch.equal(single[0], before)
+
+
+def test_kernels_in_the_interpreter():
+    """In a process of its own: Triton looks at the variable when it is imported."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [*ATTENTION, (3, 16, 2, 5000, 128, 128, 128), (1, 2, 1, 400, 256, 256, 9)])
+def test_attention_on_the_gpu(shape, dtype):
+    check_attention("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype], *shape)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("shape", [*MEMORY, (128, 128, 2, 16), (256, 256, 1, 1)])
+def test_memory_on_the_gpu(shape):
+    check_memory("cuda", *shape)
+
+
+if __name__ == "__main__":
+    called = []
+    rule = decode.in_triton
+    decode.in_triton = lambda *tensors, **options: called.append(rule(*tensors, **options)) or called[-1]
+    for case in ATTENTION:
+        check_attention("cpu", torch.float32, 1e-5, *case)
+        check_attention("cpu", torch.float16, 2e-3, *case)
+    for case in MEMORY:
+        check_memory("cpu", *case)
+    assert called and any(called)
+    print("kernels ran")

@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +39,29 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read back what ``save_tensors`` wrote; every defect of the file is a ValueError that names it."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     expected = f"ahn_layers.{kind}"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file.")
+    with reading(path), safe_open(str(path), framework="pt", device=str(device)) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != expected:
+            raise ValueError(f"{path}: expected a file of format {expected!r}, found {metadata.get('format')!r}.")
+        if metadata.get("version") != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{path}: format version {metadata.get('version')}, this library reads {FORMAT_VERSION}. "
+                "Load it with the version of ahn_layers that wrote it."
+            )
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["description"])  # noqa: SIM118
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Within this context, whatever a damaged file leads to is a ValueError that names the file."""
+    from safetensors import SafetensorError
+
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != expected:
-                raise ValueError(f"{path}: expected a file of format {expected!r}, found {metadata.get('format')!r}.")
-            if metadata.get("version") != str(FORMAT_VERSION):
-                raise ValueError(
-                    f"{path}: format version {metadata.get('version')}, this library reads {FORMAT_VERSION}. "
-                    "Load it with the version of ahn_layers that wrote it."
-                )
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["description"])  # noqa: SIM118
-    except SafetensorError as error:
+        yield
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error

@@ -5,6 +5,7 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from .checks import check_inputs, check_state
 from .compressor import Compressor, State, map_state, state_dtype
-from .ops.window_attention import masked_attention, window_attention
+from .ops.decode import slot_attention
+from .ops.window_attention import window_attention
 from .rotary import Rotary
 from .state import MemoryState
 from .tokens import Tokens, take
@@ -120,6 +122,13 @@ class MemoryStore(nn.Module):
         Raises:
             ValueError: if shapes, devices or dtypes do not fit together or do not fit the state. Nothing has changed.
         """
+        device = q.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            low = torch.get_autocast_dtype(device)  # of attention; the memory chooses its dtypes itself
+            q, k, v = (u if u.dtype == torch.float64 else u.to(low) for u in (q, k, v))
+            options: dict[str, Any] = {"scale": scale, "softcap": softcap, "inplace": inplace, "dense": dense}
+            with torch.autocast(device, enabled=False):
+                return self.forward(q, k, v, x, state, valid=valid, use_memory=use_memory, **options)
         check_inputs(self, q, k, v, x, valid, use_memory)
         new = self.arrive(k, v, x if use_memory else None)
         if state is None:
@@ -182,6 +191,7 @@ class MemoryStore(nn.Module):
             window_size=window.window_size,
             num_sinks=window.num_sinks,
             q_sinks=self._sink_queries(q, rank, after.length),
+            first_rank=state.uniform,
             **attention,  # type: ignore[arg-type]
         )
         # Query i pushes out column i - spare of the context; sinks are never pushed out.
@@ -219,14 +229,12 @@ class MemoryStore(nn.Module):
         slots = state.slots.put(slot, new, arrives, inplace=inplace)
         seen = state.seen + arrived
         length = None if state.length is None else state.length + 1
-        visible = None
-        if state.uniform is None or state.uniform < window.capacity:
-            visible = (torch.arange(window.capacity, device=q.device) < seen.clamp(min=1).unsqueeze(1))[:, None, None]
-        out = masked_attention(
+        out = slot_attention(
             q,
             slots.k,
             slots.v,
-            visible,
+            seen,
+            full=state.uniform is not None and state.uniform >= window.capacity,
             q_sinks=self._sink_queries(q, state.seen.unsqueeze(1), length),
             num_sinks=window.num_sinks,
             **attention,  # type: ignore[arg-type]
@@ -256,14 +264,13 @@ class MemoryStore(nn.Module):
         assert self.compressor is not None
         compressor, outputs = self.compressor, []
         repeats = compressor.num_states // evicted.k.shape[1]
-        scan = compressor.loop if len(evicted) == 1 else compressor.scan
         size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
         for start in range(0, len(evicted), size):
             part = slice(start, start + size)
             k, v = (u[:, :, part].repeat_interleave(repeats, dim=1) for u in (evicted.k, evicted.v))
             gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}
             mask = None if folds is None else folds[:, part]
-            reading, memory = scan(memory, q[:, :, part], k, v, gates, mask)
+            reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
             output = compressor.output(reading, x[:, part])
             outputs.append(output if mask is None else output.masked_fill(~mask[:, None, :, None], 0))
         return torch.cat(outputs, dim=2), memory

@@ -122,13 +122,15 @@ def restore(model: Model) -> Model:
     Raises:
         ValueError: if the model is not retrofitted.
     """
+    from .huggingface.generation import REPLACED
+
     inner, record = find_retrofitted(model)
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, HippocampalAttention):
                 setattr(parent, name, child.unwrap())
     _set_implementation(record, record.base)
-    for name in ("hippocampus", "_prepare_cache_for_generation"):
+    for name in ("hippocampus", *REPLACED):
         delattr(inner, name)
     return model
 

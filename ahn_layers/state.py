@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .compressor import State, map_state
-from .files import load_tensors, save_tensors
+from .files import load_tensors, reading, save_tensors
 from .tokens import Tokens
 from .window import Window
 
@@ -150,7 +150,8 @@ class MemoryState:
             ValueError: if the file is not a state, is damaged, or has an unknown format version.
         """
         tensors, description = load_tensors(path, "memory_state", device)
-        return cls.from_tensors(tensors, description)
+        with reading(path):
+            return cls.from_tensors(tensors, description)
 
     def description(self) -> dict[str, Any]:
         """What the tensors alone do not say, as JSON values."""

@@ -1,14 +1,15 @@
 """Tokens as a layer keeps them: keys, values and write gates, with the same operations on all three."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tokens:
     """Keys, values and write gates of tokens along dimension 2.
 
     Attributes:
@@ -55,12 +56,14 @@ class Tokens(NamedTuple):
         self, slot: Int[Tensor, " b"], token: "Tokens", where: Bool[Tensor, " b"] | None, *, inplace: bool
     ) -> "Tokens":
         """One token written into each row, at that row's slot; rows where the mask is False keep theirs."""
+        rows = torch.arange(len(slot), device=slot.device).unsqueeze(1)
 
         def write(u: Tensor, new: Tensor) -> Tensor:
-            index = _spread(slot[:, None], new)
+            at = (rows, torch.arange(u.shape[1], device=slot.device), slot.unsqueeze(1))
+            value = new.squeeze(2)
             if where is not None:
-                new = torch.where(where.view(-1, *[1] * (u.ndim - 1)), new, u.gather(2, index))
-            return u.scatter_(2, index, new) if inplace else u.scatter(2, index, new)
+                value = torch.where(where.view(-1, *[1] * (value.ndim - 1)), value, u[at])
+            return u.index_put_(at, value) if inplace else u.index_put(at, value)
 
         return self.zip(write, token)
 

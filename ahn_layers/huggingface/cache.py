@@ -4,6 +4,7 @@ A retrofitted model builds its caches as any other; our layers replace the empty
 the work: ``update`` hands keys and values through unchanged.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..files import load_tensors, save_tensors
+from ..files import load_tensors, reading, save_tensors
 from ..memory import MemoryStore
 from ..state import MemoryState
 
@@ -229,6 +230,7 @@ class StaticMemoryLayer(MemoryLayer):
         super().__init__()
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
+        self._known: tuple[int, bool] | None = (0, False)
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Attend with new tokens and take them in, in place."""
@@ -237,11 +239,16 @@ class StaticMemoryLayer(MemoryLayer):
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
             out, _ = store(q, k, v, x, self.state, inplace=True, **options)
+            self._known = None
         else:
-            out, after = store(q, k, v, x, self.state, **options)
+            before = self.state
+            if self._known is not None and not torch.compiler.is_compiling():
+                before = replace(before, length=self._known[0], padded=self._known[1])
+            out, after = store(q, k, v, x, before, **options)
             with torch.no_grad():
                 self.state.copy_(after)
-        self.state.length, self.state.padded = None, True  # from here on lengths live on the device
+            self._known = None if after.length is None else (after.length, after.padded)
+        self.state.length, self.state.padded = None, True  # lengths live on the device, while decoding only there
         self.cumulative_length.add_(k.shape[2])
         return out
 
@@ -285,6 +292,8 @@ class StaticMemoryLayer(MemoryLayer):
             empty.slots, empty.seen = empty.slots.map(torch.zeros_like), torch.zeros_like(empty.seen)
             empty.memory, empty.length, empty.padded = self._empty_memory, 0, False
             self.state.copy_(empty)
+            self.state.length, self.state.padded = None, True
+        self._known = (0, False)
         self.cumulative_length.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -311,6 +320,13 @@ class HippocampalCache(DynamicCache):
         ours.layers, ours.layer_class_to_replicate = cache.layers, cache.layer_class_to_replicate
         return ours
 
+    _recording = False
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what ``crop`` needs to take tokens back, in layers to come as well."""
+        self._recording = True
+        super().activate_past_recording()
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
@@ -322,7 +338,7 @@ class HippocampalCache(DynamicCache):
 
     def to(self, device: torch.device | str) -> "HippocampalCache":
         """A copy on another device."""
-        return self._rebuilt(lambda tensors: {name: u.to(device) for name, u in tensors.items()})
+        return self._rebuilt(lambda tensors: {name: u.to(device, copy=True) for name, u in tensors.items()})
 
     def reorder(self, index: Tensor) -> "HippocampalCache":
         """A copy with the rows at ``index``, in that order."""
@@ -332,8 +348,9 @@ class HippocampalCache(DynamicCache):
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
+        description = {"layers": [_describe(layer) for layer in self.layers]}
         tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in _tensors(layer).items()}
-        save_tensors(path, tensors, "cache", {"layers": [_describe(layer) for layer in self.layers]})
+        save_tensors(path, tensors, "cache", description)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "HippocampalCache":
@@ -344,9 +361,10 @@ class HippocampalCache(DynamicCache):
         """
         tensors, description = load_tensors(path, "cache", device)
         cache = cls()
-        for i, layer in enumerate(description["layers"]):
-            own = {name.split(".", 1)[1]: u for name, u in tensors.items() if name.split(".", 1)[0] == str(i)}
-            cache.layers.append(_rebuild(layer, own))
+        with reading(path):
+            for i, layer in enumerate(description["layers"]):
+                own = {name.split(".", 1)[1]: u for name, u in tensors.items() if name.split(".", 1)[0] == str(i)}
+                cache.layers.append(_rebuild(layer, own))
         return cache
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":
@@ -358,7 +376,11 @@ class HippocampalCache(DynamicCache):
 def _tensors(layer: Any) -> dict[str, Tensor]:
     if isinstance(layer, MemoryLayer):
         return {} if layer.state is None else layer.state.tensors()
-    return {} if not layer.is_initialized else {"keys": layer.keys, "values": layer.values}
+    held = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, ())
+        held |= {f"{name}.{i}": states[i] for i in range(len(states))}
+    return {name: u for name, u in held.items() if isinstance(u, Tensor)}
 
 
 def _describe(layer: Any) -> dict[str, Any]:
@@ -404,10 +426,10 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     if cache is None:
         return None
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache | QuantizedCache) or cache.offloading:
-        kind = "offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        kind = "that is offloaded" if getattr(cache, "offloading", False) else f"of type {type(cache).__name__}"
         raise ValueError(
-            f"a retrofitted model cannot use a {kind}: its window is small and its state fixed, so nothing is gained. "
-            "Leave cache_implementation unset, or use 'static'."
+            f"a retrofitted model cannot use a cache {kind}: its window is small and its state fixed, so nothing is "
+            "gained. Leave cache_implementation unset, or use 'static'."
         )
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer_idx:
@@ -421,6 +443,6 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
             "cannot be taken over by the bounded memory. Begin with an empty cache."
         )
     ours = StaticMemoryLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else MemoryLayer()
-    ours.record_past = bool(getattr(layer, "record_past", False))
+    ours.record_past = bool(getattr(layer, "record_past", False) or getattr(cache, "_recording", False))
     cache.layers[layer_idx] = ours
     return ours

@@ -1,20 +1,17 @@
-"""The attention block of a transformers decoder, and how ``generate`` gets a cache for it."""
+"""The attention block of a transformers decoder, its attention replaced by a memory store."""
 
 import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
-from .cache import HippocampalCache, MemoryLayer, memory_layer
+from .cache import MemoryLayer, StaticMemoryLayer, memory_layer
 from .interface import implementation_name
 from .probe import AttentionBlock
-
-PREFILL_CHUNK = 4096
-"""Tokens that ``generate`` reads at a time, unless the caller asks for another size."""
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 """What the cache is called in the forward of attention blocks."""
@@ -57,7 +54,7 @@ class DecoderAttention(HippocampalAttention):
         if self.mode == "full":
             return self.block(*args, **kwargs)
         x: Tensor = _argument(args, kwargs, self._hidden_at, self._hidden_name)
-        layer = memory_layer(_argument(args, kwargs, self._cache_at, self._cache_name), self.layer_idx)
+        layer = self.cache_layer(_argument(args, kwargs, self._cache_at, self._cache_name))
         attend = Attend(type(self.block).__name__, self._runner(layer, x))
         if layer is None:
             out = self.block(*args, attend=attend, **kwargs)
@@ -71,6 +68,22 @@ class DecoderAttention(HippocampalAttention):
         if self._warn_after is not None:
             self._warn_if_far(x.shape[1] if layer is None or layer.is_compileable else layer.get_seq_length())
         return out
+
+    def cache_layer(self, cache: Any) -> MemoryLayer | None:
+        """Our layer in this cache, put there if need be.
+
+        Raises:
+            ValueError: if we cannot work with this cache.
+        """
+        layer = memory_layer(cache, self.layer_idx)
+        mask = "local" if self.found.kind == "sliding" else "full"
+        if isinstance(layer, StaticMemoryLayer) and mask not in self.owned.split("+"):
+            raise ValueError(
+                "a static cache was given to a model of which only some layers of a kind are retrofitted: in their "
+                "common mask of fixed length, padding among the new tokens cannot be found. Use a dynamic cache, or "
+                "retrofit all of them."
+            )
+        return layer
 
     def _runner(self, layer: MemoryLayer | None, x: Tensor) -> Callable[..., Tensor]:
         use_memory = self.mode == "memory"
@@ -97,51 +110,3 @@ class DecoderAttention(HippocampalAttention):
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str) -> Any:
     return args[index] if index < len(args) else kwargs.get(name)
-
-
-class PrepareCache:
-    """Stands in for ``model._prepare_cache_for_generation``: the cache of ``generate`` gets our layers from the start.
-
-    A prompt that may outgrow the window is read in chunks of ``PREFILL_CHUNK`` tokens, so that not only the cache but
-    the activations too stay bounded.
-
-    An object and not a function, so that the model can still be pickled and copied.
-
-    Args:
-        model: the retrofitted model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Make the cache as the model would, then put our layers in."""
-        model: Any = self.model
-        prepare = type(model)._prepare_cache_for_generation
-        blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
-        if all(block.mode == "full" for block in blocks):
-            return prepare(model, generation_config, model_kwargs, *args, **kwargs)
-        chunk = generation_config.prefill_chunk_size
-        generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
-        try:
-            result = prepare(model, generation_config, model_kwargs, *args, **kwargs)
-        finally:
-            generation_config.prefill_chunk_size = chunk
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            return result
-        for block in blocks:
-            memory_layer(cache, block.layer_idx)
-        if not getattr(cache, "_is_user_defined", False):
-            model_kwargs["past_key_values"] = cache = HippocampalCache.of(cache)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        if chunk is None and not cache.is_compileable and _is_plain_text(model_kwargs):
-            generation_config.prefill_chunk_size = PREFILL_CHUNK
-        return result
-
-
-def _is_plain_text(model_kwargs: dict[str, Any]) -> bool:
-    """Whether the prompt is token ids alone, which can be cut anywhere."""
-    tensors = {name for name, u in model_kwargs.items() if isinstance(u, Tensor)}
-    return tensors <= {"attention_mask", "position_ids"}

@@ -10,7 +10,8 @@ from ..attention import HippocampalAttention
 from ..compressor import Compressor
 from ..memory import MemoryStore
 from ..window import Window
-from .decoder import DecoderAttention, PrepareCache
+from .decoder import DecoderAttention
+from .generation import Prefill, PrepareCache
 from .interface import BASES, implementation_name
 from .probe import AttentionBlock
 
@@ -112,5 +113,5 @@ def replace_blocks(
         parent: nn.Module = model.get_submodule(parent_name)
         wrapped = DecoderAttention(block, store, base=base, owned=owned)
         setattr(parent, name, wrapped)
-    model._prepare_cache_for_generation = PrepareCache(model)
+    model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     return implementation_name(base, owned)

@@ -85,15 +85,14 @@ def attention(
 
 def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     """Mask of one kind of layer: for ours ``(B, 1, 1, T)``, True at real new tokens, or None without padding."""
-    kind = "full" if kwargs.get("local_size") is None else "local"
-    if kind not in owned.split("+"):
-        native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
-        if kind == "full" and native is not None and kwargs["mask_function"] is causal_mask_function:
-            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # so that retrofitted layers may read it
-        return native
-    length = kwargs["q_length"]
+    kind, length = "full" if kwargs.get("local_size") is None else "local", kwargs["q_length"]
     plain = kwargs["mask_function"] is causal_mask_function if kind == "full" else not kwargs.get("use_vmap")
     overlaid = kind == "local" and length > 1 and not kwargs.get("allow_is_causal_skip", True)
+    if kind not in owned.split("+"):
+        native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
+        if native is not None and plain and not overlaid:
+            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # so that retrofitted layers may read it
+        return native
     if not torch.compiler.is_compiling() and (not plain or overlaid):
         raise ValueError(
             "a mask other than causal and padding was asked for (packed sequences, whose position_ids start again "

@@ -28,6 +28,7 @@ class Call:
     q: Tensor
     k: Tensor
     v: Tensor
+    mask: Any
     dropout: float
     kwargs: dict[str, Any]
 
@@ -112,6 +113,8 @@ def _describe(block: AttentionBlock, config: Any, calls: list[Call], x: Tensor |
         block.reason = "has no layer_idx, so its cache is unknown"
     elif block.kind not in ("full", "sliding"):
         block.reason = f"attends by {block.kind}, expected full or sliding attention"
+    elif call.mask is not None:  # not ours, which is None
+        block.reason = "makes a mask of its own, expected the one that transformers makes"
     elif x is None:
         block.reason = "takes no hidden_states"
     elif not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(block.module).forward).parameters.values()):
@@ -144,7 +147,8 @@ def _find_rotary(
     if torch.equal(near, far):
         return  # no positions in this layer, so nothing is ever too far
     distance = torch.full((near.shape[2],), _SHIFT, device=near.device)
-    tolerance = 8 * torch.finfo(near.dtype).eps * float(near.abs().max())
+    precision = max(torch.finfo(near.dtype).eps, torch.finfo(torch.float32).eps)  # of the angles, float32 in any model
+    tolerance = 8 * precision * float(near.abs().max())
     for inv_freq, rope_type in frequencies:
         if 2 * len(inv_freq) > near.shape[-1]:
             continue
@@ -243,12 +247,13 @@ def attention_configs(model: Any) -> list[Any]:
 
 
 def _attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0, **kwargs: Any
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, dropout: float = 0.0, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Stands in for attention: every query gets its own value, so that outputs do not depend on positions."""
     calls = _calls.get()
     assert calls is not None, "the probe's attention function was called outside the probe"
-    calls.append(Call(module, q, k, v, dropout, {name: u for name, u in kwargs.items() if name != "scaling"}))
+    kwargs.pop("scaling", None)
+    calls.append(Call(module, q, k, v, attention_mask, dropout, kwargs))
     return v.repeat_interleave(max(1, q.shape[1] // v.shape[1]), dim=1).transpose(1, 2), None
 
 

@@ -1,0 +1,110 @@
+"""How ``generate`` gets its cache, and how it reads the prompt."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .cache import HippocampalCache
+from .decoder import DecoderAttention
+
+PREFILL_CHUNK = 4096
+"""Tokens that ``generate`` reads at a time, unless the caller asks for another size."""
+
+PER_TOKEN = ("attention_mask", "position_ids")
+"""Arguments of ``generate`` with a column for each token of the prompt."""
+
+REPLACED = ("_prepare_cache_for_generation", "_prefill")
+"""Methods of ``generate`` that a retrofitted model has its own of."""
+
+
+class PrepareCache:
+    """Stands in for ``model._prepare_cache_for_generation``: the cache of ``generate`` gets our layers from the start.
+
+    A prompt that may outgrow the window is read in chunks of ``PREFILL_CHUNK`` tokens, so that not only the cache but
+    the activations too stay bounded.
+
+    An object and not a function, so that the model can still be pickled and copied.
+
+    Args:
+        model: the retrofitted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Make the cache as the model would, then put our layers in."""
+        model: Any = self.model
+        prepare = type(model)._prepare_cache_for_generation
+        blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
+        if _are_off(blocks):
+            return prepare(model, generation_config, model_kwargs, *args, **kwargs)
+        chunk = generation_config.prefill_chunk_size
+        generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
+        try:
+            result = prepare(model, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            generation_config.prefill_chunk_size = chunk
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return result
+        for block in blocks:
+            block.cache_layer(cache)
+        if not getattr(cache, "_is_user_defined", False):
+            model_kwargs["past_key_values"] = cache = HippocampalCache.of(cache)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        if chunk is None and _is_plain_text(model_kwargs):
+            generation_config.prefill_chunk_size = PREFILL_CHUNK
+        return result
+
+
+class Prefill:
+    """Stands in for ``model._prefill``: the prompt is read without compiling, whatever the cache.
+
+    Chunks have many lengths, decoding has one. On a cache that holds tokens already, the new ones are cut here:
+    transformers 5.17 would begin again with the first.
+
+    Args:
+        model: the retrofitted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Read the prompt as the model would."""
+        model: Any = self.model
+        before, size = generation_config.disable_compile, generation_config.prefill_chunk_size
+        if not _are_off([module for module in model.modules() if isinstance(module, DecoderAttention)]):
+            generation_config.disable_compile = True
+        try:
+            for end in self._ends(input_ids, generation_config, model_kwargs):
+                upto = {name: u[..., :end] for name, u in model_kwargs.items() if name in PER_TOKEN and u is not None}
+                type(model)._prefill(model, input_ids[:, :end], generation_config, model_kwargs | upto, *args, **kwargs)
+            return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            generation_config.disable_compile, generation_config.prefill_chunk_size = before, size
+
+    def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> range:
+        """Up to where to read before the rest is read in one go; nothing to do for an empty cache."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        size, past = generation_config.prefill_chunk_size, 0 if cache is None else int(cache.get_seq_length())
+        if size is None or past == 0 or mask is None:
+            return range(0)
+        generation_config.prefill_chunk_size = None
+        whole = mask.shape[1] == input_ids.shape[1]  # else the ids are the new ones only
+        return range(past + size, input_ids.shape[1], size) if whole else range(0)
+
+
+def _are_off(blocks: list[DecoderAttention]) -> bool:
+    """Inside ``full_attention`` everything is as it was before the retrofit."""
+    return all(block.mode == "full" for block in blocks)
+
+
+def _is_plain_text(model_kwargs: dict[str, Any]) -> bool:
+    """Whether the prompt is token ids alone, which can be cut anywhere."""
+    tensors = {name for name, u in model_kwargs.items() if isinstance(u, Tensor)}
+    return tensors <= {"attention_mask", "position_ids"}

@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import ahn_layers
-from ahn_layers import Compressor, adapter_parameters, memory_report, retrofit
+from ahn_layers import Compressor, adapter_parameters, load_adapter, memory_report, retrofit
 from ahn_layers.distillation import DistillationTrainer, align_layers, freeze_base, sample_window, use_window
 
 
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     extra = {"shared_state": True} if options.shared_state else {}
     window = {"window_size": options.window, "num_sinks": options.sinks}
     retrofit(model, Compressor.by_name[options.compressor], **window, **extra)
+    if options.start_from:
+        load_adapter(model, options.start_from)
     parameters = freeze_base(model)
     print(memory_report(model).splitlines()[-1])
 
@@ -193,6 +195,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dev-count", type=int, default=8, help="stretches to measure on")
     add("--compressor", choices=sorted(Compressor.by_name), default="GatedDeltaNet")
     add("--shared-state", action="store_true", help="one state per key/value head")
+    add("--start-from", type=Path, help="adapter to go on from, with a new schedule, instead of an empty memory")
     add("--window", type=int, default=480, help="window size of the adapter; training draws its own")
     add("--sinks", type=int, default=32)
     add("--steps", type=int, default=200)

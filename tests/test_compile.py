@@ -1,0 +1,198 @@
+"""``torch.compile``: whole graphs without a break, and one graph for all of decoding with a static cache."""
+
+import contextlib
+import importlib
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import CompileConfig, StaticCache
+
+COMPRESSORS = ["DeltaNet", "GatedDeltaNet", "LinearAttention", "Mamba2", None]
+SIZE, HEADS, GROUPS = 8, 4, 2
+
+
+@pytest.fixture(scope="module")
+def models():
+    """``tests.models`` over a copy of the library whose shapes are not checked: the checks cannot be traced."""
+    ours = [name for name in sys.modules if name.split(".")[0] == "ahn_layers" or name == "tests.models"]
+    checked, finders = {name: sys.modules.pop(name) for name in ours}, sys.meta_path[:]
+    sys.meta_path[:] = [finder for finder in finders if not type(finder).__module__.startswith("jaxtyping")]
+    try:
+        yield importlib.import_module("tests.models")
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "ahn_layers"]:
+            del sys.modules[name]
+        sys.modules.update(checked)
+        sys.meta_path[:] = finders
+        sys.modules["tests"].models = checked.get("tests.models")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs what it is given, and counts it."""
+
+    def __init__(self):
+        self.count = 0
+        self.backend = self._compile
+
+    def _compile(self, graph, _):
+        self.count += 1
+        return graph.forward
+
+    def __deepcopy__(self, memo):
+        """Configs are copied, the counter is not."""
+        return self
+
+
+def store_and_tokens(ahn, compressor, length=30):
+    memory = None if compressor is None else ahn.Compressor.by_name[compressor](16, HEADS, SIZE, num_kv_heads=GROUPS)
+    store = ahn.MemoryStore(ahn.Window(5, num_sinks=2), memory).double()
+    for parameter in store.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    sizes = [(2, HEADS, length, SIZE), (2, GROUPS, length, SIZE), (2, GROUPS, length, SIZE), (2, length, 16)]
+    return store, [torch.randn(size, dtype=torch.float64) for size in sizes]
+
+
+def columns(tensors, start, stop):
+    return [u[..., start:stop, :] for u in tensors]
+
+
+def same_states(one, other):
+    assert one.description() == other.description()
+    for name, u in one.tensors().items():
+        torch.testing.assert_close(u, other.tensors()[name], rtol=0, atol=1e-12)
+
+
+# --- stores and custom blocks
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_store_is_one_graph(compressor, padded, models):
+    ahn = sys.modules["ahn_layers"]
+    store, tokens = store_and_tokens(ahn, compressor)
+    valid = torch.rand(2, 30) < 0.7 if padded else torch.ones(2, 30, dtype=torch.bool)
+    compiled = torch.compile(store, fullgraph=True, dynamic=False, backend="eager")
+    state = expected_state = None
+    with torch.no_grad():
+        for start, stop in ((0, 20), (20, 21), (21, 30)):
+            mask = {"valid": valid[:, start:stop]} if padded else {}
+            out, state = compiled(*columns(tokens, start, stop), state, **mask)
+            expected, expected_state = store(*columns(tokens, start, stop), expected_state, **mask)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    same_states(state, expected_state)
+
+
+def test_gradients_of_a_compiled_store(models):
+    store, tokens = store_and_tokens(sys.modules["ahn_layers"], "GatedDeltaNet")
+    gradients = []
+    for run in (store, torch.compile(store, fullgraph=True, backend="aot_eager_decomp_partition")):
+        out, _ = run(*tokens)
+        gradients.append(torch.autograd.grad(out.square().sum(), list(store.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+class Block(nn.Module):
+    """A user's block."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 3 * HEADS * SIZE), nn.Linear(HEADS * SIZE, 16)
+
+    def forward(self, x, attend):
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_custom_block_is_one_graph(models):
+    ahn = sys.modules["ahn_layers"]
+    memory = ahn.GatedDeltaNet(16, HEADS, SIZE)
+    layer = ahn.HippocampalAttention(Block(), ahn.MemoryStore(ahn.Window(5, num_sinks=2), memory)).double()
+    nn.init.normal_(memory.o_proj.weight)
+    x = torch.randn(2, 30, 16, dtype=torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="eager")
+    state = expected_state = None
+    with torch.no_grad():
+        for part in x.split([20, 1, 9], dim=1):
+            out, state = compiled(part, state)
+            expected, expected_state = layer(part, expected_state)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    same_states(state, expected_state)
+
+
+# --- models
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_an_uncached_forward_is_one_graph(name, models):
+    model, ids = models.retrofitted(name), models.tokens(2, 3 * models.CAPACITY)
+    graphs = Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs.backend)
+    with torch.no_grad():
+        out = compiled(input_ids=ids, use_cache=False).logits
+    assert graphs.count == 1
+    torch.testing.assert_close(out, models.logits(model, ids), rtol=0, atol=1e-12)
+
+
+def test_gradients_of_a_compiled_model(models):
+    ahn = sys.modules["ahn_layers"]
+    model, ids = models.retrofitted(), models.tokens(2, 3 * models.CAPACITY)
+    memory = [parameter for _, parameter in ahn.adapter_parameters(model)]
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")):
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        gradients.append(torch.autograd.grad(loss, memory))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # norms are float32
+
+
+def compiling(backend):
+    """What ``generate`` does by itself on a GPU: compile the decoding step."""
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@pytest.mark.parametrize("switch", ["memory", "window_only"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral_window"])
+def test_decoding_with_a_static_cache_is_one_graph(name, switch, models):
+    """Across the window, in a second call, for another prompt and for padded rows."""
+    ahn = sys.modules["ahn_layers"]
+    model, graphs, count = models.retrofitted(name), Graphs(), models.CAPACITY + 6
+    texts = [models.tokens(2, 3), models.tokens(2, 3, seed=1), models.tokens(2, models.CAPACITY), models.tokens(2, 30)]
+    padded = models.tokens(2, 12, seed=2)
+    padded[1, :9] = 0
+    mode = ahn.window_only(model) if switch == "window_only" else contextlib.nullcontext()
+    with mode, torch._dynamo.config.patch(error_on_recompile=True):
+        for ids in (*texts, padded):
+            mask = {"attention_mask": (ids != 0).long()}
+            out = models.generate(model, ids, count, **mask, **compiling(graphs.backend))
+            assert torch.equal(out, models.generate(model, ids, count, **mask)), f"{ids.shape[1]} tokens"
+            assert graphs.count == 1
+
+
+def test_a_static_cache_of_ones_own(models):
+    """A compiled step by hand, far beyond the length that the cache was made for; reset, it serves the next text."""
+    model, graphs, ids = models.retrofitted(), Graphs(), models.tokens(2, 40)
+    step = torch.compile(model, fullgraph=True, backend=graphs.backend)
+    cache, expected = StaticCache(config=model.config, max_cache_len=16), models.logits(model, ids)
+    position = torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+            position.fill_(5)
+            for t in range(5, 40):
+                out = step(input_ids=ids[:, t : t + 1], position_ids=position, past_key_values=cache, use_cache=True)
+                torch.testing.assert_close(out.logits[:, 0], expected[:, t], rtol=0, atol=1e-9)
+                position += 1
+            cache.reset()
+    assert graphs.count == 1

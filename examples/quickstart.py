@@ -3,8 +3,8 @@
     python examples/quickstart.py    # SmolLM2-135M-Instruct, 16,384 tokens, a few minutes on two CPU cores
     python examples/quickstart.py --text novel.txt --tokens 32768 --adapter my_adapter
 
-It prints a table (loss by position, cache bytes, peak memory, speed), draws it to a PNG, and lets the retrofitted model
-continue the text from the cache it has built.
+The default model comes with a trained memory, in ``examples/adapters``. It prints a table (loss by position, cache
+bytes, peak memory, speed), draws it to a PNG, and lets the retrofitted model continue the text from the cache.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ahn_layers import GatedDeltaNet, full_attention, load_adapter, memory_report, retrofit, window_only
+
+TRAINED = Path(__file__).parent / "adapters" / "smollm2-135m-instruct-gdn"
+"""A trained memory for the default model."""
 
 
 @dataclass
@@ -182,6 +185,18 @@ def load_text(path: Path | None) -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def choose_adapter(args: argparse.Namespace) -> str | Path | None:
+    """The adapter to load, None for an untrained memory."""
+    if args.adapter:
+        return None if args.adapter == "none" else args.adapter
+    if args.model:
+        return None
+    if not (TRAINED / "adapter.safetensors").exists():
+        print(f"{TRAINED}: no trained memory here, going on with an untrained one. It comes with the repository.")
+        return None
+    return TRAINED
+
+
 def positive(text: str) -> int:
     """A whole number above zero, for the command line."""
     value = int(text)
@@ -197,7 +212,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", help="folder or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--adapter", help="trained memory: folder, file or hub id (default: none, an untrained memory)")
+    adapter = "trained memory: folder, file, hub id, or 'none' (default: the one that comes with the default model)"
+    parser.add_argument("--adapter", help=adapter)
     parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the reference of the Python language)")
     parser.add_argument("--tokens", type=positive, default=16_384, help="length of text to read")
     parser.add_argument("--chunk", type=positive, default=512, help="tokens per call of the model")
@@ -220,8 +236,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         text = load_text(args.text)
         model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
         retrofit(model, GatedDeltaNet, window_size=args.window, num_sinks=args.sinks)
-        if args.adapter:
-            load_adapter(model, args.adapter)
+        adapter = choose_adapter(args)
+        if adapter:
+            load_adapter(model, adapter)
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
         if ids.shape[1] < 2:
             raise ValueError(f"--text {args.text}: expected at least 2 tokens, found {ids.shape[1]}.")
@@ -233,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     capacity, trained = args.window + args.sinks, model.config.max_position_embeddings
     table = format_table(readings, capacity)
     print(f"\n{table}\n* most added while reading: {PeakMemory(ids.device).meaning}")
-    if not args.adapter:
-        print("The memory is untrained (no --adapter): its output is zero, so the memory arm equals window only.")
+    if not adapter:
+        print("The memory is untrained (no adapter): its output is zero, so the memory arm equals window only.")
     plot(readings, capacity, trained, args.plot)
     print(f"Loss and cache over position: {args.plot}")
 

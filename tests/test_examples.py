@@ -123,3 +123,13 @@ def test_quickstart(tmp_path, capsys):
 def test_benchmark(capsys):
     importlib.import_module("benchmark").main(["--length", "70", "--lengths", "256"])
     assert "GatedDeltaNet" in capsys.readouterr().out
+
+
+def test_gpu_benchmark(tmp_path, capsys):
+    results = importlib.import_module("gpu_benchmark").main([
+        "--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--window", "60", "--sinks", "4", "--length", "200",
+        "--lengths", "300", "--batches", "2", "--new-tokens", "12", "--train-length", "150", "--output", str(tmp_path),
+    ])  # fmt: skip
+    assert {"kernels", "prefill", "decode", "training"} <= results.keys()
+    assert (tmp_path / "results.json").stat().st_size and (tmp_path / "results.png").stat().st_size
+    assert "memory, compiled, 200, batch 1" in capsys.readouterr().out

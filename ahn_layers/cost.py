@@ -28,6 +28,11 @@ class Sizes:
         head_dim: D.
         intermediate_size: I, of a gated MLP with three matrices.
         vocab_size: V.
+
+    Examples:
+        >>> qwen_3b = Sizes(36, 2048, 16, 2, 128, 11_008, 151_936)
+        >>> f"{model_flops(qwen_3b, 128_000):.3e}"
+        '3.286e+15'
     """
 
     num_layers: int
@@ -57,7 +62,13 @@ class Sizes:
 
 
 def num_gates(compressor: Compressor) -> int:
-    """Scalars per head that a compressor computes from hidden states: write gates and read gate."""
+    """Scalars per head that a compressor computes from hidden states: write gates and read gate.
+
+    Examples:
+        >>> from ahn_layers import GatedDeltaNet
+        >>> num_gates(GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=16))
+        3
+    """
     return sum(isinstance(m, nn.Linear) and m.in_features == compressor.hidden_size for m in compressor.modules())
 
 
@@ -97,7 +108,7 @@ def cache_ratio(sizes: Sizes, length: int, capacity: int, *, num_states: int | N
     """Numbers held per layer, relative to a full cache: ``(2 C D G + D^2 H) / (2 L D G)``.
 
     Counts numbers, not bytes, and leaves out the write gates, as the paper does;
-    [`cost_report`][ahn_layers.cost_report] has the bytes.
+    [`cost_report`][ahn_layers.cost.cost_report] has the bytes.
 
     Args:
         sizes: of the model.
@@ -145,7 +156,7 @@ class CostRow:
 
 @dataclass
 class CostReport:
-    """The result of [`cost_report`][ahn_layers.cost_report]; ``print`` it, or ``plot`` it.
+    """The result of [`cost_report`][ahn_layers.cost.cost_report]; ``print`` it, or ``plot`` it.
 
     Attributes:
         name: class of the model.
@@ -202,6 +213,9 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
         lengths: numbers of tokens.
         measure: also run each length once, on the model's device, with full attention and with the memory: seconds,
             and on a GPU the peak of allocated memory.
+
+    Returns:
+        The report: ``print`` it, read its ``rows``, or ``plot`` it.
 
     Raises:
         ValueError: if the model is not retrofitted, has no memory, or its config lacks a size.

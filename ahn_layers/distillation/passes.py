@@ -77,6 +77,9 @@ def distillation_loss(
         layer_weight: factor of the squared error of each layer's attention output, relative to the teacher's.
         slice_size: tokens whose logits exist at a time.
 
+    Returns:
+        The loss with gradient, and its parts without.
+
     Raises:
         ValueError: if the model is not retrofitted, its layers differ in their window, or the text is not longer.
     """
@@ -206,11 +209,13 @@ def _decoder(inner: nn.Module) -> nn.Module:
 def output_head(model: nn.Module) -> Head:
     """The output layer as a function of the decoder's last hidden states, with everything that follows it.
 
-    What a model does to the product (a factor, a soft cap) is read from its config and checked on random hidden
-    states' behalf by [`check_head`][ahn_layers.distillation.passes.check_head]; weights that are sharded are gathered.
+    A soft cap on the logits is read from the model's config; weights that are sharded are gathered.
 
     Args:
         model: a retrofitted transformers model, bare or wrapped.
+
+    Returns:
+        A function from hidden states ``(n, N)`` to logits ``(n, V)``; the weights get no gradient.
     """
     inner, _ = find_retrofitted(model)
     layer: nn.Module = inner.get_output_embeddings()  # type: ignore[operator]

@@ -18,7 +18,7 @@ from ..distillation.windows import SINKS, sample_window, use_window
 
 
 class DistillationTrainer(Trainer):
-    """A [`Trainer`][transformers.Trainer] that teaches the memory to answer as full attention does (arXiv 2510.07318).
+    """A ``Trainer`` of transformers that teaches the memory to answer as full attention does (arXiv 2510.07318).
 
     Everything but the memory is frozen. Every step draws its own window; evaluation uses the model's. Checkpoints hold
     the memory's weights (an adapter), the optimiser and the position in the data; ``train(resume_from_checkpoint=...)``
@@ -38,7 +38,7 @@ class DistillationTrainer(Trainer):
             [`sample_window`][ahn_layers.distillation.sample_window].
         sinks: numbers of sinks drawn.
         slice_size: tokens whose logits exist at a time.
-        **trainer_arguments: passed to [`Trainer`][transformers.Trainer]: datasets, collator, callbacks, ...
+        **trainer_arguments: passed to ``Trainer``: datasets, collator, callbacks, ...
 
     Raises:
         ValueError: if the model has no memory to train.

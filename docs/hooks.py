@@ -17,4 +17,5 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def _to_mathml(match: re.Match[str]) -> str:
     display = "block" if match[1] == "div" else "inline"
-    return f'<{match[1]} class="maths">{convert(unescape(match[2]), display=display)}</{match[1]}>'
+    search = " data-search-exclude" if match[1] == "div" else ""
+    return f'<{match[1]} class="maths"{search}>{convert(unescape(match[2]), display=display)}</{match[1]}>'

@@ -95,6 +95,7 @@ def make_trainer(
     model: Any, train: Crops, dev: list[dict[str, Tensor]], options: argparse.Namespace, device: str
 ) -> DistillationTrainer:
     """The trainer with the paper's optimiser: AdamW, 10 % warm-up, cosine, weight decay 0.1."""
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(options.output / "checkpoints"),
         max_steps=options.steps,
@@ -116,6 +117,7 @@ def make_trainer(
         use_cpu=device == "cpu",
         seed=options.seed,
         report_to="none",
+        **(checkpointing if options.gradient_checkpointing else {}),
     )
     return DistillationTrainer(
         model,

@@ -74,6 +74,7 @@ def same_states(one, other):
 # --- stores and custom blocks
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 cannot trace einops")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_a_store_is_one_graph(compressor, padded, models):

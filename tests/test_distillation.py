@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ahn_layers import (
     GatedDeltaNet,
@@ -427,3 +436,43 @@ def test_two_processes_with_fsdp2_are_one(tmp_path):
         torch.testing.assert_close(both[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
     for name, value in weights(model).items():  # an adapter went out of the sharded model and back into it
         assert torch.equal(loaded[name], value), name
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(logits_scaling=8.0, **SMALL),
+        CohereConfig(logit_scale=0.0625, **SMALL),
+        Gemma2Config(final_logit_softcapping=2.0, head_dim=8, **SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_logits_are_those_of_the_model(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    retrofit(model, GatedDeltaNet, window_size=10, num_sinks=2)
+    ids = torch.randint(1, 60, (2, 30))
+    with torch.no_grad():
+        losses = {"memory": model(ids).logits}
+        with full_attention(model):
+            losses["full"] = model(ids).logits
+    found = arm_losses(model, ids)
+    for arm, logits in losses.items():
+        expected = F.cross_entropy(logits[:, 12:-1].flatten(0, 1), ids[:, 13:].flatten(), reduction="none")
+        torch.testing.assert_close(found[arm].flatten(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_changes_of_the_logits_are_refused(monkeypatch):
+    model = small()
+    forward = type(model.lm_head).forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda u: 3 * forward(model.lm_head, u))
+    with pytest.raises(ValueError, match="does more to its logits"):
+        distillation_loss(model, text())

@@ -137,6 +137,15 @@ def test_public_names_have_an_entry():
     assert "`__version__`" in reference
 
 
+@pytest.mark.parametrize("name", ["distillation", "cost"])
+def test_public_names_of_a_module_have_an_entry(name):
+    module = importlib.import_module(f"ahn_layers.{name}")
+    own = [u for u, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    public = {u for u in getattr(module, "__all__", own) if not u.startswith("_")}
+    page = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
+    assert set(re.findall(rf"^::: ahn_layers\.{name}\.(\w+)$", page, re.MULTILINE)) == public
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_commands_name_examples_and_options_that_exist(page):
     for line, code, _ in fences(page, "bash"):
@@ -149,6 +158,13 @@ def test_commands_name_examples_and_options_that_exist(page):
                 source += (ROOT / "examples" / "_chat.py").read_text()
             for option in re.findall(r"(?<= )--[\w-]+", command[script.end() :].split("&&")[0]):
                 assert f'"{option}"' in source, f"{page_name(page)}:{line}: {script[0]} has no {option}"
+
+
+def test_every_example_is_shown_on_a_page():
+    """A page takes in each script as it is."""
+    text = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    shown = set(re.findall(r'^ *-+8<-+ "(examples/[\w/]+\.py)"$', text, re.MULTILINE))
+    assert shown >= {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
 
 
 def test_links_of_the_readme_lead_somewhere():

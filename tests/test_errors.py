@@ -595,6 +595,9 @@ def test_caches_that_a_model_refuses(case):
         assert equal(held(cache), before)
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(), reason="transformers asks for a CUDA stream"
+)
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
 def test_generate_with_an_offloaded_cache_is_refused(kind):
     with refused(ValueError, "cannot use a cache that is offloaded", "Leave cache_implementation unset"):

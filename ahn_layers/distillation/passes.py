@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -180,8 +181,24 @@ def run_hidden(
     with _collect(_decoder(inner)) as final:
         blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)] if with_layers else []
         with _collect(*blocks) as layers:
-            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+            out = model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    if inner not in _CHECKED:
+        _check_head(model, final[0][:, -1].detach(), out.logits[:, -1].detach())
+        _CHECKED.add(inner)
     return final[0], layers
+
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()
+"""Models whose logits are what ``output_head`` makes them."""
+
+
+def _check_head(model: nn.Module, hidden: Tensor, logits: Tensor) -> None:
+    found, expected = output_head(model)(hidden).float(), logits.float()
+    if (found - expected).abs().max() > 0.05 * expected.abs().max():
+        raise ValueError(
+            f"{type(find_retrofitted(model)[0]).__name__} does more to its logits than output_head knows (a factor, a "
+            "soft cap): its losses would be wrong. Compute them from the model's own logits."
+        )
 
 
 @contextmanager
@@ -209,7 +226,7 @@ def _decoder(inner: nn.Module) -> nn.Module:
 def output_head(model: nn.Module) -> Head:
     """The output layer as a function of the decoder's last hidden states, with everything that follows it.
 
-    A soft cap on the logits is read from the model's config; weights that are sharded are gathered.
+    A factor or a soft cap of the logits is read from the model's config; weights that are sharded are gathered.
 
     Args:
         model: a retrofitted transformers model, bare or wrapped.
@@ -222,9 +239,11 @@ def output_head(model: nn.Module) -> Head:
     weight, bias = (_gathered(getattr(layer, name, None)) for name in ("weight", "bias"))
     config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     def head(hidden: Tensor) -> Tensor:
         logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)  # type: ignore[union-attr,arg-type]
+        logits = logits if factor == 1.0 else logits * factor
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     return head

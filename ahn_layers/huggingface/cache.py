@@ -260,7 +260,7 @@ class StaticMemoryLayer(MemoryLayer):
         self.cumulative_length = self.cumulative_length.to(k.device)
         if not torch.compiler.is_compiling():
             for u in (*self.state.tensors().values(), self.cumulative_length):
-                torch._dynamo.mark_static_address(u)
+                torch._dynamo.mark_static_address(u, guard=False)  # another cache, the same code
 
     def get_seq_length(self) -> Any:
         """Tokens seen, as a tensor, so that compiled code does not depend on the number."""
@@ -425,7 +425,7 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     """
     if cache is None:
         return None
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache | QuantizedCache) or cache.offloading:
+    if not isinstance(cache, Cache) or isinstance(cache, (EncoderDecoderCache, QuantizedCache)) or cache.offloading:
         kind = "that is offloaded" if getattr(cache, "offloading", False) else f"of type {type(cache).__name__}"
         raise ValueError(
             f"a retrofitted model cannot use a cache {kind}: its window is small and its state fixed, so nothing is "

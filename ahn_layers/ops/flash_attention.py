@@ -71,6 +71,7 @@ def _in_pieces(q: Tensor, context_k: Tensor, window_size: int) -> bool:
     length = q.shape[2]
     return (
         not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # the device's properties are asked for
         and context_k.shape[2] == length + window_size - 1
         and window_size >= 2 * length >= 1024
         and _has_cudnn(q)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .layers import HeadwiseLinear, rms_normalize
+from .layers import HeadwiseLinear
+from .ops.normalize import rms_normalize
 
 State = Tensor | dict[str, Tensor]
 """What a compressor carries: one tensor, or several by name, each with the batch as its first dimension."""
@@ -147,8 +148,8 @@ class Compressor(nn.Module, ABC):
         self,
         state: State,
         q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b s t d"],
-        v: Float[Tensor, "b s t e"],
+        k: Float[Tensor, "b g t d"],
+        v: Float[Tensor, "b g t e"],
         gates: dict[str, Float[Tensor, "b s t"]],
         mask: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
@@ -157,13 +158,13 @@ class Compressor(nn.Module, ABC):
         Args:
             state: the state before the first token.
             q: the query that arrives when ``k, v`` leaves.
-            k: evicted keys, repeated to one per state.
+            k: evicted keys, one per key/value head, or several states share them.
             v: evicted values, likewise.
             gates: their write gates.
             mask: False where a row has nothing to fold; the reading there is unused.
 
         Returns:
-            The readings, in the dtype of the state, and the state after the last token.
+            The readings, in the dtype of the state or of ``k``, and the state after the last token.
         """
         return self.loop(state, q, k, v, gates, mask)
 
@@ -171,13 +172,14 @@ class Compressor(nn.Module, ABC):
         self,
         state: State,
         q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b s t d"],
-        v: Float[Tensor, "b s t e"],
+        k: Float[Tensor, "b g t d"],
+        v: Float[Tensor, "b g t e"],
         gates: dict[str, Float[Tensor, "b s t"]],
         mask: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """``scan``, token by token: its definition."""
         dtype = state_dtype(q)
+        k, v = (u.repeat_interleave(self.num_states // u.shape[1], dim=1) for u in (k, v))
         readings = []
         for t in range(q.shape[2]):
             gate = {name: value[:, :, t].to(dtype) for name, value in gates.items()}
@@ -190,7 +192,7 @@ class Compressor(nn.Module, ABC):
         """From readings to what is added to the attention output. Must be zero at initialisation.
 
         Args:
-            r: readings, in the dtype of the state.
+            r: readings, as ``scan`` returned them.
             x: hidden states of the queries' own tokens.
         """
         return self.o_proj(rms_normalize(r))

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def outer(k: Float[Tensor, "*h d"], v: Float[Tensor, "*h e"]) -> Float[Tensor, "*h d e"]:
@@ -10,20 +11,17 @@ def outer(k: Float[Tensor, "*h d"], v: Float[Tensor, "*h e"]) -> Float[Tensor, "
     return k.unsqueeze(-1) * v.unsqueeze(-2)
 
 
-def l2_normalize(u: Float[Tensor, "*h d"], eps: float = 1e-6) -> Float[Tensor, "*h d"]:
-    """``u / sqrt(sum(u^2) + eps)`` over the last dimension."""
-    return u * torch.rsqrt(u.square().sum(dim=-1, keepdim=True) + eps)
-
-
-def rms_normalize(u: Float[Tensor, "*h d"], eps: float = 1e-5) -> Float[Tensor, "*h d"]:
-    """``u / sqrt(mean(u^2) + eps)`` over the last dimension."""
-    return u * torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + eps)
-
-
 def project(linear: nn.Linear, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t"]:
-    """One scalar per head from hidden states: in the dtype of the weights, returned in float32 at least."""
-    y = linear(x.to(linear.weight.dtype))
+    """One scalar per head from hidden states: in the narrower of the two dtypes, returned in float32 at least."""
+    x, weight = narrower(x, linear.weight)
+    y = F.linear(x, weight, None if linear.bias is None else linear.bias.to(x.dtype))
     return y.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+
+
+def narrower(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the smaller one: weights that train in float32 work in the precision of the model."""
+    dtype = u.dtype if u.dtype.itemsize < weight.dtype.itemsize else weight.dtype
+    return u.to(dtype), weight.to(dtype)
 
 
 class HeadwiseLinear(nn.Module):
@@ -39,8 +37,9 @@ class HeadwiseLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_heads, size, size))
 
     def forward(self, u: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h t e"]:
-        """``out_h = u_h W_h``, in the dtype of the weight."""
-        return torch.einsum("bhtd,hde->bhte", u.to(self.weight.dtype), self.weight)
+        """``out_h = u_h W_h``, in the narrower of the dtypes of ``u`` and the weight."""
+        u, weight = narrower(u, self.weight)
+        return u @ weight
 
 
 class Scale(nn.Module):

@@ -263,11 +263,10 @@ class MemoryStore(nn.Module):
         """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold."""
         assert self.compressor is not None
         compressor, outputs = self.compressor, []
-        repeats = compressor.num_states // evicted.k.shape[1]
         size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
         for start in range(0, len(evicted), size):
             part = slice(start, start + size)
-            k, v = (u[:, :, part].repeat_interleave(repeats, dim=1) for u in (evicted.k, evicted.v))
+            k, v = evicted.k[:, :, part], evicted.v[:, :, part]
             gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}
             mask = None if folds is None else folds[:, part]
             reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)

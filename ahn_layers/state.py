@@ -63,6 +63,9 @@ class MemoryState:
             size = min(size, max(0, self.length - window.num_sinks))
         if self.uniform is not None and self.uniform <= window.capacity:
             return self.slots.columns(self.uniform - size, self.uniform)
+        if self.uniform is not None:
+            oldest = window.next_slot(self.uniform)
+            return self.slots.columns(oldest, window.capacity).cat(self.slots.columns(window.num_sinks, oldest))
         rank = self.next_rank + torch.arange(-size, 0, device=self.seen.device)
         return self.slots.take(window.slot(rank).clamp(min=0, max=max(len(self.slots) - 1, 0)))
 
@@ -86,6 +89,11 @@ class MemoryState:
         window, held = self.window, len(self.slots)
         if arrivals is None and self.uniform == held and held + len(new) <= window.capacity:
             return self.slots.cat(new)
+        if arrivals is None and self.uniform is not None and self.uniform >= window.capacity:
+            return _around_the_ring(window, self.slots, new, window.next_slot(self.uniform))
+        if arrivals is None and self.uniform == 0 and len(new) >= window.capacity:
+            sinks, rest = new.columns(0, window.num_sinks), new.columns(window.num_sinks, len(new))
+            return _around_the_ring(window, sinks, rest, window.num_sinks)
         needed = window.capacity if self.length is None else min(window.capacity, self.length + len(new))
         slot = torch.arange(max(needed, held), device=self.seen.device)
         total = self.next_rank + (len(new) if arrivals is None else arrivals.unsqueeze(1))
@@ -170,3 +178,19 @@ class MemoryState:
             length=description["length"],
             padded=description["padded"],
         )
+
+
+def _around_the_ring(window: Window, slots: Tokens, new: Tokens, slot: int) -> Tokens:
+    """New tokens from ``slot`` on, round the window and over the oldest; a full window may be missing in ``slots``."""
+    first, end, size, count = window.num_sinks, window.capacity, window.window_size, len(new)
+    if count > size:  # only the last ones stay
+        return _around_the_ring(
+            window, slots, new.columns(count - size, count), first + (slot - first + count - size) % size
+        )
+    wrapped = max(0, slot + count - end)
+    return slots.columns(0, first).cat(
+        new.columns(count - wrapped, count),
+        slots.columns(first + wrapped, slot),
+        new.columns(0, count - wrapped),
+        slots.columns(slot + count - wrapped, end),
+    )

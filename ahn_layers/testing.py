@@ -95,8 +95,6 @@ def _check_untrained(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Ten
 
 
 def _check_scan(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
-    repeats = memory.num_states // _G
-    k, v = (u.repeat_interleave(repeats, dim=1) for u in (k, v))
     for mask in (None, torch.rand(_B, _T) < 0.7):
         results = []
         for scan in (memory.scan, memory.loop):

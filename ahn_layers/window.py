@@ -57,6 +57,10 @@ class Window:
         """The slot that the token of this rank takes."""
         return torch.where(rank < self.num_sinks, rank, self.num_sinks + (rank - self.num_sinks) % self.window_size)
 
+    def next_slot(self, seen: int) -> int:
+        """The slot that the next token takes once ``seen`` tokens have filled them all: that of the window's oldest."""
+        return self.num_sinks + (seen - self.num_sinks) % self.window_size
+
     def resident(self, slot: Int[Tensor, " c"], seen: Int[Tensor, "b 1"]) -> Int[Tensor, "b c"]:
         """Rank of the token that sits in each slot once ``seen`` tokens have arrived, -1 for an empty slot."""
         newest = seen - 1 - self.num_sinks

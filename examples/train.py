@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import ahn_layers
-from ahn_layers import Compressor, adapter_parameters, load_adapter, memory_report, retrofit
+from ahn_layers import Compressor, HippocampalAttention, adapter_parameters, load_adapter, memory_report, retrofit
 from ahn_layers.distillation import DistillationTrainer, align_layers, freeze_base, sample_window, use_window
 
 
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.start_from:
         load_adapter(model, options.start_from)
     parameters = freeze_base(model)
+    if device == "cuda" if options.compile is None else options.compile:
+        compile_around_attention(model)
     print(memory_report(model).splitlines()[-1])
 
     train, dev = load_data(tokenizer, options)
@@ -82,6 +84,14 @@ def load_data(tokenizer: Any, options: argparse.Namespace) -> tuple[Crops, list[
         return train, []
     held_out = tokenize(tokenizer, read_texts(options.dev), "held-out text")
     return train, stretches(held_out, options.dev_length, options.dev_count)
+
+
+def compile_around_attention(model: torch.nn.Module) -> None:
+    """Compile what surrounds the attention blocks, norms and MLPs: many small operations become few."""
+    for layer in [m for m in model.modules() if any(isinstance(c, HippocampalAttention) for c in m.children())]:
+        for child in layer.children():
+            if not isinstance(child, HippocampalAttention):
+                child.forward = torch.compile(child.forward)  # type: ignore[method-assign]
 
 
 def world_size() -> int:
@@ -212,6 +222,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--draw-sinks", type=int, nargs="+", default=[4, 16, 32, 64, 128], help="numbers of sinks to draw from")
     add("--copies", type=float, default=0.5, help="share of sequences with repeated spans")
     add("--gradient-checkpointing", action="store_true")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile norms and MLPs; default: on a GPU")
     add("--dtype", help="of the base; default: bfloat16 on a GPU, float32 on a CPU")
     add("--eval-every", type=int, default=0)
     add("--save-every", type=int, default=100)

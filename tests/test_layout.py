@@ -19,7 +19,7 @@ ALLOWED = {
     "tokens": set(),
     "window": set(),
     "rotary": {"ops"},
-    "compressor": {"layers"},
+    "compressor": {"layers", "ops"},
     "compressors": {"compressor", "layers", "ops"},
     "state": {"compressor", "files", "tokens", "window"},
     "checks": {"memory", "state", "tokens"},  # memory for its type only
@@ -29,7 +29,7 @@ ALLOWED = {
     "retrofit": {"attention", "compressor", "huggingface", "window"},
     "adapter": {"attention", "compressor", "files", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},
-    "distillation": {"attention", "huggingface", "retrofit"},  # huggingface for the trainer's name only
+    "distillation": {"attention", "huggingface", "ops", "retrofit"},  # huggingface for the trainer's name only
     "huggingface/trainer": {"adapter", "distillation"},
     "testing": {"compressor", "memory", "window"},
 }

@@ -2,12 +2,13 @@
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..compressor import Compressor, State
-from ..layers import Scale, l2_normalize, project, rms_normalize
+from ..layers import Scale, project
 from ..ops.decode import delta_step
 from ..ops.delta_scan import gated_delta_scan
+from ..ops.normalize import gated_rms_norm, l2_normalize
+from ..ops.scan import as_operand
 
 
 class DeltaNet(Compressor):
@@ -47,23 +48,24 @@ class DeltaNet(Compressor):
 
     def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:
         """``S^T q' / sqrt(D)``."""
-        return super().read(state, l2_normalize(q) * self.head_dim**-0.5)
+        return super().read(state, l2_normalize(q, scale=self.head_dim**-0.5))
 
     def scan(
         self,
         state: State,
         q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b s t d"],
-        v: Float[Tensor, "b s t e"],
+        k: Float[Tensor, "b g t d"],
+        v: Float[Tensor, "b g t e"],
         gates: dict[str, Tensor],
         mask: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
-        q, k = (l2_normalize(u.to(state.dtype)) for u in (q, k))
+        q = l2_normalize(as_operand(q, state), scale=self.head_dim**-0.5)
+        k = l2_normalize(as_operand(k, state))
         beta = gates["beta"] if mask is None else gates["beta"].masked_fill(~mask.unsqueeze(1), 0)
-        return gated_delta_scan(state, q * self.head_dim**-0.5, k, v, beta)
+        return gated_delta_scan(state, q, k, v, beta)
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """RMS norm, read gate, a matrix per head."""
-        return self.o_proj(self.o_norm(rms_normalize(r)) * F.silu(project(self.g_proj, x)).unsqueeze(-1))
+        return self.o_proj(gated_rms_norm(r, self.o_norm.weight, project(self.g_proj, x)))

@@ -4,8 +4,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..compressor import Compressor, State
-from ..layers import l2_normalize, outer
+from ..layers import outer
 from ..ops.linear_scan import gated_linear_scan
+from ..ops.normalize import l2_normalize
+from ..ops.scan import as_operand
 
 
 class LinearAttention(Compressor):
@@ -36,14 +38,14 @@ class LinearAttention(Compressor):
         self,
         state: State,
         q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b s t d"],
-        v: Float[Tensor, "b s t e"],
+        k: Float[Tensor, "b g t d"],
+        v: Float[Tensor, "b g t e"],
         gates: dict[str, Tensor],
         mask: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
-        q, k = (l2_normalize(u.to(state.dtype)) for u in (q, k))
+        q, k = (l2_normalize(as_operand(u, state)) for u in (q, k))
         if mask is not None:
             k = k.masked_fill(~mask[:, None, :, None], 0)
         return gated_linear_scan(state, q, k, v)

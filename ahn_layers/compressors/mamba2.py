@@ -5,8 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compressor import Compressor, State
-from ..layers import Scale, outer, project, rms_normalize
+from ..layers import Scale, outer, project
 from ..ops.linear_scan import gated_linear_scan
+from ..ops.normalize import rms_normalize
+from ..ops.scan import as_operand
 from .time_step import decay_parameters
 
 
@@ -55,19 +57,20 @@ class Mamba2(Compressor):
         self,
         state: State,
         q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b s t d"],
-        v: Float[Tensor, "b s t e"],
+        k: Float[Tensor, "b g t d"],
+        v: Float[Tensor, "b g t e"],
         gates: dict[str, Tensor],
         mask: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
-        q, k = (F.normalize(u.to(state.dtype), dim=-1) for u in (q, k))
+        q, k = (F.normalize(u.to(state.dtype), dim=-1).to(as_operand(u, state).dtype) for u in (q, k))
         dt = gates["dt"].to(state.dtype)
         if mask is not None:
             dt = dt.masked_fill(~mask.unsqueeze(1), 0)
         g = -dt * self.A_log.to(dt.dtype).exp().unsqueeze(-1)
-        return gated_linear_scan(state, q, k, dt.unsqueeze(-1) * v.to(state.dtype), g)
+        v = dt.unflatten(1, (v.shape[1], -1)).unsqueeze(-1) * v.unsqueeze(2)
+        return gated_linear_scan(state, q, k, v.flatten(1, 2).to(k.dtype), g)
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """Read gate, RMS norm over all heads together, a matrix per head."""

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.triton_forms import has_triton
+
 Head = Callable[[Tensor], Tensor]
 """From hidden states ``(n, N)`` to logits ``(n, V)``; its parameters get no gradient."""
 
@@ -74,12 +76,12 @@ class _SlicedLoss(torch.autograd.Function):
             part = slice(start, start + slice_size)
             hidden = student[part].detach().requires_grad_(wants_gradient)
             goal = None if teacher is None else teacher[part].detach()
+            goals = None if labels is None else labels[part]
             with torch.set_grad_enabled(wants_gradient):
-                divergence, entropy = _slice(hidden, goal, None if labels is None else labels[part], head)
-                loss = (kl_weight * divergence + ce_weight * entropy) / count
-            if wants_gradient:
-                gradients.append(torch.autograd.grad(loss, hidden)[0])
-            parts += torch.stack((divergence.detach(), entropy.detach())) / count
+                divergence, entropy, gradient = _slice(hidden, goal, goals, head, kl_weight / count, ce_weight / count)
+            if gradient is not None:
+                gradients.append(gradient)
+            parts += torch.stack((divergence, entropy)) / count
         if wants_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         ctx.mark_non_differentiable(divergence := parts[0].clone(), entropy := parts[1].clone())
@@ -92,17 +94,30 @@ class _SlicedLoss(torch.autograd.Function):
         return (gradient * grad.to(gradient.dtype), None, None, None, None, None, None)
 
 
-def _slice(hidden: Tensor, teacher: Tensor | None, labels: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
-    """Divergence and cross-entropy of a slice, summed over its tokens."""
-    log_student = _log_probabilities(head(hidden))
+def _slice(
+    hidden: Tensor, teacher: Tensor | None, labels: Tensor | None, head: Head, kl_weight: float, ce_weight: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Divergence and cross-entropy of a slice, summed over its tokens, and the gradient of their weighted sum."""
+    logits = head(hidden)
+    with torch.no_grad():
+        goal = None if teacher is None else head(teacher)
+    if has_triton(logits) and logits.dtype in (torch.float32, torch.bfloat16):
+        from ..ops.triton_loss import compare
+
+        kl_weight, ce_weight = (0.0 if goal is None else kl_weight), (0.0 if labels is None else ce_weight)
+        wanted = hidden.requires_grad
+        divergence, entropy, slope = compare(logits.detach(), goal, labels, kl_weight, ce_weight, grad=wanted)
+        gradient = torch.autograd.grad(logits, hidden, slope)[0] if wanted else None
+        return divergence.sum(), entropy.sum(), gradient
+    log_student = _log_probabilities(logits)
     divergence = entropy = log_student.new_zeros(())
-    if teacher is not None:
-        with torch.no_grad():
-            log_teacher = _log_probabilities(head(teacher))
-        divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    if goal is not None:
+        divergence = F.kl_div(log_student, _log_probabilities(goal), reduction="sum", log_target=True)
     if labels is not None:
         entropy = F.nll_loss(log_student, labels, reduction="sum")
-    return divergence, entropy
+    loss = kl_weight * divergence + ce_weight * entropy
+    gradient = torch.autograd.grad(loss, hidden)[0] if loss.requires_grad else None
+    return divergence.detach(), entropy.detach(), gradient
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 def cut(
     state: Float[Tensor, "b s d e"],
     q: Float[Tensor, "b h t d"],
-    k: Float[Tensor, "b s t d"],
-    v: Float[Tensor, "b s t e"],
+    k: Float[Tensor, "b g t d"],
+    v: Float[Tensor, "b u t e"],
     g: Float[Tensor, "b s t"] | None,
     size: int,
 ) -> tuple[
@@ -24,12 +24,17 @@ def cut(
         shape ``(1, 1, 1, size)``.
     """
     fill = -k.shape[2] % size
-    q, k, v = (F.pad(u.to(state.dtype), (0, 0, 0, fill)) for u in (q, k, v))
+    q, k, v = (F.pad(u.to(state.dtype), (0, 0, 0, fill)) for u in (q, *per_state(state, k, v)))
     q = rearrange(q, "b (s r) (n c) d -> b s n (r c) d", s=state.shape[1], c=size)
     k, v = (u.unflatten(2, (-1, size)) for u in (k, v))
     if g is None:
         return q, k, v, state.new_zeros(1, 1, 1, size)
     return q, k, v, F.pad(g.to(state.dtype), (0, fill)).unflatten(2, (-1, size))
+
+
+def per_state(state: Float[Tensor, "b s d e"], *tensors: Float[Tensor, "b _ t _"]) -> list[Float[Tensor, "b s t _"]]:
+    """Keys or values once for every state; there are several states to a head if they differ in their gates."""
+    return [u.repeat_interleave(state.shape[1] // u.shape[1], dim=1) for u in tensors]
 
 
 def decay_matrix(g: Float[Tensor, "*b c"]) -> tuple[Float[Tensor, "*b c"], Float[Tensor, "*b c c"]]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .affine_scan import states_between
-from .chunks import cut, decay_matrix
+from .chunks import cut, decay_matrix, per_state
 from .decode import fold_and_read
 from .scan import runs_in_triton, scan_in_triton
 
@@ -18,8 +18,8 @@ from .scan import runs_in_triton, scan_in_triton
 def gated_delta_scan(
     state: Float[Tensor, "b s d e"],
     q: Float[Tensor, "b h t d"],
-    k: Float[Tensor, "b s t d"],
-    v: Float[Tensor, "b s t e"],
+    k: Float[Tensor, "b g t d"],
+    v: Float[Tensor, "b u t e"],
     beta: Float[Tensor, "b s t"],
     g: Float[Tensor, "b s t"] | None = None,
     *,
@@ -33,22 +33,22 @@ def gated_delta_scan(
     Args:
         state: the state before the first token; its dtype is the dtype of the computation.
         q: queries, one per folded token; queries of one group share a state.
-        k: folded keys, normalised by the caller.
-        v: folded values.
+        k: folded keys, normalised by the caller; states of one group share them.
+        v: folded values, likewise.
         beta: write strength in [0, 1]; 0 with ``g = 0`` folds nothing.
         g: log decay per token, None for no decay.
         chunk_size: tokens folded at once; by default 32, on a GPU 128.
 
     Returns:
-        What each query reads, and the state after the last token.
+        What each query reads, in the dtype of the state (of ``k`` in kernels), and the state after the last token.
     """
     length = q.shape[2]
     if length == 1:
-        q, k, v, beta = (u.squeeze(2).to(state.dtype) for u in (q, k, v, beta))
+        q, k, v, beta = (u.squeeze(2).to(state.dtype) for u in (q, *per_state(state, k, v), beta))
         r, state = fold_and_read(state, q, k, v, None if g is None else g.squeeze(2).to(state.dtype), beta)
         return r.unsqueeze(2), state
     if chunk_size is None and runs_in_triton(state, k):
-        return scan_in_triton(_chunks, state, q, k, v, g, beta)
+        return scan_in_triton(state, q, k, v, g, beta)
     return _chunks(state, q, k, v, g, beta, chunk_size)
 
 

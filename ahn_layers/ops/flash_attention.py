@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .triton_forms import in_triton
+
 Part = tuple[Tensor, Tensor, Tensor, int | None]
 """Queries, keys, values, ``(b, t, h, d)`` each; how many tokens back a query sees, itself included, None for all."""
 
@@ -100,12 +102,11 @@ def _attend_in_pieces(
         _cudnn(q, context_k[:, :, own], context_v[:, :, own], True, scale),
     ]
     turned, k, v = (u[:, :, :length].flip(2) for u in (q, context_k, context_v))
-    out, lse = _cudnn(turned, k, v, True, scale)
-    parts.append((out.flip(1), lse.flip(2)))
+    parts.append(_cudnn(turned, k, v, True, scale))
     if sink_k.shape[2]:
         parts.append(_cudnn(q_sinks, sink_k, sink_v, False, scale))
     outs, lses = zip(*parts, strict=True)
-    return join(outs, lses)[0].transpose(1, 2)
+    return join(outs, lses, backwards=2)[0].transpose(1, 2)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -136,10 +137,25 @@ class _JointAttention(torch.autograd.Function):
         return None, None, *grads
 
 
-def join(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b h t"]]:
-    """Attention over several sets of keys, from the attention over each and its log-sum-exp ``(b, h, t)``."""
+def join(
+    outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], backwards: int | None = None
+) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b h t"]]:
+    """Attention over several sets of keys, from the attention over each.
+
+    Args:
+        outs: attention over each set, ``(b, t, h, d)``.
+        lses: its log-sum-exp, ``(b, h, t)``.
+        backwards: the one whose tokens come in reverse order, None for none.
+    """
     if len(outs) == 1:
         return outs[0], lses[0]
+    if in_triton(*outs) and outs[0].dtype != torch.float64 and not torch.compiler.is_compiling():
+        from . import triton_join
+
+        return triton_join.join(outs, lses, backwards)
+    if backwards is not None:
+        outs = tuple(u.flip(1) if i == backwards else u for i, u in enumerate(outs))
+        lses = tuple(u.flip(2) if i == backwards else u for i, u in enumerate(lses))
     lse = torch.stack(lses).logsumexp(dim=0)
     total = torch.zeros_like(outs[0], dtype=lse.dtype)
     for out, part in zip(outs, lses, strict=True):

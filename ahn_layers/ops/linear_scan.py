@@ -1,6 +1,6 @@
 """Gated linear attention over many tokens: the recurrence of Mamba2 and of plain linear attention, in chunks.
 
-Dimensions: b batch, h query heads, s states (h is a multiple of s), t tokens, d key size, e value size;
+Dimensions: b batch, h query heads, s states (h is a multiple of s, s one of g and u), t tokens, d key size, e value size;
 inside a chunk n chunks, c tokens a chunk, r = h / s queries that share a state.
 """
 
@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from .chunks import cut, decay_matrix
+from .chunks import cut, decay_matrix, per_state
 from .decode import fold_and_read
 from .scan import runs_in_triton, scan_in_triton
 
@@ -18,8 +18,8 @@ from .scan import runs_in_triton, scan_in_triton
 def gated_linear_scan(
     state: Float[Tensor, "b s d e"],
     q: Float[Tensor, "b h t d"],
-    k: Float[Tensor, "b s t d"],
-    v: Float[Tensor, "b s t e"],
+    k: Float[Tensor, "b g t d"],
+    v: Float[Tensor, "b u t e"],
     g: Float[Tensor, "b s t"] | None = None,
     *,
     chunk_size: int | None = None,
@@ -29,21 +29,21 @@ def gated_linear_scan(
     Args:
         state: the state before the first token; its dtype is the dtype of the computation.
         q: queries, one per folded token; queries of one group share a state.
-        k: folded keys.
-        v: folded values.
+        k: folded keys; states of one group share them.
+        v: folded values, likewise.
         g: log decay per token, None for no decay.
         chunk_size: tokens folded at once, by default 64.
 
     Returns:
-        What each query reads, and the state after the last token.
+        What each query reads, in the dtype of the state (of ``k`` in kernels), and the state after the last token.
     """
     length = q.shape[2]
     if length == 1:
-        q, k, v = (u.squeeze(2).to(state.dtype) for u in (q, k, v))
+        q, k, v = (u.squeeze(2).to(state.dtype) for u in (q, *per_state(state, k, v)))
         r, state = fold_and_read(state, q, k, v, None if g is None else g.squeeze(2).to(state.dtype))
         return r.unsqueeze(2), state
     if chunk_size is None and runs_in_triton(state, k):
-        return scan_in_triton(_chunks, state, q, k, v, g, None)
+        return scan_in_triton(state, q, k, v, g, None)
     return _chunks(state, q, k, v, g, None, chunk_size)
 
 

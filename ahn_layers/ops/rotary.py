@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .triton_forms import in_triton
+
 
 def turn_back(
     q: Float[Tensor, "b h t d"],
@@ -32,7 +34,12 @@ def turn_back(
     pairs = inv_freq.shape[0]
     angle = distance.double()[..., None] * inv_freq.double()
     dtype = torch.promote_types(q.dtype, torch.float32)
-    cos, sin = (f(angle).to(dtype).unsqueeze(-3) for f in (torch.cos, torch.sin))
+    cos, sin = (f(angle).to(dtype) for f in (torch.cos, torch.sin))
+    if q.shape[2] > 1 and dtype == torch.float32 and in_triton(q) and not torch.compiler.is_compiling():
+        from . import triton_rotary
+
+        return triton_rotary.turn(q, cos, sin, interleaved=interleaved, start=start)
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
     before, turned, after = q.split((start, 2 * pairs, q.shape[-1] - start - 2 * pairs), dim=-1)
     shape = (pairs, 2) if interleaved else (2, pairs)
     first, second = turned.to(dtype).unflatten(-1, shape).unbind(-1 if interleaved else -2)

@@ -1,0 +1,55 @@
+"""A Triton kernel that turns rotary queries back, in one pass over them."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32
+
+
+@triton.jit
+def _turn(
+    q_ptr, cos_ptr, sin_ptr, out_ptr, rows, heads, length, q_b, q_h, q_t, angle_b, first, pairs,
+    INTERLEAVED: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PAD)
+    b, t = row // (heads * length), row % length
+    base = (b * q_b + row // length % heads * q_h + t * q_t)[:, None]
+    inside = (row[:, None] < rows) & (c[None, :] < SIZE)
+    place = c - first
+    turned = (place >= 0) & (place < 2 * pairs)
+    leads = place % 2 == 0 if INTERLEAVED else place < pairs
+    step = 1 if INTERLEAVED else pairs
+    pair = place // 2 if INTERLEAVED else place % pairs
+    other = tl.where(turned, tl.where(leads, c + step, c - step), c)
+    u = tl.load(q_ptr + base + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(q_ptr + base + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = (b * angle_b + t * pairs)[:, None] + tl.where(turned, pair, 0)[None, :]
+    cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=inside, other=0.0) * tl.where(leads, 1.0, -1.0)[None, :]
+    out = tl.where(turned[None, :], u * cos + v * sin, u)
+    tl.store(out_ptr + row[:, None] * SIZE + c[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def turn(q: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, start: int) -> Tensor:
+    """The rotation by ``-angle``; see ``rotary.turn_back``.
+
+    Args:
+        q: ``(B, H, T, D)``.
+        cos: ``(T, R)``, or ``(B, T, R)``, float32.
+        sin: likewise.
+        interleaved: how channels are paired.
+        start: first rotated channel.
+    """
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    out, (_, heads, length, size) = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.shape
+    rows = q.shape[:3].numel()
+    _turn[(triton.cdiv(rows, _ROWS),)](
+        q, cos, sin, out, rows, heads, length, *q.stride()[:3], cos.stride(0) if cos.ndim == 3 else 0, start,
+        cos.shape[-1], INTERLEAVED=interleaved, SIZE=size, PAD=triton.next_power_of_2(size), BLOCK=_ROWS, num_warps=4,
+    )  # fmt: skip
+    return out

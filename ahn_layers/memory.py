@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from .ops.decode import slot_attention
 from .ops.window_attention import window_attention
 from .rotary import Rotary
 from .state import MemoryState
-from .tokens import Tokens, take
+from .tokens import Tokens, join, take
 from .window import Window
 
 _SEGMENT = {"cpu": 1024}
@@ -112,7 +113,7 @@ class MemoryStore(nn.Module):
             scale: logit factor, default ``d ** -0.5``.
             softcap: logits become ``softcap * tanh(logits / softcap)``.
             use_memory: False attends to sinks and window alone. A sequence keeps to one choice.
-            inplace: overwrite the tensors of ``state`` once the window is full and tokens come one at a time.
+            inplace: overwrite the tensors of ``state`` once the window is full.
             dense: the base model's own causal attention ``(q, k, v) -> out``, called instead of ours as long as
                 nothing has left the window and no row is padded, for bit-identical results.
 
@@ -138,11 +139,11 @@ class MemoryStore(nn.Module):
         if len(new) == 1 and len(state.slots) == self.window.capacity:
             return self._step(q, new, x, state, valid, inplace, attention)
         if valid is None:
-            return self._extend(q, new, x, state, None, attention, dense)
+            return self._extend(q, new, x, state, None, attention, dense, inplace)
 
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in each row
         x = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        out, state = self._extend(take(q, order), new.take(order), x, state, valid.sum(dim=1), attention, None)
+        out, state = self._extend(take(q, order), new.take(order), x, state, valid.sum(dim=1), attention, None, inplace)
         return take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0), state
 
     def bytes_per_row(self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, **_: int) -> int:
@@ -170,42 +171,46 @@ class MemoryStore(nn.Module):
         arrivals: Int[Tensor, " b"] | None,
         attention: dict[str, float | None],
         dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        inplace: bool,
     ) -> tuple[Tensor, MemoryState]:
         """Any number of new tokens; with ``arrivals``, only the first so many columns of each row are real."""
-        window, count = self.window, len(new)
-        after = state.extended(new, arrivals)
-        if dense is not None and after.uniform is not None and after.uniform <= window.capacity:
-            resident = after.slots.columns(0, after.uniform)
+        window, count, begins = self.window, len(new), state.uniform == 0 and arrivals is None
+        total = None if state.uniform is None or arrivals is not None else state.uniform + count
+        if dense is not None and total is not None and total <= window.capacity:
+            after = state.extended(new)
+            resident = after.slots.columns(0, total)
             return dense(q, resident.k, resident.v), after
 
-        recent, sinks = state.recent(), after.slots.columns(0, window.num_sinks)
-        context = recent.cat(new)
-        rank = state.next_rank + torch.arange(count, device=q.device)
+        context = join(*state.recent(), new)
+        past, rank = len(context) - count, state.next_rank + torch.arange(count, device=q.device)
+        sinks = None if begins else state.sinks_with(new, arrivals)
         out = window_attention(
             q,
-            sinks.k,
-            sinks.v,
+            None if sinks is None else sinks.k,
+            None if sinks is None else sinks.v,
             context.k,
             context.v,
             rank,
             window_size=window.window_size,
             num_sinks=window.num_sinks,
-            q_sinks=self._sink_queries(q, rank, after.length),
+            q_sinks=self._sink_queries(q, rank, None if state.length is None else state.length + count),
             first_rank=state.uniform,
             **attention,  # type: ignore[arg-type]
         )
         # Query i pushes out column i - spare of the context; sinks are never pushed out.
-        spare = window.window_size - len(recent)
-        first = spare + (0 if state.uniform is None else max(0, window.num_sinks + len(recent) - state.uniform))
-        if state.memory is None or first >= count:
-            return out, after
-        evicted, folds = context.columns(first - spare, count - spare), None
-        if after.uniform is None:
-            folds = window.leaves(state.seen.unsqueeze(1) + torch.arange(first, count, device=q.device))
-            if arrivals is not None:
-                folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
-        recalled, after.memory = self._remember(state.memory, q[:, :, first:], evicted, x[:, first:], folds)  # type: ignore[index]
-        return torch.cat((out[:, :, :first], out[:, :, first:] + recalled.to(out.dtype)), dim=2), after
+        spare, memory = window.window_size - past, state.memory
+        first = spare + (0 if state.uniform is None else max(0, window.num_sinks + past - state.uniform))
+        if memory is not None and first < count:
+            evicted, folds = context.columns(first - spare, count - spare), None
+            if total is None:
+                folds = window.leaves(state.seen.unsqueeze(1) + torch.arange(first, count, device=q.device))
+                if arrivals is not None:
+                    folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
+            recalled, memory = self._remember(memory, q[:, :, first:], evicted, x[:, first:], folds)  # type: ignore[index]
+            out = out + F.pad(recalled.to(out.dtype), (0, 0, first, 0))
+        after = state.extended(new, arrivals, inplace=inplace)
+        after.memory = memory
+        return out, after
 
     def _step(
         self,
@@ -272,7 +277,7 @@ class MemoryStore(nn.Module):
             reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
             output = compressor.output(reading, x[:, part])
             outputs.append(output if mask is None else output.masked_fill(~mask[:, None, :, None], 0))
-        return torch.cat(outputs, dim=2), memory
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
 
     def _sink_queries(self, q: Tensor, rank: Int[Tensor, "*b t"], length: int | None) -> Tensor | None:
         """Queries as the sinks shall see them, from the first one that is too far away; None while all are near."""

@@ -53,8 +53,8 @@ class MemoryState:
         """Rank of the next token: one number if it is the same in every row and known, else per row."""
         return self.seen.unsqueeze(1) if self.uniform is None else self.uniform
 
-    def recent(self) -> Tokens:
-        """The tokens of the window in the order of rank, the latest last; columns before the first one are filler.
+    def recent(self) -> list[Tokens]:
+        """The tokens of the window in the order of rank, the latest last, in pieces; columns before the first are filler.
 
         As many columns as the fullest row can have; the tokens of rank below ``num_sinks`` are left out.
         """
@@ -62,23 +62,35 @@ class MemoryState:
         if self.length is not None:
             size = min(size, max(0, self.length - window.num_sinks))
         if self.uniform is not None and self.uniform <= window.capacity:
-            return self.slots.columns(self.uniform - size, self.uniform)
+            return [self.slots.columns(self.uniform - size, self.uniform)]
         if self.uniform is not None:
             oldest = window.next_slot(self.uniform)
-            return self.slots.columns(oldest, window.capacity).cat(self.slots.columns(window.num_sinks, oldest))
+            return [self.slots.columns(oldest, window.capacity), self.slots.columns(window.num_sinks, oldest)]
         rank = self.next_rank + torch.arange(-size, 0, device=self.seen.device)
-        return self.slots.take(window.slot(rank).clamp(min=0, max=max(len(self.slots) - 1, 0)))
+        return [self.slots.take(window.slot(rank).clamp(min=0, max=max(len(self.slots) - 1, 0)))]
 
-    def extended(self, new: Tokens, arrivals: Int[Tensor, " b"] | None = None) -> "MemoryState":
+    def sinks_with(self, new: Tokens, arrivals: Int[Tensor, " b"] | None = None) -> Tokens:
+        """The sinks once new tokens have arrived: as many columns as there may be, at most ``num_sinks``."""
+        first = self.window.num_sinks
+        if arrivals is None and self.uniform is not None:
+            held = min(self.uniform, first)
+            return self.slots.columns(0, held).cat(new.columns(0, first - held))
+        return self._slots_with(new, arrivals).columns(0, first)
+
+    def extended(
+        self, new: Tokens, arrivals: Int[Tensor, " b"] | None = None, *, inplace: bool = False
+    ) -> "MemoryState":
         """The state with new tokens in their slots; what they push out is gone, the memory is as it was.
 
         Args:
             new: the tokens.
             arrivals: how many of them are real in each row, the first ones; None for all.
+            inplace: overwrite a full window in the tensors of this state.
         """
+        full = arrivals is None and self.uniform is not None and self.uniform >= self.window.capacity
         return replace(
             self,
-            slots=self._slots_with(new, arrivals),
+            slots=self._overwritten(new) if inplace and full else self._slots_with(new, arrivals),
             seen=self.seen + (len(new) if arrivals is None else arrivals),
             length=None if self.length is None else self.length + len(new),
             padded=self.padded or arrivals is not None,
@@ -103,6 +115,18 @@ class MemoryState:
         source = torch.where(rank < 0, held + len(new), source)  # empty slots take the column of zeros
         nothing = new.map(lambda u: u.new_zeros(*u.shape[:2], 1, *u.shape[3:]))
         return self.slots.cat(new, nothing).take(source)
+
+    def _overwritten(self, new: Tokens) -> Tokens:
+        """The same tensors, the last of the new tokens over the oldest."""
+        assert self.uniform is not None
+        start = max(0, len(new) - self.window.window_size)
+        while start < len(new):
+            slot = self.window.next_slot(self.uniform + start)
+            size = min(len(new) - start, self.window.capacity - slot)
+            for u, v in zip(self.slots.tensors, new.tensors, strict=True):
+                u[:, :, slot : slot + size] = v[:, :, start : start + size]
+            start += size
+        return self.slots
 
     @property
     def nbytes(self) -> int:

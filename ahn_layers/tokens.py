@@ -68,6 +68,12 @@ class Tokens:
         return self.zip(write, token)
 
 
+def join(*parts: Tokens) -> Tokens:
+    """Tokens one after the other; a single part that is not empty comes back as it is, not copied."""
+    filled = [part for part in parts if len(part)] or list(parts[:1])
+    return filled[0].cat(*filled[1:]) if len(filled) > 1 else filled[0]
+
+
 def take(u: Tensor, index: Int[Tensor, "*b t"]) -> Tensor:
     """Columns of dimension 2 by index, shared ``(T,)`` or per row ``(B, T)``."""
     if index.ndim == 1:

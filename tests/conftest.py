@@ -5,9 +5,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from importlib.util import find_spec
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-install_import_hook("ahn_layers", "beartype.beartype")
+PACKAGE = Path(find_spec("ahn_layers").origin).parent
+names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("[!_]*.py")]
+# Triton compiles the source of its kernels and does not find what they use behind a decorator
+install_import_hook([name for name in names if ".triton_" not in name], "beartype.beartype")
 
 from collections.abc import Iterator
 

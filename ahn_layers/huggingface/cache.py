@@ -244,7 +244,7 @@ class StaticMemoryLayer(MemoryLayer):
             before = self.state
             if self._known is not None and not torch.compiler.is_compiling():
                 before = replace(before, length=self._known[0], padded=self._known[1])
-            out, after = store(q, k, v, x, before, **options)
+            out, after = store(q, k, v, x, before, inplace=not torch.is_grad_enabled(), **options)
             with torch.no_grad():
                 self.state.copy_(after)
             self._known = None if after.length is None else (after.length, after.padded)

@@ -2,13 +2,14 @@
 
 A query's keys fall into two parts, the sinks and the last ``window_size`` tokens. Each part is one call of
 FlashAttention (arXiv 2307.08691), which has sliding windows built in; the parts are joined by their log-sum-exps.
+Queries that are sinks themselves are a call of their own.
 Backward, each part is given the joint output and the joint log-sum-exp: then its probabilities are those of the joint
 softmax.
 
 Dimensions as in ``window_attention``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -34,34 +35,39 @@ def supports(q: Tensor, v: Tensor, softcap: float | None) -> bool:
 
 def flash_window_attention(
     q: Float[Tensor, "b h t d"],
-    q_sinks: Float[Tensor, "b h t d"],
-    sink_k: Float[Tensor, "b g s d"],
-    sink_v: Float[Tensor, "b g s d"],
+    q_sinks: Float[Tensor, "b h t d"] | None,
+    sink_k: Float[Tensor, "b g s d"] | None,
+    sink_v: Float[Tensor, "b g s d"] | None,
     context_k: Float[Tensor, "b g c d"],
     context_v: Float[Tensor, "b g c d"],
     *,
     window_size: int,
+    head: int,
+    own: int,
     scale: float,
 ) -> Float[Tensor, "b h t d"]:
-    """Every query sees all sinks, and of the context the last ``window_size`` columns up to its own.
+    """Every query sees the sinks up to itself, and of the other tokens the last ``window_size`` up to its own.
 
     Args:
         q: queries; the last ``t`` columns of the context are their own.
-        q_sinks: the queries as they face the sinks.
-        sink_k: keys of the sinks, possibly none; no query's own.
+        q_sinks: the queries as they face the sinks, None for ``q``.
+        sink_k: keys of the sinks, possibly none; None if they are the first ``own`` columns of the context.
         sink_v: their values.
-        context_k: keys, without any sink.
+        context_k: keys.
         context_v: their values.
         window_size: tokens a query sees besides the sinks.
+        head: how many of the queries are sinks themselves, the first ones.
+        own: how many columns of the context are sinks, the first ones.
         scale: logit factor.
     """
-    context_k, context_v = (u[:, :, -(q.shape[2] + window_size - 1) :] for u in (context_k, context_v))
-    if _in_pieces(q, context_k, window_size):
-        return _attend_in_pieces(q, q_sinks, sink_k, sink_v, context_k, context_v, scale)
-    tensors = [u.transpose(1, 2) for u in (q, context_k, context_v)]
-    if sink_k.shape[2]:
-        tensors += [u.transpose(1, 2) for u in (q_sinks, sink_k, sink_v)]
-    out: Tensor = _JointAttention.apply(window_size, scale, *tensors)
+    columns = q.shape[2] + window_size - 1  # no query sees further back
+    if sink_k is not None and sink_v is not None and not head:
+        own, k, v = 0, *(u[:, :, own:][:, :, -columns:] for u in (context_k, context_v))
+        if _in_pieces(q, k, window_size):
+            return _attend_in_pieces(q, q if q_sinks is None else q_sinks, sink_k, sink_v, k, v, scale)
+        context_k, context_v = k, v
+    tensors = [None if u is None else u.transpose(1, 2) for u in (q, q_sinks, sink_k, sink_v, context_k, context_v)]
+    out: Tensor = _JointAttention.apply(_Cut(window_size, head, own, scale), *tensors)
     return out.transpose(1, 2)
 
 
@@ -116,25 +122,91 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
 
+class _Cut(NamedTuple):
+    """How the queries and keys of one call fall into parts, see ``flash_window_attention``."""
+
+    window_size: int
+    head: int
+    own: int
+    scale: float
+
+    def parts(self, q: Tensor, facing: Tensor, sink_k: Tensor, sink_v: Tensor, k: Tensor, v: Tensor) -> list[Part]:
+        """The queries that are sinks among the sinks; the others over the window and, if there are any, the sinks."""
+        head, own = self.head, self.own
+        parts: list[Part] = []
+        if head:
+            parts.append((q[:, :head], sink_k, sink_v, sink_k.shape[1]))
+        if head < q.shape[1]:
+            parts.append((q[:, head:], k[:, own:], v[:, own:], self.window_size))
+            if sink_k.shape[1]:
+                parts.append((facing[:, head:], sink_k, sink_v, None))
+        return parts
+
+
 class _JointAttention(torch.autograd.Function):
-    """One softmax over the window and, if there are any, the sinks."""
+    """One softmax over the window and, if there are any, the sinks.
+
+    All slices are taken in here, so that each gradient is put together once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, window_size: int, scale: float, *tensors: Tensor) -> Tensor:
-        parts = _parts(tensors, window_size)
-        outs, lses, extras = zip(*(_flash(part, scale) for part in parts), strict=True)
-        out, lse = join(outs, lses)
-        ctx.save_for_backward(out, lse, *tensors)
-        ctx.window_size, ctx.scale, ctx.extras = window_size, scale, extras
-        return out
+    def forward(
+        ctx: Any,
+        cut: _Cut,
+        q: Tensor,
+        q_sinks: Tensor | None,
+        sink_k: Tensor | None,
+        sink_v: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        ctx.cut, ctx.turned, ctx.inside = cut, q_sinks is not None, sink_k is None
+        tensors = (q, q if q_sinks is None else q_sinks, *_sinks(cut, sink_k, sink_v, k, v), k, v)
+        outs, lses, ctx.extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)
+        split = bool(cut.head)
+        pieces = [(outs[0], lses[0])] if split else []
+        if len(outs) > split:
+            pieces.append(join(outs[split:], lses[split:]))
+        ctx.save_for_backward(*(u for piece in pieces for u in piece), *tensors)
+        return pieces[0][0] if len(pieces) == 1 else torch.cat([out for out, _ in pieces], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        out, lse, *tensors = ctx.saved_tensors
-        grads: list[Tensor] = []
-        for part, extra in zip(_parts(tuple(tensors), ctx.window_size), ctx.extras, strict=True):
-            grads += _flash_backward(grad.contiguous(), part, out, lse, extra, ctx.scale)
-        return None, None, *grads
+        cut, saved = ctx.cut, ctx.saved_tensors
+        pieces, tensors = saved[:-6], saved[-6:]
+        q, _, sink_k, sink_v, k, v = tensors
+        found = []
+        for number, (part, extra) in enumerate(zip(cut.parts(*tensors), ctx.extras, strict=True)):
+            first = cut.head and not number
+            piece = slice(0, cut.head) if first else slice(cut.head, None)
+            out, lse = pieces[:2] if first else pieces[-2:]
+            found.append(_flash_backward(grad[:, piece].contiguous(), part, out, lse, extra, cut.scale))
+        head = [found.pop(0)] if cut.head else []
+        window = found[:1] or [tuple(u[:, :0] for u in (q, k, v))]
+        dq = [u[0] for u in head] + [u[0] for u in window]
+        turned = None
+        if found[1:] and ctx.turned:
+            turned = torch.cat((q.new_zeros(q[:, : cut.head].shape), found[1][0]), dim=1)
+        elif found[1:]:
+            dq[-1] = dq[-1] + found[1][0]
+        sinks = []  # of their keys and values, from both sides
+        for i, u in ((1, sink_k), (2, sink_v)):
+            given = [grads[i] for grads in (*head, *found[1:])]
+            sinks.append(sum(given[1:], given[0]) if given else torch.zeros_like(u))
+        if ctx.inside:
+            dk, dv = (torch.cat((sink, window[0][i]), dim=1) for i, sink in ((1, sinks[0]), (2, sinks[1])))
+            return None, torch.cat(dq, dim=1), turned, None, None, dk, dv
+        dk, dv = (
+            torch.cat((u.new_zeros(u[:, : cut.own].shape), window[0][i]), dim=1) if cut.own else window[0][i]
+            for i, u in ((1, k), (2, v))
+        )
+        return None, torch.cat(dq, dim=1) if len(dq) > 1 else dq[0], turned, *sinks, dk, dv
+
+
+def _sinks(cut: _Cut, sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if sink_k is None or sink_v is None:
+        return k[:, : cut.own], v[:, : cut.own]
+    return sink_k, sink_v
 
 
 def join(
@@ -161,11 +233,6 @@ def join(
     for out, part in zip(outs, lses, strict=True):
         total.addcmul_(out.to(lse.dtype), (part - lse).exp().transpose(1, 2).unsqueeze(-1))
     return total.to(outs[0].dtype), lse
-
-
-def _parts(tensors: tuple[Tensor, ...], window_size: int) -> list[Part]:
-    window: list[Part] = [(*tensors[:3], window_size)]  # type: ignore[list-item]
-    return window if len(tensors) == 3 else [*window, (*tensors[3:], None)]  # type: ignore[list-item]
 
 
 def _flash(part: Part, scale: float) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -83,8 +83,8 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, 
 
 def window_attention(
     q: Float[Tensor, "b h t d"],
-    sink_k: Float[Tensor, "b g s d"],
-    sink_v: Float[Tensor, "b g s e"],
+    sink_k: Float[Tensor, "b g s d"] | None,
+    sink_v: Float[Tensor, "b g s e"] | None,
     context_k: Float[Tensor, "b g c d"],
     context_v: Float[Tensor, "b g c e"],
     rank: Int[Tensor, "*b t"],
@@ -106,7 +106,7 @@ def window_attention(
 
     Args:
         q: queries, already rotated.
-        sink_k: keys of the tokens of rank 0 to s - 1.
+        sink_k: keys of the tokens of rank 0 to s - 1; None if the context begins with rank 0, and so with the sinks.
         sink_v: their values.
         context_k: keys of the window before the first query, followed by the queries' own keys.
         context_v: their values.
@@ -124,19 +124,24 @@ def window_attention(
     past = context_k.shape[2] - q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if first_rank is not None and flash_attention.supports(q, context_v, softcap):
-        head = min(q.shape[2], max(0, num_sinks - first_rank))  # queries that are sinks themselves
-        own = max(0, num_sinks - (first_rank - past))  # columns of the context that are sinks
         far = 0 if q_sinks is None else q_sinks.shape[2]
-        facing = q if q_sinks is None else torch.cat((q[:, :, : q.shape[2] - far], q_sinks), dim=2)
-        tail = (q[:, :, head:], facing[:, :, head:], sink_k, sink_v, context_k[:, :, own:], context_v[:, :, own:])
-        outs = []
-        if head:
-            columns = (u[:, :, : past + head] for u in (context_k, context_v))
-            heads = (q[:, :, :head], sink_k, sink_v, *columns, rank[..., :head])
-            outs.append(_blockwise(*heads, window_size=window_size, num_sinks=num_sinks, scale=scale))
-        if head < q.shape[2]:
-            outs.append(flash_attention.flash_window_attention(*tail, window_size=window_size, scale=scale))
-        return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+        facing = None if q_sinks is None else torch.cat((q[:, :, : q.shape[2] - far], q_sinks), dim=2)
+        if sink_k is not None and sink_v is not None:
+            sink_k, sink_v = (u[:, :, : first_rank + q.shape[2]] for u in (sink_k, sink_v))
+        return flash_attention.flash_window_attention(
+            q,
+            facing,
+            sink_k,
+            sink_v,
+            context_k,
+            context_v,
+            window_size=window_size,
+            head=min(q.shape[2], max(0, num_sinks - first_rank)),
+            own=min(context_k.shape[2], max(0, num_sinks - (first_rank - past))),
+            scale=scale,
+        )
+    if sink_k is None or sink_v is None:
+        sink_k, sink_v = context_k[:, :, :num_sinks], context_v[:, :, :num_sinks]
     options: dict[str, Any] = {"window_size": window_size, "num_sinks": num_sinks, "scale": scale, "softcap": softcap}
     return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, **options)
 

@@ -22,8 +22,8 @@ _WEIGHTS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
 _OURS = re.compile(r"layers\.(\d+)\.(.+)")
 _RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.ahn\.fn\.(.+)")
 _DESCRIBED = (
-    "compressor", "compressor_options", "window_size", "num_sinks", "sink_positions", "layers", "sizes",
-    "base_model_type",
+    "compressor", "compressor_options", "window_size", "num_sinks", "sink_positions", "memory_positions", "layers",
+    "sizes", "base_model_type",
 )  # fmt: skip
 _Weights = dict[int, dict[str, Tensor]]
 
@@ -60,6 +60,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "window_size": record.window.window_size,
         "num_sinks": record.window.num_sinks,
         "sink_positions": record.window.sink_positions,
+        "memory_positions": record.memory_positions,
         "layers": sorted(layers),
         "sizes": _sizes(next(iter(layers.values()))),
         "base_model_type": config.model_type,
@@ -97,6 +98,11 @@ def load_adapter(model: nn.Module, source: str | Path) -> nn.Module:
     inner, record = find_retrofitted(model)
     if description is not None:
         _check_base(inner, record, description, source)
+    elif record.memory_positions != "absolute":
+        raise ValueError(
+            f"{source}: released memories were trained with memory_positions='absolute', the model was retrofitted "
+            f"with {record.memory_positions!r}."
+        )
     updates = _match(_compressors(inner), weights, source)
     with torch.no_grad():
         for parameter, value in updates:
@@ -221,6 +227,7 @@ def _retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.
             window_size=description["window_size"],
             num_sinks=description["num_sinks"],
             sink_positions=description["sink_positions"],
+            memory_positions=description["memory_positions"],
             layers=description["layers"],
             **description["compressor_options"],
         )
@@ -234,6 +241,7 @@ def _check_base(inner: nn.Module, record: Any, description: dict[str, Any], sour
         "base_model_type": config.model_type,
         "compressor": record.compressor,
         "compressor_options": record.options,
+        "memory_positions": record.memory_positions,
         "layers": sorted(compressors),
     }
     if compressors:

@@ -5,7 +5,7 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ _SEGMENT = {"cpu": 1024}
 _LONG_SEGMENT = 8192
 """The same for every other device, where launches cost more than memory traffic."""
 
+MemoryPositions = Literal["absolute", "none"]
+"""Whether keys and queries of the memory are rotated."""
+
 
 class MemoryStore(nn.Module):
     """Attention with a bounded memory: sinks and window without loss, everything older in a fixed-size state.
@@ -42,8 +45,14 @@ class MemoryStore(nn.Module):
     Args:
         window: the short-term memory.
         compressor: the long-term memory; None forgets what leaves the window.
-        rotary: how the model rotates its queries. Needed only to keep the sinks within the trained distance
-            (``Window.sink_positions``); without it they stay at their true distance.
+        rotary: how the model rotates its queries. Needed to keep the sinks within the trained distance
+            (``Window.sink_positions``; without it they stay at their true distance), and for ``memory_positions``.
+        memory_positions: what the memory is told of positions. ``"absolute"``: keys are folded, and queries read, as
+            the attention rotated them, as in the paper. ``"none"``: with their rotation turned back, so that the
+            memory knows contents only and no distance. A memory has to be used as it was trained.
+
+    Raises:
+        ValueError: if ``memory_positions`` is unknown, or ``"none"`` without ``rotary``.
 
     Examples:
         >>> from ahn_layers import GatedDeltaNet, MemoryStore, Window
@@ -55,15 +64,27 @@ class MemoryStore(nn.Module):
         (torch.Size([1, 2, 9, 8]), 5, torch.Size([1, 2, 8, 8]))
     """
 
-    def __init__(self, window: Window, compressor: Compressor | None = None, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self,
+        window: Window,
+        compressor: Compressor | None = None,
+        rotary: Rotary | None = None,
+        *,
+        memory_positions: MemoryPositions = "absolute",
+    ) -> None:
         super().__init__()
+        if memory_positions not in get_args(MemoryPositions):
+            raise ValueError(f"memory_positions={memory_positions!r}: expected one of {get_args(MemoryPositions)}.")
+        if memory_positions == "none" and rotary is None:
+            raise ValueError("memory_positions='none': expected rotary=Rotary(...), the rotation that is to be undone.")
         self.window = window
         self.compressor = compressor
         self.rotary = rotary
+        self.memory_positions = memory_positions
 
     def extra_repr(self) -> str:
-        """The window, for ``print(model)``."""
-        return repr(self.window)
+        """Window and positions, for ``print(model)``."""
+        return f"{self.window!r}, memory_positions={self.memory_positions!r}"
 
     def init_state(self, tokens: Tokens, *, use_memory: bool = True, full: bool = False) -> MemoryState:
         """An empty state for rows like these tokens.
@@ -206,7 +227,8 @@ class MemoryStore(nn.Module):
                 folds = window.leaves(state.seen.unsqueeze(1) + torch.arange(first, count, device=q.device))
                 if arrivals is not None:
                     folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
-            recalled, memory = self._remember(memory, q[:, :, first:], evicted, x[:, first:], folds)  # type: ignore[index]
+            readers, hidden = q[:, :, first:], x[:, first:]  # type: ignore[index]
+            recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, hidden, folds)
             out = out + F.pad(recalled.to(out.dtype), (0, 0, first, 0))
         after = state.extended(new, arrivals, inplace=inplace)
         after.memory = memory
@@ -229,7 +251,8 @@ class MemoryStore(nn.Module):
         if memory is not None:
             folds = window.leaves(state.seen) if arrives is None else window.leaves(state.seen) & arrives
             evicted = state.slots.take(slot.unsqueeze(1))
-            recalled, memory = self._remember(memory, q, evicted, x, folds.unsqueeze(1))  # type: ignore[arg-type]
+            rank = state.seen.unsqueeze(1)
+            recalled, memory = self._remember(memory, q, rank, evicted, x, folds.unsqueeze(1))  # type: ignore[arg-type]
         arrived = 1 if arrives is None else arrives.long()
         slots = state.slots.put(slot, new, arrives, inplace=inplace)
         seen = state.seen + arrived
@@ -261,17 +284,21 @@ class MemoryStore(nn.Module):
         self,
         memory: State,
         q: Float[Tensor, "b h t d"],
+        rank: Int[Tensor, "*b t"],
         evicted: Tokens,
         x: Float[Tensor, "b t n"],
         folds: Bool[Tensor, "b t"] | None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold."""
         assert self.compressor is not None
-        compressor, outputs = self.compressor, []
+        compressor, outputs, keys = self.compressor, [], evicted.k
+        if self.memory_positions == "none" and self.rotary is not None:
+            q = self.rotary.turn_back(q, rank)
+            keys = self.rotary.turn_back(keys, rank - self.window.window_size)
         size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
         for start in range(0, len(evicted), size):
             part = slice(start, start + size)
-            k, v = evicted.k[:, :, part], evicted.v[:, :, part]
+            k, v = keys[:, :, part], evicted.v[:, :, part]
             gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}
             mask = None if folds is None else folds[:, part]
             reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
+from .memory import MemoryPositions
 from .window import SinkPositions, Window
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,6 +22,7 @@ class Retrofitted:
     Attributes:
         window: the window of every retrofitted layer.
         compressor: name of the compressor class, None for the window alone.
+        memory_positions: whether the memory's keys and queries are rotated.
         options: keyword arguments of the compressor, as the user gave them.
         layers: cache indices of the retrofitted layers.
         skipped: why the other attention blocks were left alone, by name.
@@ -31,6 +33,7 @@ class Retrofitted:
 
     window: Window
     compressor: str | None
+    memory_positions: MemoryPositions
     options: dict[str, Any]
     layers: list[int]
     base: str
@@ -47,6 +50,7 @@ def retrofit(
     num_sinks: int = 0,
     layers: Iterable[int] | None = None,
     sink_positions: SinkPositions = "trained",
+    memory_positions: MemoryPositions = "absolute",
     **compressor_options: Any,
 ) -> Model:
     """Give every attention layer of a loaded transformers decoder a bounded memory, in place.
@@ -62,6 +66,7 @@ def retrofit(
         layers: indices of the layers to retrofit. Default: every full-attention layer; in a model that has none, every
             layer whose own sliding window holds at least ``num_sinks + window_size`` tokens.
         sink_positions: see [`Window`][ahn_layers.Window].
+        memory_positions: see [`MemoryStore`][ahn_layers.MemoryStore].
         **compressor_options: passed to the compressor, ``shared_state=True`` for instance.
 
     Returns:
@@ -93,12 +98,13 @@ def retrofit(
     install.check_model(model)
     blocks = probe.find_attention_blocks(model)
     chosen, skipped = install.choose(blocks, window, None if layers is None else list(layers))
-    stores = [install.make_store(block, window, compressor, compressor_options) for block in chosen]
+    stores = [install.make_store(block, window, compressor, memory_positions, compressor_options) for block in chosen]
     base = model.config.get_text_config(decoder=True)._attn_implementation  # type: ignore[union-attr,operator]
     ours = install.replace_blocks(model, blocks, chosen, stores, base)
     model.hippocampus = Retrofitted(  # type: ignore[assignment]
         window,
         None if compressor is None else compressor.__name__,
+        memory_positions,
         compressor_options,
         [block.layer_idx for block in chosen],
         base,

@@ -54,7 +54,7 @@ class MemoryState:
         return self.seen.unsqueeze(1) if self.uniform is None else self.uniform
 
     def recent(self) -> list[Tokens]:
-        """The tokens of the window in the order of rank, the latest last, in pieces; columns before the first are filler.
+        """The tokens of the window in the order of rank, the latest last, in pieces; columns before rank 0 are filler.
 
         As many columns as the fullest row can have; the tokens of rank below ``num_sinks`` are left out.
         """

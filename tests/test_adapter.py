@@ -57,13 +57,14 @@ def test_round_trip(compressor, options, tmp_path):
 
 
 def test_a_plain_model_is_retrofitted_as_the_adapter_says(tmp_path):
-    model = make(shared_state=True, layers=[1], sink_positions="streaming")
+    model = make(shared_state=True, layers=[1], sink_positions="streaming", memory_positions="none")
     save_adapter(model, tmp_path)
     plain = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     plain.load_state_dict({k: u for k, u in model.state_dict().items() if ".memory." not in k})
     load_adapter(plain, tmp_path)
     ours, theirs = find_retrofitted(model)[1], find_retrofitted(plain)[1]
     assert (ours.window, ours.layers, ours.options) == (theirs.window, theirs.layers, theirs.options)
+    assert ours.memory_positions == theirs.memory_positions == "none"
     ids = torch.randint(0, 64, (1, 30))
     assert torch.equal(model(ids).logits, plain(ids).logits)
 
@@ -142,6 +143,10 @@ def edit(folder, **changes):
 
 
 BAD_FOLDERS = {
+    "memory positions": (
+        lambda f: edit(f, memory_positions="none"),
+        "has memory_positions='none', the model has 'absolute'",
+    ),
     "version": (lambda f: edit(f, format_version=2), "adapter format version 2, this library reads 1"),
     "compressor": (lambda f: edit(f, compressor="Elephant"), "unknown compressor 'Elephant'"),
     "other compressor": (lambda f: edit(f, compressor="Mamba2"), "the adapter has compressor='Mamba2'"),

@@ -109,6 +109,14 @@ MAKING = {
     "sink positions": (
         size(sink_positions="near"), ValueError, "sink_positions='near'", "('trained', 'streaming', 'absolute')",
     ),
+    "memory positions": (
+        lambda: MemoryStore(Window(4), memory_positions="near"), ValueError, "memory_positions='near'",
+        "('absolute', 'none')",
+    ),
+    "no rotation to undo": (
+        lambda: MemoryStore(Window(4), memory_positions="none"), ValueError, "memory_positions='none'",
+        "expected rotary=Rotary(...)",
+    ),
     "no heads": (lambda: GatedDeltaNet(32, 0, 8), ValueError, "num_heads=0", "expected a positive number"),
     "no channels": (lambda: Mamba2(32, 4, -8), ValueError, "head_dim=-8", "expected a positive number"),
     "heads that do not divide": (

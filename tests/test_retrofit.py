@@ -460,6 +460,26 @@ def test_the_choices_are_equal_inside_the_trained_range_and_differ_beyond():
     assert torch.equal(run("trained", CAPACITY), streaming), "the narrowest range holds the window all the same"
 
 
+def test_a_memory_without_positions_does_not_know_where_the_text_begins():
+    """Shifted position_ids change nothing for rotated attention, nor for a memory of either kind; the two differ."""
+    ids, outs = tokens(1, 40), {}
+    for choice in ("absolute", "none"):
+        model = retrofitted(memory_positions=choice)
+        outs[choice] = logits(model, ids)
+        torch.testing.assert_close(logits(model, ids, [7, 13, 20]), outs[choice], rtol=0, atol=1e-5)
+        with torch.no_grad():
+            shifted = model(ids, position_ids=torch.arange(40)[None] + 100, use_cache=False).logits
+        torch.testing.assert_close(shifted, outs[choice], rtol=0, atol=1e-4)
+    assert (outs["none"] - outs["absolute"])[:, CAPACITY:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+def test_a_memory_without_positions_needs_a_rotation(name):
+    options = {} if name == "gpt2" else {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    with pytest.raises(ValueError, match=r"memory_positions='none': .* cannot have its rotation undone, since its"):
+        retrofitted(model=base(name, **options), memory_positions="none")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_a_rotation_that_cannot_be_redone_is_warned_about_once(name):
     trained = 16

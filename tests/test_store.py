@@ -287,6 +287,33 @@ def test_sinks_stay_within_reach(sink_positions, limit):
             torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("valid", [None, "padded"])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_memory_may_know_no_positions(compressor, valid):
+    """What the memory adds is what it adds to a store whose queries and keys were never rotated."""
+    from ahn_layers import Rotary
+
+    rotary = Rotary(1.0 / 10 ** torch.arange(0, 1, 2 / D, dtype=torch.float64), 12)
+    plain, (q, k, v, x) = make(compressor)
+    valid = None if valid is None else torch.rand(B, T) < 0.7
+    rank = torch.arange(T).expand(B, T) if valid is None else valid.long().cumsum(1) - 1
+    rotated = [rotary.turn_back(q, -rank), rotary.turn_back(k, -rank), v, x]
+    store = MemoryStore(plain.window, plain.compressor, rotary, memory_positions="none")
+
+    def added(store, tokens, cuts=(), **options):
+        whole = run(store, tokens, list(cuts), valid, **options)
+        return whole[0] - run(store, tokens, [], valid, use_memory=False)[0], whole[1].memory
+
+    expected, state = added(plain, (q, k, v, x))
+    assert expected.norm() > 1
+    for cuts in ([], range(1, T), [3, 13, 14, 27]):
+        for inplace in (False, True):
+            found, end = added(store, rotated, cuts, inplace=inplace)
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)  # angles are as precise as the queries
+            torch.testing.assert_close(end, state, rtol=0, atol=2e-6)
+    assert (added(MemoryStore(plain.window, plain.compressor, rotary), rotated)[0] - expected).norm() > 0.1
+
+
 BAD_CALLS = {
     "three dimensions": (lambda c: c.update(q=c["q"][0]), "q has shape"),
     "no tokens": (lambda c: c.update(q=c["q"][:, :, :0]), "no tokens"),

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from ..attention import HippocampalAttention
 from ..compressor import Compressor
-from ..memory import MemoryStore
+from ..memory import MemoryPositions, MemoryStore
 from ..window import Window
 from .decoder import DecoderAttention
-from .generation import Prefill, PrepareCache
+from .generation import CompiledCall, Prefill, PrepareCache
 from .interface import BASES, implementation_name
 from .probe import AttentionBlock
 
@@ -84,16 +84,31 @@ def choose(
 
 
 def make_store(
-    block: AttentionBlock, window: Window, compressor: type[Compressor] | None, options: dict[str, Any]
+    block: AttentionBlock,
+    window: Window,
+    compressor: type[Compressor] | None,
+    memory_positions: MemoryPositions,
+    options: dict[str, Any],
 ) -> MemoryStore:
-    """The store for one block, on the device and in the dtype of its queries."""
+    """The store for one block, on the device and in the dtype of its queries.
+
+    Raises:
+        ValueError: if its rotation is to be undone and is not known.
+    """
+    if memory_positions == "none" and block.fixed_positions:
+        raise ValueError(
+            f"memory_positions='none': {block.name} cannot have its rotation undone, since {block.fixed_positions}. "
+            "Leave these layers out with layers=[...], or use memory_positions='absolute'."
+        )
+    if memory_positions == "none" and block.rotary is None:
+        memory_positions = "absolute"  # this layer rotates nothing
     memory = None
     assert block.like is not None
     if compressor is not None:
         with torch.device(block.like.device):
             memory = compressor(**block.sizes, **options)  # type: ignore[arg-type]
         memory = memory.to(block.like.dtype)
-    return MemoryStore(window, memory, block.rotary)
+    return MemoryStore(window, memory, block.rotary, memory_positions=memory_positions)
 
 
 def replace_blocks(
@@ -114,4 +129,5 @@ def replace_blocks(
         wrapped = DecoderAttention(block, store, base=base, owned=owned)
         setattr(parent, name, wrapped)
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
+    model.get_compiled_call = CompiledCall(model)
     return implementation_name(base, owned)

@@ -1,7 +1,7 @@
 """Gated linear attention over many tokens: the recurrence of Mamba2 and of plain linear attention, in chunks.
 
-Dimensions: b batch, h query heads, s states (h is a multiple of s, s one of g and u), t tokens, d key size, e value size;
-inside a chunk n chunks, c tokens a chunk, r = h / s queries that share a state.
+Dimensions: b batch, h query heads, s states (h is a multiple of s, s one of g and u), t tokens, d key size, e value
+size; inside a chunk n chunks, c tokens a chunk, r = h / s queries that share a state.
 """
 
 import torch

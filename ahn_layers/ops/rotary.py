@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .triton_forms import in_triton
+from .triton_forms import has_triton
 
 
 def turn_back(
@@ -35,10 +35,10 @@ def turn_back(
     angle = distance.double()[..., None] * inv_freq.double()
     dtype = torch.promote_types(q.dtype, torch.float32)
     cos, sin = (f(angle).to(dtype) for f in (torch.cos, torch.sin))
-    if q.shape[2] > 1 and dtype == torch.float32 and in_triton(q) and not torch.compiler.is_compiling():
+    if q.shape[2] > 1 and dtype == torch.float32 and has_triton(q) and not torch.compiler.is_compiling():
         from . import triton_rotary
 
-        return triton_rotary.turn(q, cos, sin, interleaved=interleaved, start=start)
+        return triton_rotary.turn(q, cos, sin, interleaved, start)
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
     before, turned, after = q.split((start, 2 * pairs, q.shape[-1] - start - 2 * pairs), dim=-1)
     shape = (pairs, 2) if interleaved else (2, pairs)

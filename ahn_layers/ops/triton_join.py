@@ -80,7 +80,8 @@ def join(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], backwards: int | No
     outs, lses = ((*u, *[u[0]] * (MOST - count)) for u in (outs, lses))
     rows = batch * length * heads
     _join[(triton.cdiv(rows, _ROWS),)](
-        *outs, *(u.contiguous() for u in lses), out, lse, rows, heads, length, *(s for u in outs for s in u.stride()[:3]),
+        *outs, *(u.contiguous() for u in lses), out, lse, rows, heads, length,
+        *(s for u in outs for s in u.stride()[:3]),
         N=count, BACKWARDS=-1 if backwards is None else backwards, SIZE=size, PAD=triton.next_power_of_2(size),
         BLOCK=_ROWS, num_warps=4,
     )  # fmt: skip

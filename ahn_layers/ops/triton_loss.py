@@ -1,5 +1,7 @@
-"""A Triton kernel for the distillation loss: both distributions are read twice, nothing of their size is made but the
-gradient."""
+"""A Triton kernel for the distillation loss.
+
+Both distributions are read twice, and nothing of their size is made but the gradient.
+"""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 

@@ -32,9 +32,7 @@ def _l2(
         grad = _load(grad_ptr, row, heads, length, g_b, g_h, g_t, e, SIZE, rows).to(tl.float32)
         out = (grad - out * tl.sum(grad * out, 1)[:, None]) * factor[:, None]
     at = row[:, None] * SIZE + e[None, :]
-    tl.store(
-        out_ptr + at, (out * scale).to(out_ptr.dtype.element_ty), mask=(row[:, None] < rows) & (e[None, :] < SIZE)
-    )
+    tl.store(out_ptr + at, (out * scale).to(out_ptr.dtype.element_ty), mask=(row[:, None] < rows) & (e[None, :] < SIZE))
 
 
 def _launch_l2(u: Tensor, grad: Tensor | None, scale: float, eps: float) -> Tensor:
@@ -129,7 +127,7 @@ def _launch_gated(
 
 @torch.library.custom_op("ahn_layers::gated_rms_norm", mutates_args=())
 def gated_rms_norm(r: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """``r / sqrt(mean(r^2) + eps) * weight * silu(gate)``; ``r`` is ``(B, H, T, E)``, ``gate`` ``(B, H, T)`` float32."""
+    """``r / sqrt(mean(r^2) + eps) * weight * silu(gate)``, of ``(B, H, T, E)`` and a float32 gate ``(B, H, T)``."""
     return _launch_gated(r, weight, gate, None, eps)[0]
 
 

@@ -2,6 +2,8 @@
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +36,8 @@ def _turn(
     tl.store(out_ptr + row[:, None] * SIZE + c[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def turn(q: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, start: int) -> Tensor:
+@torch.library.custom_op("ahn_layers::turn", mutates_args=())
+def turn(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, start: int) -> Tensor:
     """The rotation by ``-angle``; see ``rotary.turn_back``.
 
     Args:
@@ -53,3 +56,19 @@ def turn(q: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, start: int) 
         cos.shape[-1], INTERLEAVED=interleaved, SIZE=size, PAD=triton.next_power_of_2(size), BLOCK=_ROWS, num_warps=4,
     )  # fmt: skip
     return out
+
+
+turn.register_fake(lambda q, cos, sin, interleaved, start: q.new_empty(q.shape))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.interleaved, ctx.start = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return turn(grad, cos, -sin, ctx.interleaved, ctx.start), None, None, None, None
+
+
+turn.register_autograd(_backward, setup_context=_save)

@@ -1,8 +1,9 @@
 """Triton kernels for the chunked scans, forward; the backward pass is in ``triton_scan_backward``.
 
-Dimensions as in ``linear_scan``; n chunks of ``CHUNK`` tokens. Three steps: the chunks side by side, what each would write
-into an empty state (``u``) and what the state takes off that (``w``); one chunk after the other, only the state passing
-on, cut along the value size, whose columns do not depend on each other; and side by side again, what the queries read.
+Dimensions as in ``linear_scan``; n chunks of ``CHUNK`` tokens. Three steps: the chunks side by side, what each would
+write into an empty state (``u``) and what the state takes off that (``w``); one chunk after the other, only the state
+passing on, cut along the value size, whose columns do not depend on each other; and side by side again, what the
+queries read.
 Products take their operands in the dtype of ``k``: half precision as they are, float32 in three products of TF32, as
 accurate as float32. Sums, decays and the state are float32.
 """
@@ -127,9 +128,7 @@ def _read_chunks(
     i, j, t = c[:, None], c[None, :], n * C + c
     inside = (d[:, None] < D) & (e[None, :] < E)
     k = load_rows(k_ptr + b * k_b + s // K_SHARE * k_h, n * C, length, k_t, C, D, D_PAD)
-    before = tl.load(
-        before_ptr + (row * chunks + n) * D * E + d[:, None] * E + e[None, :], mask=inside, other=0.0
-    )
+    before = tl.load(before_ptr + (row * chunks + n) * D * E + d[:, None] * E + e[None, :], mask=inside, other=0.0)
     at = (row * chunks + n) * C + c
     written = tl.load(written_ptr + at[:, None] * E + e[None, :], mask=e[None, :] < E, other=0.0)
     total = tl.zeros((C,), tl.float32)
@@ -149,9 +148,7 @@ def _read_chunks(
 class Scan:
     """The tensors of one scan as the kernels take them, and the launches of the forward pass."""
 
-    def __init__(
-        self, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
-    ) -> None:
+    def __init__(self, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> None:
         q, k, v = (u if u.stride(-1) == 1 else u.contiguous() for u in (q, k, v))
         self.state, self.q, self.k, self.v, self.beta = state.contiguous(), q, k, v, beta
         (self.b, self.states, d, e), (self.heads, self.length) = state.shape, q.shape[1:3]
@@ -183,7 +180,8 @@ class Scan:
         _solve_chunks[(self.chunks, self.rows)](
             self.k, self.v, self.decay, self.strength, u, w, inverse, self.length, self.states,
             *self.k.stride()[:3], *self.v.stride()[:3], K_SHARE=self.k_share, V_SHARE=self.v_share, E_PAD=self.e_pad,
-            KEEP=keep, SOLVE=EXACT if self.exact else "tf32", num_warps=self.wide if self.exact else 2, num_stages=1, **self.sizes,
+            KEEP=keep, SOLVE=EXACT if self.exact else "tf32", num_warps=self.wide if self.exact else 2, num_stages=1,
+            **self.sizes,
         )  # fmt: skip
         return u, w, inverse
 

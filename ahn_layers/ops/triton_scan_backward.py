@@ -165,8 +165,10 @@ def _grads_of_system(
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, C: tl.constexpr, DECAYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients through ``u = T (beta v)`` and ``w = T (beta exp(total) k)``: with ``x = T^T du`` and ``y = T^T dw``,
-    that of the system ``A`` is ``-(x u^T + y w^T)`` below the diagonal."""
+    """Gradients through ``u = T (beta v)`` and ``w = T (beta exp(total) k)``.
+
+    With ``x = T^T du`` and ``y = T^T dw``, that of the system ``A`` is ``-(x u^T + y w^T)`` below the diagonal.
+    """
     n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, s, chunks = row // S, row % S, tl.num_programs(0)
     c, d, e = tl.arange(0, C), tl.arange(0, D_PAD), tl.arange(0, E_PAD)
@@ -189,9 +191,7 @@ def _grads_of_system(
     y = y.to(k.dtype)
     w = tl.load(w_ptr + keys, mask=d[None, :] < D, other=0.0)
     system, turned = tl.dot(y, tl.trans(w), input_precision=EXACT), tl.dot(w, tl.trans(y), input_precision=EXACT)
-    x = tl.dot(
-        across, tl.load(grad_written_ptr + values, mask=e[None, :] < E, other=0.0), input_precision=EXACT
-    )
+    x = tl.dot(across, tl.load(grad_written_ptr + values, mask=e[None, :] < E, other=0.0), input_precision=EXACT)
     dbeta += tl.sum(x * v.to(tl.float32), 1)
     tl.store(dv_ptr + values, (x * beta[:, None]).to(dv_ptr.dtype.element_ty), mask=e[None, :] < E)
     x = x.to(k.dtype)
@@ -220,7 +220,7 @@ def chunked_scan_backward(
     grad: Tensor, grad_after: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
     beta: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of ``chunked_scan``, from those of its two results: one per tensor argument that was given, in order."""
+    """Gradients of ``chunked_scan``, from those of its two results: one per tensor that was given, in order."""
     scan = Scan(state, q, k, v, g, beta)
     grad = grad.to(k.dtype).contiguous()
     (d, e), rows, chunks, padded = state.shape[-2:], scan.rows, scan.chunks, scan.chunks * CHUNK

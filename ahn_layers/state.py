@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .compressor import State, map_state
 from .files import load_tensors, reading, save_tensors
-from .tokens import Tokens
+from .tokens import Tokens, join
 from .window import Window
 
 
@@ -74,7 +74,7 @@ class MemoryState:
         first = self.window.num_sinks
         if arrivals is None and self.uniform is not None:
             held = min(self.uniform, first)
-            return self.slots.columns(0, held).cat(new.columns(0, first - held))
+            return join(self.slots.columns(0, held), new.columns(0, first - held))
         return self._slots_with(new, arrivals).columns(0, first)
 
     def extended(

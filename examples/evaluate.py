@@ -110,25 +110,63 @@ def gaps(
     capacities: list[tuple[int, int]],
     tables: list[str],
 ) -> Results:
-    """Mean loss beyond the capacity, and ``(window - memory) / (window - full)``."""
+    """Mean loss beyond the capacity, and ``(window - memory) / (window - full)``.
+
+    A memory that is trained on the next token also adapts the model to its kind of text. What this text's own memory is
+    worth is the difference to reading the memory of another text, half the list away.
+    """
     found = stretches(documents, options.length, options.stretches)
     pieces = [piece["input_ids"][None].to(options.device) for piece in found]
     results: Results = {}
-    rows = [("capacity", "full", "window", "memory", "gap closed", "+- (s.e.)")]
+    rows = [("capacity", *ARMS, "another text's memory", "gap closed", "+- (s.e.)", "by this text's memory")]
     for window, sinks in capacities:
         losses: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        others = []
         with use_window(model, window, sinks):
-            for piece in tqdm(pieces, desc=f"{window}+{sinks}", unit=" texts"):
-                for arm, values in arm_losses(model, piece, start=max(window + sinks, options.start)).items():
+            for i, piece in enumerate(tqdm(pieces, desc=f"{window}+{sinks}", unit=" texts")):
+                start = max(window + sinks, options.start)
+                for arm, values in arm_losses(model, piece, start=start).items():
                     losses[arm].append(float(values.double().mean()))
+                if len(pieces) > 1:
+                    with swapped_memories(model):
+                        pair = torch.cat((piece, pieces[i - len(pieces) // 2]))
+                        found_there = arm_losses(model, pair, start=start, arms=["memory"])["memory"]
+                        others.append(float(found_there[0].double().mean()))
         means = {arm: sum(values) / len(values) for arm, values in losses.items()}
+        other = sum(others) / len(others) if others else float("nan")
         closed, error = gap_closed(**means), jackknife(losses)
-        results[f"{window}+{sinks}"] = {**means, "gap_closed": closed, "standard_error": error, "by_text": losses}
-        cells = (f"{means[arm]:.4f}" for arm in ARMS)
-        rows.append((f"{window}+{sinks}", *cells, f"{100 * closed:.1f} %", f"{100 * error:.1f} %"))
+        own = gap_closed(means["full"], means["window"], means["window"] + means["memory"] - other)
+        results[f"{window}+{sinks}"] = {
+            **means, "another_text": other, "gap_closed": closed, "standard_error": error, "by_own_memory": own,
+            "by_text": {**losses, "another_text": others},
+        }  # fmt: skip
+        cells = (*(f"{means[arm]:.4f}" for arm in ARMS), f"{other:.4f}")
+        shares = (f"{100 * u:.1f} %" for u in (closed, error, own))
+        rows.append((f"{window}+{sinks}", *cells, *shares))
     title = f"{len(pieces)} stretches of {options.length:,} tokens, positions from max(capacity, {options.start:,})"
     tables.append(table(title, rows))
     return results
+
+
+@contextmanager
+def swapped_memories(model: Any) -> Iterator[None]:
+    """Of two texts side by side, each reads the other's memory: what is left of the gain is not about this text."""
+    memories = [m.memory.compressor for m in model.modules() if isinstance(m, HippocampalAttention)]
+
+    def swap(scan: Any) -> Any:
+        def swapped(state: Any, q: Tensor, *tokens: Any) -> tuple[Tensor, Any]:
+            reading, after = scan(state, q.flip(0), *tokens)
+            return reading.flip(0), after
+
+        return swapped
+
+    for memory in memories:
+        memory.scan = swap(memory.scan)
+    try:
+        yield
+    finally:
+        for memory in memories:
+            del memory.scan
 
 
 def jackknife(losses: dict[str, list[float]]) -> float:

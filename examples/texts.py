@@ -1,6 +1,7 @@
 """Texts as token sequences: random crops to train on, consecutive stretches to measure on."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,15 @@ def read_dataset(name: str, split: str, column: str) -> Iterable[str]:
 
 def tokenize(tokenizer: Any, texts: Iterable[str], name: str) -> list[Tensor]:
     """Token ids of every text, int32, without special tokens."""
-    encode = tokenizer.backend_tokenizer.encode if hasattr(tokenizer, "backend_tokenizer") else None
-    documents = []
-    for text in tqdm(texts, desc=name, unit=" texts"):
-        ids = (
-            encode(text, add_special_tokens=False).ids
-            if encode
-            else tokenizer(text, add_special_tokens=False).input_ids
-        )
-        documents.append(torch.tensor(ids, dtype=torch.int32))
+    backend, documents, waiting = getattr(tokenizer, "backend_tokenizer", None), [], iter(texts)
+    with tqdm(desc=name, unit=" texts") as bar:
+        while batch := list(islice(waiting, 16)):  # several texts side by side
+            if backend is not None:
+                found = [encoding.ids for encoding in backend.encode_batch(batch, add_special_tokens=False)]
+            else:
+                found = [tokenizer(text, add_special_tokens=False).input_ids for text in batch]
+            documents += [torch.tensor(ids, dtype=torch.int32) for ids in found]
+            bar.update(len(batch))
     return documents
 
 

@@ -25,6 +25,7 @@ from texts import Crops, read_dataset, read_texts, stretches, tokenize
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import get_last_checkpoint
 
 import ahn_layers
@@ -39,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     model, tokenizer = load_causal_lm(options.model, dtype)
     torch.manual_seed(options.seed)
-    extra = {"shared_state": True} if options.shared_state else {}
-    window = {"window_size": options.window, "num_sinks": options.sinks}
-    retrofit(model, Compressor.by_name[options.compressor], **window, **extra)
+    extra: dict[str, Any] = {"shared_state": True} if options.shared_state else {}
+    extra |= {"window_size": options.window, "num_sinks": options.sinks}
+    retrofit(model, Compressor.by_name[options.compressor], memory_positions=options.memory_positions, **extra)
     if options.start_from:
         load_adapter(model, options.start_from)
     parameters = freeze_base(model)
@@ -86,12 +87,18 @@ def load_data(tokenizer: Any, options: argparse.Namespace) -> tuple[Crops, list[
     return train, stretches(held_out, options.dev_length, options.dev_count)
 
 
-def compile_around_attention(model: torch.nn.Module) -> None:
-    """Compile what surrounds the attention blocks, norms and MLPs: many small operations become few."""
+def compile_around_attention(model: Any) -> None:
+    """Compile what surrounds attention and memory, whose shapes change with the window: norms, rotation, MLPs."""
+    torch._dynamo.config.recompile_limit = 32  # the teacher's pass, the student's, evaluation
+    name = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
     for layer in [m for m in model.modules() if any(isinstance(c, HippocampalAttention) for c in m.children())]:
         for child in layer.children():
-            if not isinstance(child, HippocampalAttention):
-                child.forward = torch.compile(child.forward)  # type: ignore[method-assign]
+            part = child
+            if isinstance(child, HippocampalAttention):
+                part, memory = child.block, child.memory.compressor
+                memory.gates, memory.output = torch.compile(memory.gates), torch.compile(memory.output)
+            part.forward = torch.compile(part.forward)
 
 
 def world_size() -> int:
@@ -207,6 +214,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dev-count", type=int, default=8, help="stretches to measure on")
     add("--compressor", choices=sorted(Compressor.by_name), default="GatedDeltaNet")
     add("--shared-state", action="store_true", help="one state per key/value head")
+    add(
+        "--memory-positions",
+        choices=["absolute", "none"],
+        default="absolute",
+        help="rotated keys in the memory, or not",
+    )
     add("--start-from", type=Path, help="adapter to go on from, with a new schedule, instead of an empty memory")
     add("--window", type=int, default=480, help="window size of the adapter; training draws its own")
     add("--sinks", type=int, default=32)

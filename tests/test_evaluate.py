@@ -147,6 +147,9 @@ def test_evaluate_writes_table_json_and_picture(folders, tmp_path):
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
     assert set(results["gap"]) == {"24+8", "56+8"} and set(results["needles"]) == set(needles.TASKS)
     for cell in results["gap"].values():
+        assert cell["another_text"] != cell["memory"] and len(cell["by_text"]["another_text"]) == len(
+            cell["by_text"]["memory"]
+        )
         assert cell["gap_closed"] == pytest.approx((cell["window"] - cell["memory"]) / (cell["window"] - cell["full"]))
     assert len(results["tables"]) == 4 and "evicted" in results["tables"][2]
     streamed = results["streaming"]

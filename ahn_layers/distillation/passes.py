@@ -1,6 +1,6 @@
 """Teacher and student passes of one batch: the same model with full attention, and with its memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -118,7 +118,12 @@ def distillation_loss(
 
 @torch.no_grad()
 def arm_losses(
-    model: nn.Module, input_ids: Int[Tensor, "b t"], *, start: int | None = None, slice_size: int = 1024
+    model: nn.Module,
+    input_ids: Int[Tensor, "b t"],
+    *,
+    start: int | None = None,
+    slice_size: int = 1024,
+    arms: Sequence[str] = ("full", "window", "memory"),
 ) -> dict[str, Float[Tensor, "b u"]]:
     """Loss on every next token beyond the capacity: with full attention, with the window alone, with the memory.
 
@@ -127,9 +132,13 @@ def arm_losses(
         input_ids: token ids without padding.
         start: first position that predicts, the capacity by default.
         slice_size: tokens whose logits exist at a time.
+        arms: which of the three.
 
     Returns:
         ``full``, ``window`` and ``memory``, in nats, for the tokens ``start + 1`` to the last.
+
+    Raises:
+        KeyError: if there is no such arm.
     """
     start = common_capacity(model) if start is None else start
     head, labels = output_head(model), input_ids[:, start + 1 :].flatten()
@@ -139,8 +148,8 @@ def arm_losses(
         "memory": lambda: _as_it_is(),
     }
     losses = {}
-    for arm, mode in modes.items():
-        with mode():
+    for arm in arms:
+        with modes[arm]():
             hidden = run_hidden(model, input_ids)[0][:, start:-1].flatten(0, 1)
         pieces = [
             nn.functional.cross_entropy(head(h).float(), y, reduction="none")

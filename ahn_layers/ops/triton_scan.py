@@ -34,13 +34,15 @@ def load_rows(base, first, length, stride, C: tl.constexpr, D, D_PAD: tl.constex
 def unit_lower_inverse(system, C: tl.constexpr, EXACT: tl.constexpr):
     """The inverse of ``I + system``, a strictly lower triangular matrix: blocks of 16, then pairs of blocks."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    inverse = tl.where(i == j, 1.0, 0.0)
-    own = i // 16 == j // 16
-    blocks = tl.where(own, system, 0.0)
+    n, a, b = tl.arange(0, C // 16), tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    own = (n[:, None] == n[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(own, tl.reshape(system, (C // 16, 16, C // 16, 16)), 0.0), 2)
+    small = tl.where(a == b, 1.0, 0.0) + tl.zeros((C // 16, 16, 16), tl.float32)
     for r in range(1, 16):  # forward substitution, row r of all blocks at once
-        weights = tl.sum(tl.where(i % 16 == r, blocks, 0.0), 0)
-        known = tl.sum(weights[:, None] * inverse, 0)
-        inverse -= tl.where((i % 16 == r) & own, known[None, :], 0.0)
+        weights = tl.sum(tl.where(a == r, blocks, 0.0), 1)
+        known = tl.sum(weights[:, :, None] * small, 1)
+        small -= tl.where(a == r, known[:, None, :], 0.0)
+    inverse = tl.reshape(tl.where(own, small[:, :, None, :], 0.0), (C, C))
     for level in tl.static_range(2):
         size = 32 << level
         below = tl.where((i // size == j // size) & (i // (size // 2) != j // (size // 2)), system, 0.0)

@@ -265,7 +265,7 @@ def chunked_scan_backward(
     def gather(u: Tensor, heads: int, like: Tensor) -> Tensor:
         """Without the padding, states of one head summed."""
         u = u.view(scan.b, heads, -1, padded, u.shape[-1])[:, :, :, : scan.length]
-        return (u.squeeze(2) if u.shape[2] == 1 else u.float().sum(2)).to(like.dtype).contiguous()
+        return (u.squeeze(2) if u.shape[2] == 1 else u.sum(2, dtype=torch.float32)).to(like.dtype).contiguous()
 
     grads = [grad_before, dq, gather(dk, k.shape[1], k), gather(dv, v.shape[1], v)]
     if g is not None:

@@ -146,6 +146,29 @@ def window_attention(
     return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, **options)
 
 
+def add_to_tail(out: Float[Tensor, "b h t e"], tail: Float[Tensor, "b h u e"]) -> Float[Tensor, "b h t e"]:
+    """``tail`` added to the last tokens of ``out``."""
+    if tail.shape[2] == out.shape[2]:
+        return out + tail
+    return _AddToTail.apply(out, tail)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _AddToTail(torch.autograd.Function):
+    """Written once and in the layout of ``out``; to autograd slices would be copies."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, tail: Tensor) -> Tensor:
+        ctx.size = tail.shape[2]
+        whole, first = torch.empty_like(out), out.shape[2] - ctx.size
+        whole[:, :, :first] = out[:, :, :first]
+        torch.add(out[:, :, first:], tail, out=whole[:, :, first:])
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, grad[:, :, -ctx.size :]
+
+
 def _blockwise(
     q: Tensor,
     sink_k: Tensor,

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .layers import HeadwiseLinear
+from .ops.decode import StepRule
 from .ops.normalize import rms_normalize
 
 State = Tensor | dict[str, Tensor]
@@ -187,6 +188,15 @@ class Compressor(nn.Module, ABC):
             state = folded if mask is None else map_state(_select(mask[:, t]), folded, state)
             readings.append(self.read(state, q[:, :, t].to(dtype)))
         return torch.stack(readings, dim=2), state
+
+    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule | None:
+        """One decode step in the terms of a kernel, if its terms suffice; default: None, ``scan`` and ``output`` do it.
+
+        Args:
+            gates: write gates of the token that leaves.
+            x: hidden states of the query's token.
+        """
+        return None
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """From readings to what is added to the attention output. Must be zero at initialisation.

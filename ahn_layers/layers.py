@@ -15,7 +15,7 @@ def project(linear: nn.Linear, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h 
     """One scalar per head from hidden states: in the narrower of the two dtypes, returned in float32 at least."""
     x, weight = narrower(x, linear.weight)
     bias: Tensor | None = linear.bias
-    idle = -linear.out_features % 8 if x.is_cuda else 0
+    idle = -linear.out_features % 8 if x.is_cuda and x.shape[1] > 1 else 0
     if idle:  # matrix units want rows in multiples of 16 bytes: 9 heads without it take five times as long
         weight, bias = F.pad(weight, (0, 0, 0, idle)), None if bias is None else F.pad(bias, (0, idle))
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))[..., : linear.out_features]

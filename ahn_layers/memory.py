@@ -18,6 +18,7 @@ from .ops.decode import slot_attention
 from .ops.window_attention import window_attention
 from .rotary import Rotary
 from .state import MemoryState
+from .step import kernel_step
 from .tokens import Tokens, join, take
 from .window import Window
 
@@ -245,6 +246,10 @@ class MemoryStore(nn.Module):
         attention: dict[str, float | None],
     ) -> tuple[Tensor, MemoryState]:
         """One new token and every slot allocated: read the slot that leaves, fold it, write the new token, attend."""
+        if inplace and valid is None:
+            out = kernel_step(self, q, new, x, state, **attention)
+            if out is not None:
+                return out, state
         window = self.window
         slot, arrives = window.slot(state.seen), None if valid is None else valid.squeeze(1)
         memory, recalled = state.memory, None
@@ -291,10 +296,8 @@ class MemoryStore(nn.Module):
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold."""
         assert self.compressor is not None
-        compressor, outputs, keys = self.compressor, [], evicted.k
-        if self.memory_positions == "none" and self.rotary is not None:
-            q = self.rotary.turn_back(q, rank)
-            keys = self.rotary.turn_back(keys, rank - self.window.window_size)
+        compressor, outputs = self.compressor, []
+        q, keys = self._memory_side(q, rank, evicted.k)
         size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
         for start in range(0, len(evicted), size):
             part = slice(start, start + size)
@@ -305,6 +308,12 @@ class MemoryStore(nn.Module):
             output = compressor.output(reading, x[:, part])
             outputs.append(output if mask is None else output.masked_fill(~mask[:, None, :, None], 0))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
+
+    def _memory_side(self, q: Tensor, rank: Int[Tensor, "*b t"], keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of these ranks, and the keys that they push out, as the memory is told them."""
+        if self.memory_positions != "none" or self.rotary is None:
+            return q, keys
+        return self.rotary.turn_back(q, rank), self.rotary.turn_back(keys, rank - self.window.window_size)
 
     def _sink_queries(self, q: Tensor, rank: Int[Tensor, "*b t"], length: int | None) -> Tensor | None:
         """Queries as the sinks shall see them, from the first one that is too far away; None while all are near."""

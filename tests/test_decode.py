@@ -53,6 +53,58 @@ def check_memory(device, d, e, states, heads):
         assert torch.equal(single[0], before)
 
 
+def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, delta, matrix):
+    """Over several steps, some rows not full at first; empty slots and the scratch memory are poisoned."""
+
+    def low(u):
+        return u.to(device, dtype)
+
+    k, v = torch.randn(b, g, slots, d).double(), torch.randn(b, g, slots, e).double()
+    seen = torch.tensor([5 * slots + 3, slots - 2, slots][:b])
+    gates = [torch.rand(b, states, slots).double() for _ in range(2)]
+    memory = torch.randn(b, states, d, e).double()
+    half = [low(u) for u in (k, v, *gates)]
+    empty = torch.arange(slots) >= seen.unsqueeze(1)
+    for u in half[:2]:
+        u.masked_fill_(empty[:, None, :, None].to(device), torch.nan)
+    exact = [u.double().cpu().nan_to_num() for u in half]
+    seen_there, memory_there = seen.clone().to(device), memory.float().to(device)
+    for t in range(4):
+        sizes = [(b, g, 1, d), (b, g, 1, e), (b, states, 1), (b, states, 1), (b, h, 1, d), (b, h, 1, d), (b, h, 1, d)]
+        new = [low(torch.randn(size)) for size in sizes]
+        new[2:4] = [u.sigmoid() for u in new[2:4]]
+        near = [u.double().cpu() for u in new]
+        weight, gate, w = low(torch.randn(e)), low(torch.randn(b, h)), low(torch.randn(h, e, e))
+        results = []
+        for place, slot, token, count, state in (
+            (lambda u: u.double().cpu(), exact, near, seen, memory),
+            (lambda u: u, half, new, seen_there, memory_there),
+        ):
+            before = [u.clone() for u in slot]
+            k1, v1, g1, s1 = decode.exchange(slot, token[:4], count, sinks)
+            rule = decode.StepRule(
+                -g1.squeeze(2) if t != 1 else None, s1.squeeze(2) if t != 2 else None, delta, d**-0.5,
+                weight=place(weight) if t != 3 else None, gate=place(gate) if t else None,
+                matrix=place(w) if matrix else None,
+            )  # fmt: skip
+            options = {"q_sinks": token[5], "num_sinks": sinks} if sinks else {}
+            args = (token[4], slot[0], slot[1], count, state, token[6], k1, v1, rule)
+            results.append((*decode.attend_and_fold(*args, **options), state, *slot))
+            assert not torch.equal(before[0].nan_to_num(), slot[0].nan_to_num())
+        assert torch.equal(seen, seen_there.cpu())
+        for i, (there, here) in enumerate(zip(results[1], results[0], strict=True)):
+            there = there.nan_to_num() if i > 2 else there
+            assert error(there, here) < tolerance, (t, i, error(there, here))
+
+
+STEPS = [  # as ATTENTION, then the number of states, whether the rule is a delta rule, whether it says its output
+    (2, 6, 2, 150, 16, 24, 5, 6, True, True),
+    (3, 4, 4, 300, 64, 64, 0, 4, False, True),
+    (2, 7, 1, 70, 40, 40, 4, 1, True, False),
+    (1, 8, 2, 700, 128, 128, 3, 8, True, True),
+]
+
+
 def test_kernels_in_the_interpreter():
     """In a process of its own: Triton looks at the variable when it is imported."""
     pytest.importorskip("triton", minversion="3.7")  # an older interpreter does not know newer versions of NumPy
@@ -74,6 +126,15 @@ def test_memory_on_the_gpu(shape):
     check_memory("cuda", *shape)
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [*STEPS, (2, 16, 2, 5000, 128, 128, 128, 16, True, True), (1, 2, 1, 400, 256, 256, 9, 2, False, True)]
+)
+def test_steps_on_the_gpu(shape, dtype):
+    check_step("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}[dtype], *shape)
+
+
 if __name__ == "__main__":
     called = []
     rule = decode.in_triton
@@ -83,5 +144,9 @@ if __name__ == "__main__":
         check_attention("cpu", torch.float16, 2e-3, *case)
     for case in MEMORY:
         check_memory("cpu", *case)
+    for seed, case in enumerate(STEPS):
+        torch.manual_seed(seed)
+        check_step("cpu", torch.float32, 2e-5, *case)
+        check_step("cpu", torch.float16, 4e-3, *case)
     assert called and any(called)
     print("kernels ran")

@@ -23,9 +23,10 @@ ALLOWED = {
     "compressors": {"compressor", "layers", "ops"},
     "state": {"compressor", "files", "tokens", "window"},
     "checks": {"memory", "state", "tokens"},  # memory for its type only
-    "memory": {"checks", "compressor", "ops", "rotary", "state", "tokens", "window"},
+    "step": {"compressor", "memory", "ops", "state", "tokens"},  # memory for its type only
+    "memory": {"checks", "compressor", "ops", "rotary", "state", "step", "tokens", "window"},
     "attention": {"memory", "state"},
-    "huggingface": {"attention", "compressor", "files", "memory", "rotary", "state", "window"},
+    "huggingface": {"attention", "compressor", "files", "memory", "ops", "rotary", "state", "window"},
     "retrofit": {"attention", "compressor", "huggingface", "window"},
     "adapter": {"attention", "compressor", "files", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},

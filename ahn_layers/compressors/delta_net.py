@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..compressor import Compressor, State
 from ..layers import Scale, project
-from ..ops.decode import delta_step
+from ..ops.decode import StepRule, delta_step
 from ..ops.delta_scan import gated_delta_scan
 from ..ops.normalize import gated_rms_norm, l2_normalize
 from ..ops.scan import as_operand
@@ -65,6 +65,13 @@ class DeltaNet(Compressor):
         k = l2_normalize(as_operand(k, state))
         beta = gates["beta"] if mask is None else gates["beta"].masked_fill(~mask.unsqueeze(1), 0)
         return gated_delta_scan(state, q, k, v, beta)
+
+    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+        """The same, one token."""
+        return StepRule(
+            None, gates["beta"], delta=True, read_scale=self.head_dim**-0.5, weight=self.o_norm.weight,
+            gate=project(self.g_proj, x).squeeze(2), matrix=self.o_proj.weight,
+        )  # fmt: skip
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """RMS norm, read gate, a matrix per head."""

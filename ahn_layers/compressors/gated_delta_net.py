@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..compressor import Compressor, State
 from ..layers import Scale, project
-from ..ops.decode import delta_step
+from ..ops.decode import StepRule, delta_step
 from ..ops.delta_scan import gated_delta_scan
 from ..ops.normalize import gated_rms_norm, l2_normalize
 from ..ops.scan import as_operand
@@ -81,6 +81,13 @@ class GatedDeltaNet(Compressor):
         if mask is not None:
             g, beta = (gate.masked_fill(~mask.unsqueeze(1), 0) for gate in (g, beta))
         return gated_delta_scan(state, q, k, v, beta, g)
+
+    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+        """The same, one token."""
+        return StepRule(
+            gates["g"], gates["beta"], delta=True, read_scale=self.head_dim**-0.5, weight=self.o_norm.weight,
+            gate=project(self.g_proj, x).squeeze(2), matrix=self.o_proj.weight,
+        )  # fmt: skip
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """RMS norm, read gate, a matrix per head."""

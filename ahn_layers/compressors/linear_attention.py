@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..compressor import Compressor, State
 from ..layers import outer
+from ..ops.decode import StepRule
 from ..ops.linear_scan import gated_linear_scan
 from ..ops.normalize import l2_normalize
 from ..ops.scan import as_operand
@@ -49,3 +50,7 @@ class LinearAttention(Compressor):
         if mask is not None:
             k = k.masked_fill(~mask[:, None, :, None], 0)
         return gated_linear_scan(state, q, k, v)
+
+    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+        """The same, one token."""
+        return StepRule(matrix=self.o_proj.weight)

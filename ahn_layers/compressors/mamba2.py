@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ..compressor import Compressor, State
 from ..layers import Scale, outer, project
+from ..ops.decode import StepRule
 from ..ops.linear_scan import gated_linear_scan
 from ..ops.normalize import rms_normalize
 from ..ops.scan import as_operand
@@ -71,6 +72,11 @@ class Mamba2(Compressor):
         g = -dt * self.A_log.to(dt.dtype).exp().unsqueeze(-1)
         v = dt.unflatten(1, (v.shape[1], -1)).unsqueeze(-1) * v.unsqueeze(2)
         return gated_linear_scan(state, q, k, v.flatten(1, 2).to(k.dtype), g)
+
+    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+        """The same, one token."""
+        dt = gates["dt"].float()
+        return StepRule(-dt * self.A_log.float().exp(), dt, eps=1e-24)
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """Read gate, RMS norm over all heads together, a matrix per head."""

@@ -373,6 +373,25 @@ class HippocampalCache(DynamicCache):
         return copy
 
 
+class LayerCache:
+    """One layer in place of a whole cache, whatever the index it is asked for.
+
+    Args:
+        layer: the layer.
+    """
+
+    def __init__(self, layer: MemoryLayer) -> None:
+        self.layer = layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See ``MemoryLayer.update``."""
+        return self.layer.update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """See ``MemoryLayer.get_seq_length``."""
+        return self.layer.get_seq_length()
+
+
 def _tensors(layer: Any) -> dict[str, Tensor]:
     if isinstance(layer, MemoryLayer):
         return {} if layer.state is None else layer.state.tensors()
@@ -425,6 +444,8 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     """
     if cache is None:
         return None
+    if isinstance(cache, LayerCache):
+        return cache.layer
     if not isinstance(cache, Cache) or isinstance(cache, (EncoderDecoderCache, QuantizedCache)) or cache.offloading:
         kind = "that is offloaded" if getattr(cache, "offloading", False) else f"of type {type(cache).__name__}"
         raise ValueError(

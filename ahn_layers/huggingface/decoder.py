@@ -1,5 +1,6 @@
 """The attention block of a transformers decoder, its attention replaced by a memory store."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -68,6 +69,15 @@ class DecoderAttention(HippocampalAttention):
         if self._warn_after is not None:
             self._warn_if_far(x.shape[1] if layer is None or layer.is_compileable else layer.get_seq_length())
         return out
+
+    def anonymous(self) -> "DecoderAttention":
+        """A shallow copy that does not know which layer it is, so that compiled code serves all layers."""
+        copied, block = copy.copy(self), copy.copy(self.block)
+        copied.__dict__["block"] = block  # not a child, as in __init__
+        for module in (copied, block):
+            if isinstance(vars(module).get("layer_idx"), int):
+                module.__dict__["layer_idx"] = 0
+        return copied
 
     def cache_layer(self, cache: Any) -> MemoryLayer | None:
         """Our layer in this cache, put there if need be.

@@ -1,19 +1,25 @@
 """How ``generate`` gets its cache, and how it reads the prompt."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from .cache import HippocampalCache
 from .decoder import DecoderAttention
+from .region import compiled_region, decoding_backend
+from .step_graph import Step, can_record
 
 PREFILL_CHUNK = 4096
 """Tokens that ``generate`` reads at a time, unless the caller asks for another size."""
+GPU_PREFILL_CHUNK = 8192
+"""The same on a GPU, which wants more work in each launch."""
 
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
 
-REPLACED = ("_prepare_cache_for_generation", "_prefill")
+REPLACED = ("_prepare_cache_for_generation", "_prefill", "get_compiled_call")
 """Methods of ``generate`` that a retrofitted model has its own of."""
 
 
@@ -55,7 +61,7 @@ class PrepareCache:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         if chunk is None and _is_plain_text(model_kwargs):
-            generation_config.prefill_chunk_size = PREFILL_CHUNK
+            generation_config.prefill_chunk_size = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
         return result
 
 
@@ -97,6 +103,41 @@ class Prefill:
         generation_config.prefill_chunk_size = None
         whole = mask.shape[1] == input_ids.shape[1]  # else the ids are the new ones only
         return range(past + size, input_ids.shape[1], size) if whole else range(0)
+
+
+class CompiledCall:
+    """Stands in for ``model.get_compiled_call``: on a CUDA GPU a decoding step is one CUDA graph.
+
+    Whoever passes a ``compile_config``, and every other device, gets what transformers makes of it.
+
+    Args:
+        model: the retrofitted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._region: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code."""
+        return {"model": self.model, "_region": None}
+
+    def __call__(self, compile_config: Any) -> Callable[..., Any]:
+        """What ``generate`` calls for every token, made anew for each ``generate``."""
+        model: Any = self.model
+        usual = partial(type(model).get_compiled_call, model, compile_config)
+        devices = {u.device for u in model.parameters()}
+        if compile_config is not None or len(devices) != 1 or devices.pop().type != "cuda":
+            compiled: Callable[..., Any] = usual()
+            return compiled
+        if self._region is None:
+            self._region = compiled_region(dynamic=False, backend=decoding_backend)
+        step = Step(model, self._region)
+
+        def run(**inputs: Any) -> Any:
+            return step(**inputs) if can_record(inputs.get("past_key_values")) else usual()(**inputs)
+
+        return run
 
 
 def _are_off(blocks: list[DecoderAttention]) -> bool:

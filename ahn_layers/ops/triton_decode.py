@@ -12,21 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 64
-"""Slots that a program loads at a time."""
-_PROGRAMS = 256
-"""Programs to aim at: about two for every multiprocessor of a large GPU."""
-_WARPS, _STAGES = 4, 3
+_SHARED = 1 << 13
+"""Elements of keys that a program loads at a time."""
 
 
 @triton.jit
-def _attend_to_part(
-    q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, out_ptr,
+def _attend(
+    q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, out_ptr, row, part, parts,
     slots, num_sinks, scale, part_size, q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    row, part = tl.program_id(0), tl.program_id(1)
+    """Attention of the queries of one group to one part of the slots."""
     b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
     live = tl.minimum(slots, tl.maximum(tl.load(seen_ptr + b), 1)).to(tl.int32)
     r, d, e = tl.arange(0, R_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD)
@@ -62,18 +59,32 @@ def _attend_to_part(
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         largest = now
-    at = (row.to(tl.int64) * tl.num_programs(1) + part) * R + r
+    at = (row.to(tl.int64) * parts + part) * R + r
     tl.store(max_ptr + at, largest, mask=r < R)
     tl.store(sum_ptr + at, total, mask=r < R)
     tl.store(out_ptr + at[:, None] * E + e[None, :], out, mask=(r[:, None] < R) & (e[None, :] < E))
 
 
 @triton.jit
-def _join_parts(
-    max_ptr, sum_ptr, part_ptr, out_ptr, parts, R: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
+def _attend_to_part(
+    q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, out_ptr,
+    slots, num_sinks, scale, part_size, parts, q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    _attend(
+        q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, out_ptr, tl.program_id(0) // parts,
+        tl.program_id(0) % parts, parts, slots, num_sinks, scale, part_size, q_b, q_h, t_b, t_h,
+        k_b, k_g, k_c, v_b, v_g, v_c, G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _join(
+    max_ptr, sum_ptr, part_ptr, head, e, parts, R: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    """Channels ``e`` of the attention of one head, from its parts."""
     base = (head // R) * parts * R + head % R
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -89,7 +100,39 @@ def _join_parts(
         out = out * fade + tl.sum(part * weight[:, None], 0)
         total = total * fade + tl.sum(tl.load(sum_ptr + at, mask=n < parts, other=0.0) * weight, 0)
         largest = now
-    tl.store(out_ptr + head * E + e, (out / total).to(out_ptr.dtype.element_ty), mask=e < E)
+    return out / total
+
+
+@triton.jit
+def _join_parts(
+    max_ptr, sum_ptr, part_ptr, out_ptr, parts, R: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    out = _join(max_ptr, sum_ptr, part_ptr, head, e, parts, R, E, TILE, PARTS)
+    tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
+
+
+def parts_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, int], int, int]:
+    """How the slots are cut for the GPU: constants of the kernel, slots in a part, number of parts.
+
+    One program on every multiprocessor, or two where rows are too many to be cut evenly.
+    """
+    (b, h, _, d), (groups, slots, e) = q.shape, v.shape[1:]
+    d_pad, e_pad = (max(16, triton.next_power_of_2(u)) for u in (d, e))
+    block = min(128, max(16, _SHARED // max(d_pad, e_pad)))
+    if q.element_size() > 2:
+        block //= 2
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 5
+    rows = b * groups
+    parts = max(1, programs * (1 if rows <= 16 else 2) // rows)
+    size = triton.cdiv(triton.cdiv(slots, parts), block) * block
+    repeats = h // groups
+    options = {
+        "G": groups, "R": repeats, "R_PAD": max(16, triton.next_power_of_2(repeats)), "D": d, "D_PAD": d_pad,
+        "E": e, "E_PAD": e_pad, "BLOCK": block, "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+    return options, size, triton.cdiv(slots, size)
 
 
 @torch.library.custom_op("ahn_layers::slot_attention", mutates_args=())
@@ -108,22 +151,17 @@ def slot_attention(
         scale: logit factor.
     """
     q, turned, k, v = (u if u.stride(-1) == 1 else u.contiguous() for u in (q, turned, k, v))
-    (b, h, _, d), (g, slots, e) = q.shape, v.shape[1:]
-    size = max(_BLOCK, triton.cdiv(triton.cdiv(slots * b * g, _PROGRAMS), _BLOCK) * _BLOCK)
-    parts, repeats = triton.cdiv(slots, size), h // g
-    largest, total = q.new_empty(2, b * g, parts, repeats, dtype=torch.float32)
-    out_parts = q.new_empty(b * g, parts, repeats, e, dtype=torch.float32)
-    _attend_to_part[(b * g, parts)](
-        q, turned, k, v, seen, largest, total, out_parts,
-        slots, num_sinks, scale, size, q.stride(0), q.stride(1), turned.stride(0), turned.stride(1),
-        *k.stride()[:3], *v.stride()[:3],
-        G=g, R=repeats, R_PAD=max(16, triton.next_power_of_2(repeats)), D=d, D_PAD=max(16, triton.next_power_of_2(d)),
-        E=e, E_PAD=max(16, triton.next_power_of_2(e)), BLOCK=_BLOCK, TURNED=num_sinks > 0,
-        num_warps=_WARPS, num_stages=_STAGES if d <= 128 else 2,
+    (b, h), (groups, slots, e) = q.shape[:2], v.shape[1:]
+    options, size, parts = parts_of(q, k, v)
+    largest, total = q.new_empty(2, b * groups, parts, h // groups, dtype=torch.float32)
+    out_parts = q.new_empty(b * groups, parts, h // groups, e, dtype=torch.float32)
+    _attend_to_part[(b * groups * parts,)](
+        q, turned, k, v, seen, largest, total, out_parts, slots, num_sinks, scale, size, parts,
+        *q.stride()[:2], *turned.stride()[:2], *k.stride()[:3], *v.stride()[:3], TURNED=num_sinks > 0, **options,
     )  # fmt: skip
     out = q.new_empty(b, h, 1, e)
     _join_parts[(b * h, triton.cdiv(e, 16))](
-        largest, total, out_parts, out, parts, R=repeats, E=e, TILE=16, PARTS=128, num_warps=4
+        largest, total, out_parts, out, parts, R=h // groups, E=e, TILE=16, PARTS=128, num_warps=4
     )
     return out
 

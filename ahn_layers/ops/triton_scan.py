@@ -152,13 +152,14 @@ class Scan:
 
     def __init__(self, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> None:
         q, k, v = (u if u.stride(-1) == 1 else u.contiguous() for u in (q, k, v))
-        self.state, self.q, self.k, self.v, self.beta = state.contiguous(), q, k, v, beta
+        self.state, self.q, self.k, self.v = state.contiguous(), q, k, v
         (self.b, self.states, d, e), (self.heads, self.length) = state.shape, q.shape[1:3]
         self.chunks = triton.cdiv(self.length, CHUNK)
         self.rows = self.b * self.states
         fill = self.chunks * CHUNK - self.length
-        self.total = None if g is None else F.pad(g, (0, fill)).unflatten(-1, (self.chunks, CHUNK)).cumsum(-1)
-        self.strength = None if beta is None else F.pad(beta, (0, fill))
+        g, beta = (None if u is None else F.pad(u, (0, fill)).contiguous() for u in (g, beta))  # the kernels' layout
+        self.total = None if g is None else g.unflatten(-1, (self.chunks, CHUNK)).cumsum(-1)
+        self.strength = beta
         self.repeats = self.heads // self.states
         self.k_share, self.v_share = self.states // k.shape[1], self.states // v.shape[1]
         d_pad, self.e_pad = (max(16, triton.next_power_of_2(size)) for size in (d, e))

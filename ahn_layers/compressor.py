@@ -189,11 +189,10 @@ class Compressor(nn.Module, ABC):
             readings.append(self.read(state, q[:, :, t].to(dtype)))
         return torch.stack(readings, dim=2), state
 
-    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule | None:
+    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule | None:
         """One decode step in the terms of a kernel, if its terms suffice; default: None, ``scan`` and ``output`` do it.
 
         Args:
-            gates: write gates of the token that leaves.
             x: hidden states of the query's token.
         """
         return None

@@ -11,15 +11,21 @@ def outer(k: Float[Tensor, "*h d"], v: Float[Tensor, "*h e"]) -> Float[Tensor, "
     return k.unsqueeze(-1) * v.unsqueeze(-2)
 
 
-def project(linear: nn.Linear, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t"]:
-    """One scalar per head from hidden states: in the narrower of the two dtypes, returned in float32 at least."""
+def project(linear: nn.Linear, x: Float[Tensor, "b t n"], *, widen: bool = True) -> Float[Tensor, "b h t"]:
+    """One scalar per head from hidden states: in the narrower of the two dtypes, returned in float32 at least.
+
+    Args:
+        linear: the layer.
+        x: hidden states.
+        widen: False leaves what is returned in the dtype it was computed in.
+    """
     x, weight = narrower(x, linear.weight)
     bias: Tensor | None = linear.bias
     idle = -linear.out_features % 8 if x.is_cuda and x.shape[1] > 1 else 0
     if idle:  # matrix units want rows in multiples of 16 bytes: 9 heads without it take five times as long
         weight, bias = F.pad(weight, (0, 0, 0, idle)), None if bias is None else F.pad(bias, (0, idle))
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))[..., : linear.out_features]
-    return y.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+    return (y.to(torch.promote_types(x.dtype, torch.float32)) if widen else y).transpose(1, 2)
 
 
 def narrower(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

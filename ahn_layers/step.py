@@ -1,4 +1,4 @@
-"""A decode step in a few kernels, where they serve it."""
+"""A decode step in two kernels, where they serve it."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .compressor import Compressor
-from .ops.decode import attend_and_fold, exchange, fits_step, slot_attention
+from .ops.decode import decode_step, fits_step
 from .state import MemoryState
 from .tokens import Tokens
 
@@ -41,24 +41,24 @@ def kernel_step(
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
     memory, compressor, window = state.memory, store.compressor, store.window
-    if softcap is not None or not fits_step(q, state.slots.tensors, memory):
+    if softcap is not None or compressor is None or type(compressor).rule is Compressor.rule:
         return None
-    if memory is not None and (compressor is None or type(compressor).rule is Compressor.rule):
+    if not fits_step(q, state.slots.tensors, memory):
         return None
-    length = None if state.length is None else state.length + 1
-    q_sinks = store._sink_queries(q, state.seen.unsqueeze(1), length)
-    key, value, *gates = exchange(state.slots.tensors, new.tensors, state.seen, window.num_sinks)
-    state.length = length
-    options = {"scale": scale, "q_sinks": q_sinks, "num_sinks": window.num_sinks}
-    k, v, seen = state.slots.k, state.slots.v, state.seen
-    if memory is None:
-        return slot_attention(q, k, v, seen, full=False, **options)  # type: ignore[arg-type]
-    assert compressor is not None and x is not None and isinstance(memory, Tensor)
-    asking, key = store._memory_side(q, seen.unsqueeze(1) - 1, key)
-    rule = compressor.rule(dict(zip(new.gates, (u.squeeze(2) for u in gates), strict=True)), x)
+    assert x is not None and isinstance(memory, Tensor)
+    rule = compressor.rule(x)
     assert rule is not None
-    out, reading = attend_and_fold(q, k, v, seen, memory, asking, key, value, rule, **options)  # type: ignore[arg-type]
+    length, rank = None if state.length is None else state.length + 1, state.seen.unsqueeze(1)
+    asking = key = None
+    if store.memory_positions == "none":
+        asking, key = store._memory_side(q, rank, state.slots.take(window.slot(rank)).k)
+    slots = state.slots
+    out, reading = decode_step(
+        q, (new.k, new.v, new.gates), (slots.k, slots.v, slots.gates), state.seen, memory, rule,
+        num_sinks=window.num_sinks, scale=scale, q_sinks=store._sink_queries(q, rank, length), asking=asking, key=key,
+    )  # fmt: skip
+    state.length = length
     if rule.matrix is None:
-        left = (seen > window.capacity).view(-1, 1, 1, 1)
+        left = (state.seen > window.capacity).view(-1, 1, 1, 1)
         out = out + compressor.output(reading, x).masked_fill(~left, 0).to(out.dtype)
     return out

@@ -181,6 +181,82 @@ def test_decoding_with_a_static_cache_is_one_graph(name, switch, models):
             assert graphs.count == 1
 
 
+class Rerun:
+    """In place of a CUDA graph: the step itself."""
+
+    def __init__(self, function, leaves, structure):
+        self.function, self.structure, self.count = function, structure, 0
+
+    def __call__(self, leaves):
+        return self.function(**torch.utils._pytree.tree_unflatten(leaves, self.structure))
+
+
+@pytest.fixture
+def steps(models, monkeypatch):
+    """Makes ``generate`` step as on a GPU, with layers compiled by a backend; returns how to."""
+    graph, region = (sys.modules[f"ahn_layers.huggingface.{name}"] for name in ("step_graph", "region"))
+    monkeypatch.setattr(graph, "Recording", Rerun)
+
+    def use(model, backend):
+        layers = region.compiled_region(dynamic=False, backend=backend)
+        model.get_compiled_call = lambda config: graph.Step(model, layers)
+
+    return use
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral_window", "gpt_neox"])
+def test_layers_are_compiled_once(name, models, steps):
+    """However many there are; for any prompt, padded or not, and for a second generation; without the memory again."""
+    ahn = sys.modules["ahn_layers"]
+    model, graphs, count = models.retrofitted(model=models.base(name, num_hidden_layers=11)), Graphs(), models.CAPACITY
+    keys = list(model.state_dict())
+    steps(model, graphs.backend)
+    padded = models.tokens(2, 12, seed=2)
+    padded[1, :9] = 0
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for ids in (models.tokens(2, 3), models.tokens(2, 3, seed=1), models.tokens(2, 30), padded):
+            mask = {"attention_mask": (ids != 0).long()}
+            out = models.generate(model, ids, count, **mask, **compiling("eager"))
+            assert torch.equal(out, models.generate(model, ids, count, **mask)), f"{ids.shape[1]} tokens"
+            assert graphs.count == 1
+    for options in ({"num_beams": 3}, {"do_sample": True, "top_k": 5}):
+        torch.manual_seed(1)
+        out = models.generate(model, padded, count, **options, **compiling("eager"))
+        torch.manual_seed(1)
+        assert torch.equal(out, models.generate(model, padded, count, **options))
+    with ahn.window_only(model):
+        out = models.generate(model, padded, count, **compiling("eager"))
+        assert torch.equal(out, models.generate(model, padded, count))
+    assert graphs.count == 2 and list(model.state_dict()) == keys
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(models, steps):
+    model, ids = models.retrofitted(), models.tokens(2, 3)
+
+    def failing(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    steps(model, failing)
+    with pytest.warns(UserWarning, match="runs uncompiled"):
+        out = models.generate(model, ids, 12, **compiling("eager"))
+    assert torch.equal(out, models.generate(model, ids, 12))
+
+
+def test_two_static_caches_in_turn(models, steps):
+    model, graphs = models.retrofitted(), Graphs()
+    steps(model, graphs.backend)
+    texts = [models.tokens(2, 5), models.tokens(2, 9, seed=3)]
+    caches = [StaticCache(config=model.config, max_cache_len=64) for _ in texts]
+    for _ in range(3):
+        for i, cache in enumerate(caches):
+            out = models.generate(
+                model, texts[i], 7, past_key_values=cache, compile_config=compiling("eager")["compile_config"]
+            )
+            assert torch.equal(out, models.generate(model, texts[i], 7))
+            texts[i] = torch.cat((out, models.tokens(2, 2, seed=i)), dim=1)
+    assert graphs.count == 1
+
+
 def test_a_static_cache_of_ones_own(models):
     """A compiled step by hand, far beyond the length that the cache was made for; reset, it serves the next text."""
     model, graphs, ids = models.retrofitted(), Graphs(), models.tokens(2, 40)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ahn_layers.ops import decode
+from ahn_layers.ops.matvec import merge_matvecs
 
 GPU = torch.cuda.is_available()
 # rows, query heads, key/value heads, slots, key size, value size, sinks whose queries are turned
@@ -80,21 +81,50 @@ def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, de
             (lambda u: u.double().cpu(), exact, near, seen, memory),
             (lambda u: u, half, new, seen_there, memory_there),
         ):
-            before = [u.clone() for u in slot]
-            k1, v1, g1, s1 = decode.exchange(slot, token[:4], count, sinks)
             rule = decode.StepRule(
-                -g1.squeeze(2) if t != 1 else None, s1.squeeze(2) if t != 2 else None, delta, d**-0.5,
+                "g" if t != 1 else None, place(-torch.ones(states).to(weight)) if t != 2 else None,
+                ("beta" if t < 3 else "g") if t != 2 else None, delta, d**-0.5,
                 weight=place(weight) if t != 3 else None, gate=place(gate) if t else None,
                 matrix=place(w) if matrix else None,
             )  # fmt: skip
-            options = {"q_sinks": token[5], "num_sinks": sinks} if sinks else {}
-            args = (token[4], slot[0], slot[1], count, state, token[6], k1, v1, rule)
-            results.append((*decode.attend_and_fold(*args, **options), state, *slot))
-            assert not torch.equal(before[0].nan_to_num(), slot[0].nan_to_num())
+            options = {"q_sinks": token[5] if sinks and t != 1 else None, "num_sinks": sinks}
+            options |= {"asking": token[6], "key": token[0]} if t == 1 else {}
+            new_token, held = ((u[0], u[1], {"g": u[2], "beta": u[3]}) for u in (token, slot))
+            results.append(
+                (*decode.decode_step(token[4], new_token, held, count, state, rule, **options), state, *slot)
+            )
         assert torch.equal(seen, seen_there.cpu())
         for i, (there, here) in enumerate(zip(results[1], results[0], strict=True)):
             there = there.nan_to_num() if i > 2 else there
             assert error(there, here) < tolerance, (t, i, error(there, here))
+
+
+def check_matvec(device, dtype, tolerance):
+    for size, rows in ((2048, [64, 7, 16, 9000]), (1100, [30]), (64, [3, 5, 8, 9, 1, 2, 4, 6, 7, 2])):
+        layers = [torch.nn.Linear(size, n, bias=i % 2 == 0).to(device, dtype) for i, n in enumerate(rows)]
+        x, residual = torch.randn(1, 1, size).to(device, dtype), torch.randn(1, 1, rows[0]).to(device, dtype)
+
+        def function(x, residual, layers=layers):
+            outs = [layer(x) for layer in layers]
+            return [residual + outs[0]] if len(outs) == 1 else outs
+
+        merged = []
+
+        def backend(graph, _, merged=merged):
+            merge_matvecs(graph.graph)
+            graph.recompile()
+            merged += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            return graph.forward
+
+        with torch.no_grad():
+            outs = torch.compile(function, backend=backend, dynamic=False)(x, residual)
+            for layer in layers:
+                layer.double()
+            expected = function(x.double(), residual.double())
+        assert merged.count("ahn_layers.matvec.default") == -(-len(rows) // 8)
+        assert not any("linear" in target or "add" in target.split(".")[-1] for target in merged)
+        for out, other in zip(outs, expected, strict=True):
+            assert out.dtype == dtype and out.shape == other.shape and error(out, other.cpu()) < tolerance
 
 
 STEPS = [  # as ATTENTION, then the number of states, whether the rule is a delta rule, whether it says its output
@@ -135,6 +165,12 @@ def test_steps_on_the_gpu(shape, dtype):
     check_step("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}[dtype], *shape)
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_one_row_on_the_gpu(dtype):
+    check_matvec("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype])
+
+
 if __name__ == "__main__":
     called = []
     rule = decode.in_triton
@@ -148,5 +184,6 @@ if __name__ == "__main__":
         torch.manual_seed(seed)
         check_step("cpu", torch.float32, 2e-5, *case)
         check_step("cpu", torch.float16, 4e-3, *case)
+    check_matvec("cpu", torch.float16, 2e-3)
     assert called and any(called)
     print("kernels ran")

@@ -66,11 +66,11 @@ class DeltaNet(Compressor):
         beta = gates["beta"] if mask is None else gates["beta"].masked_fill(~mask.unsqueeze(1), 0)
         return gated_delta_scan(state, q, k, v, beta)
 
-    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:
         """The same, one token."""
         return StepRule(
-            None, gates["beta"], delta=True, read_scale=self.head_dim**-0.5, weight=self.o_norm.weight,
-            gate=project(self.g_proj, x).squeeze(2), matrix=self.o_proj.weight,
+            strength="beta", delta=True, read_scale=self.head_dim**-0.5, weight=self.o_norm.weight,
+            gate=project(self.g_proj, x, widen=False).squeeze(2), matrix=self.o_proj.weight,
         )  # fmt: skip
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:

@@ -82,11 +82,11 @@ class GatedDeltaNet(Compressor):
             g, beta = (gate.masked_fill(~mask.unsqueeze(1), 0) for gate in (g, beta))
         return gated_delta_scan(state, q, k, v, beta, g)
 
-    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:
         """The same, one token."""
         return StepRule(
-            gates["g"], gates["beta"], delta=True, read_scale=self.head_dim**-0.5, weight=self.o_norm.weight,
-            gate=project(self.g_proj, x).squeeze(2), matrix=self.o_proj.weight,
+            decay="g", strength="beta", delta=True, read_scale=self.head_dim**-0.5, weight=self.o_norm.weight,
+            gate=project(self.g_proj, x, widen=False).squeeze(2), matrix=self.o_proj.weight,
         )  # fmt: skip
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:

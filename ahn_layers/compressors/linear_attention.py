@@ -51,6 +51,6 @@ class LinearAttention(Compressor):
             k = k.masked_fill(~mask[:, None, :, None], 0)
         return gated_linear_scan(state, q, k, v)
 
-    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:
         """The same, one token."""
         return StepRule(matrix=self.o_proj.weight)

@@ -73,10 +73,9 @@ class Mamba2(Compressor):
         v = dt.unflatten(1, (v.shape[1], -1)).unsqueeze(-1) * v.unsqueeze(2)
         return gated_linear_scan(state, q, k, v.flatten(1, 2).to(k.dtype), g)
 
-    def rule(self, gates: dict[str, Float[Tensor, "b s"]], x: Float[Tensor, "b 1 n"]) -> StepRule:
+    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:
         """The same, one token."""
-        dt = gates["dt"].float()
-        return StepRule(-dt * self.A_log.float().exp(), dt, eps=1e-24)
+        return StepRule(decay="dt", rate=-self.A_log.float().exp(), strength="dt", eps=1e-24)
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """Read gate, RMS norm over all heads together, a matrix per head."""

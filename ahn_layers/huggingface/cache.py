@@ -229,7 +229,7 @@ class StaticMemoryLayer(MemoryLayer):
     def __init__(self, max_cache_len: int) -> None:
         super().__init__()
         self.max_cache_len = max_cache_len
-        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+        self.padding = torch.zeros(0, dtype=torch.long)  # columns of each row that were none of its tokens
         self._known: tuple[int, bool] | None = (0, False)
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
@@ -249,7 +249,8 @@ class StaticMemoryLayer(MemoryLayer):
                 self.state.copy_(after)
             self._known = None if after.length is None else (after.length, after.padded)
         self.state.length, self.state.padded = None, True  # lengths live on the device, while decoding only there
-        self.cumulative_length.add_(k.shape[2])
+        if options.get("valid") is not None:
+            self.padding.add_((~options["valid"]).sum(dim=1))
         return out
 
     def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor, use_memory: bool) -> None:
@@ -257,14 +258,14 @@ class StaticMemoryLayer(MemoryLayer):
             tokens = store.arrive(k[:, :, :1], v[:, :, :1], x[:, :1] if use_memory else None)
             self.state = store.init_state(tokens, use_memory=use_memory, full=True)
             self._empty_memory = self.state.clone().memory
-        self.cumulative_length = self.cumulative_length.to(k.device)
+        self.padding = torch.zeros_like(self.state.seen)
         if not torch.compiler.is_compiling():
-            for u in (*self.state.tensors().values(), self.cumulative_length):
+            for u in (*self.state.tensors().values(), self.padding):
                 torch._dynamo.mark_static_address(u, guard=False)  # another cache, the same code
 
     def get_seq_length(self) -> Any:
         """Tokens seen, as a tensor, so that compiled code does not depend on the number."""
-        return self.cumulative_length if self.is_initialized else 0
+        return 0 if self.state is None else self.state.seen[0] + self.padding[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """What a static full-attention layer says."""
@@ -294,12 +295,13 @@ class StaticMemoryLayer(MemoryLayer):
             self.state.copy_(empty)
             self.state.length, self.state.padded = None, True
         self._known = (0, False)
-        self.cumulative_length.zero_()
+        self.padding.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows for beam search, in place."""
         if self.state is not None:
             self.state.copy_(self.state.reorder(beam_idx))
+            self.padding.copy_(self.padding.index_select(0, beam_idx.to(self.padding.device)))
 
 
 class HippocampalCache(DynamicCache):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from .normalize import l2_normalize, rms_normalize
 from .triton_forms import in_triton
@@ -94,13 +95,14 @@ def fold_and_read(
 class StepRule:
     """How a memory folds one token and reads it, in the terms of the kernel of a decode step.
 
-    With ``u' = u / sqrt(|u|^2 + eps)``: ``S <- exp(g) S``, then ``S <- S + k' (strength (v - S^T k'))^T``, without
-    ``S^T k'`` unless ``delta``; ``r = read_scale S^T q'``; with a ``matrix``, what is added to the attention is
+    With ``u' = u / sqrt(|u|^2 + eps)``: ``S <- exp(rate decay) S``, then ``S <- S + k' (strength (v - S^T k'))^T``,
+    without ``S^T k'`` unless ``delta``; ``r = read_scale S^T q'``; with a ``matrix``, what is added to the attention is
     ``(rms(r) * weight * silu(gate)) matrix``.
 
     Attributes:
-        g: log decay, ``(B, S)``; None for no decay.
-        strength: factor of what is written, ``(B, S)``; None for one.
+        decay: the write gate that is the log decay; None for no decay.
+        rate: its factor, ``(S,)``; None for one.
+        strength: the write gate that is the factor of what is written; None for one.
         delta: whether what is stored already is subtracted.
         read_scale: factor of the normalised queries.
         eps: see above.
@@ -110,8 +112,9 @@ class StepRule:
         norm_eps: in the RMS norm of the reading.
     """
 
-    g: Tensor | None = None
-    strength: Tensor | None = None
+    decay: str | None = None
+    rate: Tensor | None = None
+    strength: str | None = None
     delta: bool = False
     read_scale: float = 1.0
     eps: float = 1e-6
@@ -122,106 +125,96 @@ class StepRule:
 
 
 def fits_step(q: Tensor, slots: list[Tensor], memory: object) -> bool:
-    """Whether ``exchange``, ``attend_and_fold`` and ``slot_attention`` run in kernels for such tensors.
+    """Whether ``decode_step`` runs in kernels for such tensors.
 
     Args:
         q: queries.
         slots: keys, values and gates by slot.
-        memory: the state, None for none.
+        memory: the state.
     """
     sizes = max(q.shape[-1], slots[1].shape[-1]) <= 256 and len(slots) <= 4
-    half = q.dtype != torch.float64 and len({u.dtype for u in (q, *slots)}) == 1
-    state = memory is None or (isinstance(memory, Tensor) and memory.dtype == torch.float32 and memory.is_contiguous())
-    return sizes and half and state and in_triton(q, *slots)
+    dtypes = q.dtype != torch.float64 and len({u.dtype for u in (q, *slots)}) == 1
+    state = isinstance(memory, Tensor) and memory.dtype == torch.float32 and memory.is_contiguous()
+    return sizes and dtypes and state and in_triton(q, *slots)
 
 
-def exchange(slots: list[Tensor], new: list[Tensor], seen: Int[Tensor, " b"], num_sinks: int) -> list[Tensor]:
-    """In place: one token of every row takes the slot of its rank and is counted; returned is what was there.
-
-    Args:
-        slots: keys ``(B, G, C, D)``, values ``(B, G, C, E)``, and gates ``(B, S, C)``, two at most in the kernel.
-        new: the same with one column.
-        seen: tokens seen before; the slots hold them in the order of ``Window``.
-        num_sinks: leading slots that are never overwritten.
-    """
-    if len(new) <= 4 and in_triton(*slots, *new):
-        from . import triton_step
-
-        evicted = [u.new_empty(u.shape) for u in new]
-        triton_step.exchange(slots, new, evicted, seen, num_sinks)
-        return evicted
-    rank = torch.where(seen < num_sinks, seen, num_sinks + (seen - num_sinks) % (slots[0].shape[2] - num_sinks))
-    evicted = []
-    for u, token in zip(slots, new, strict=True):
-        at = rank.view(-1, *[1] * (u.ndim - 1)).expand_as(token)
-        evicted.append(u.gather(2, at))
-        u.scatter_(2, at, token)
-    seen += 1
-    return evicted
-
-
-def attend_and_fold(
+def decode_step(
     q: Float[Tensor, "b h 1 d"],
-    k: Float[Tensor, "b g c d"],
-    v: Float[Tensor, "b g c e"],
+    new: tuple[Float[Tensor, "b g 1 d"], Float[Tensor, "b g 1 e"], dict[str, Float[Tensor, "b s 1"]]],
+    slots: tuple[Float[Tensor, "b g c d"], Float[Tensor, "b g c e"], dict[str, Float[Tensor, "b s c"]]],
     seen: Int[Tensor, " b"],
     memory: Float[Tensor, "b s d e"],
-    asking: Float[Tensor, "b h 1 d"],
-    key: Float[Tensor, "b g 1 d"],
-    value: Float[Tensor, "b g 1 e"],
     rule: StepRule,
     *,
+    num_sinks: int,
     scale: float | None = None,
     q_sinks: Float[Tensor, "b h 1 d"] | None = None,
-    num_sinks: int = 0,
+    asking: Float[Tensor, "b h 1 d"] | None = None,
+    key: Float[Tensor, "b g 1 d"] | None = None,
 ) -> tuple[Float[Tensor, "b h 1 e"], Float[Tensor, "b h 1 e"]]:
-    """``slot_attention`` while the token that left is folded into the memory, in place, and the memory is read.
+    """In place: the token that leaves is folded, the new one takes its slot and is counted; then attend and read.
 
     Args:
         q: queries.
-        k: keys by slot.
-        v: values by slot.
-        seen: tokens seen in each row, the new one included; with more than ``c`` of them one has left.
+        new: key, value and write gates of the new token.
+        slots: keys, values and gates by slot, in the order of ``Window``.
+        seen: tokens seen before, in each row; with ``c`` of them or more, one leaves.
         memory: the state, float32.
-        asking: the queries as they read the memory.
-        key: of the token that left.
-        value: of the token that left.
         rule: how it is folded and read.
+        num_sinks: leading slots that are never overwritten.
         scale: logit factor, default ``d ** -0.5``.
-        q_sinks: queries to use against the first ``num_sinks`` slots.
-        num_sinks: how many leading slots are sinks.
+        q_sinks: queries to use against the sinks.
+        asking: the queries as they read the memory, if they differ.
+        key: of the token that leaves, if it is folded under another one than it has in its slot.
 
     Returns:
         The attention, with what the memory adds if the rule says how, and the reading, zero where no token left.
     """
-    if in_triton(q, k, v, memory):
+    (k, v, arriving), (k_slots, v_slots, gates) = new, slots
+    if fits_step(q, [k_slots, v_slots, *gates.values()], memory):
         from . import triton_step
 
         turned, facing = (q, 0) if q_sinks is None else (q_sinks, num_sinks)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return triton_step.attend_and_fold(
-            q, turned, k, v, seen, facing, scale, asking, key, value, rule.g, rule.strength, memory, rule.delta,
-            rule.eps, rule.read_scale, rule.weight, rule.gate, rule.matrix, rule.norm_eps,
+        places = {None: -1} | {name: i for i, name in enumerate(gates)}
+        return triton_step.decode_step(
+            q, turned, k, v, [arriving[name] for name in gates], k_slots, v_slots, list(gates.values()), seen,
+            num_sinks, facing, scale, memory, asking, key, places[rule.decay], places[rule.strength], rule.rate,
+            rule.delta, rule.eps, rule.read_scale, rule.weight, rule.gate, rule.matrix, rule.norm_eps,
         )  # fmt: skip
-    out = slot_attention(q, k, v, seen, full=False, scale=scale, q_sinks=q_sinks, num_sinks=num_sinks)
-    repeats = memory.shape[1] // key.shape[1]
-    asked = l2_normalize(asking.to(memory.dtype), rule.eps, rule.read_scale).squeeze(2)
-    key, value = (u.to(memory.dtype).squeeze(2).repeat_interleave(repeats, dim=1) for u in (key, value))
-    key = l2_normalize(key, rule.eps)
-    g, strength = (None if u is None else u.to(memory.dtype) for u in (rule.g, rule.strength))
-    if strength is not None and not rule.delta:
-        value, strength = strength.unsqueeze(-1) * value, None
-    if rule.delta and strength is None:
-        strength = torch.ones_like(key[..., 0])
-    reading, after = fold_and_read(memory, asked, key, value, g, strength)
-    left = (seen > k.shape[2]).view(-1, 1, 1, 1)
-    memory.copy_(torch.where(left, after, memory))
-    reading = torch.where(left, reading.unsqueeze(2), 0)
-    if rule.matrix is None:
-        return out, reading
-    recalled = rms_normalize(reading, rule.norm_eps)
+    capacity = k_slots.shape[2]
+    leaves = (seen >= capacity).view(-1, 1, 1, 1)
+    slot = torch.where(seen < num_sinks, seen, num_sinks + (seen - num_sinks) % (capacity - num_sinks))
+    evicted = []
+    for held, token in [(k_slots, k), (v_slots, v), *((gates[name], arriving[name]) for name in gates)]:
+        at = slot.view(-1, *[1] * (held.ndim - 1)).expand_as(token)
+        evicted.append(held.gather(2, at).squeeze(2).to(memory.dtype))
+        held.scatter_(2, at, token)
+    seen += 1
+    out = slot_attention(
+        q, k_slots, v_slots, seen, full=False, scale=scale, q_sinks=q_sinks, num_sinks=num_sinks
+    )  # fmt: skip
+    repeats = memory.shape[1] // k.shape[1]
+    key = evicted[0] if key is None else key.squeeze(2).to(memory.dtype)
+    key = l2_normalize(key, rule.eps).repeat_interleave(repeats, dim=1)
+    value = evicted[1].repeat_interleave(repeats, dim=1)
+    left = dict(zip(gates, evicted[2:], strict=True))
+    g = None if rule.decay is None else left[rule.decay] * (1 if rule.rate is None else rule.rate.to(memory.dtype))
+    strength = torch.ones_like(key[..., 0]) if rule.strength is None else left[rule.strength]
+    if not rule.delta:
+        value = strength.unsqueeze(-1) * value
+    asked = l2_normalize((q if asking is None else asking).to(memory.dtype), rule.eps, rule.read_scale).squeeze(2)
+    reading, after = fold_and_read(memory, asked, key, value, g, strength if rule.delta else None)
+    memory.copy_(torch.where(leaves, after, memory))
+    reading = torch.where(leaves, reading.unsqueeze(2), 0)
+    return out if rule.matrix is None else out + _recalled(reading, rule).to(out.dtype), reading
+
+
+def _recalled(reading: Float[Tensor, "b h 1 e"], rule: StepRule) -> Float[Tensor, "b h 1 e"]:
+    assert rule.matrix is not None
+    reading = rms_normalize(reading, rule.norm_eps)
     if rule.weight is not None:
-        recalled = recalled * rule.weight.to(recalled.dtype)
+        reading = reading * rule.weight.to(reading.dtype)
     if rule.gate is not None:
-        recalled = recalled * torch.nn.functional.silu(rule.gate.to(recalled.dtype))[..., None, None]
-    return out + (recalled @ rule.matrix.to(recalled.dtype)).to(out.dtype), reading
+        reading = reading * F.silu(rule.gate.to(reading.dtype))[..., None, None]
+    return reading @ rule.matrix.to(reading.dtype)

@@ -1,5 +1,6 @@
 """Products of matrices and a single row, put together: a pass over the graph of a decode step before it is compiled."""
 
+import operator
 from collections import defaultdict
 
 import torch
@@ -11,7 +12,9 @@ from .triton_forms import has_triton
 
 
 def merge_matvecs(graph: Graph) -> None:
-    """Linear layers that are given the same row become one operation each, ``ahn_layers::matvec``, in place.
+    """Linear layers that are given the same row become one operation, ``ahn_layers::matvec``, in place.
+
+    A layer on its own takes the sum with the residual in as well.
 
     Left alone are rows in other precisions than half, several rows at once, and weights that the graph computes.
 
@@ -32,6 +35,15 @@ def _merge(graph: Graph, x: Node, linears: list[tuple[Node, Node, Node | None]])
 
     for first in range(0, len(linears), triton_matvec.MOST):
         nodes, weights, biases = (list(u) for u in zip(*linears[first : first + triton_matvec.MOST], strict=True))
+        total = _sum_with_residual(nodes[0]) if len(nodes) == 1 else None
+        if total is not None:
+            residual = next(u for u in total.args if u is not nodes[0])
+            with graph.inserting_before(total):
+                merged = graph.call_function(torch.ops.ahn_layers.matvec.default, (x, weights, biases, residual))
+                total.replace_all_uses_with(graph.call_function(torch.reshape, (merged, tuple(_value(total).shape))))
+            graph.erase_node(total)
+            graph.erase_node(nodes[0])
+            continue
         with graph.inserting_before(nodes[0]):
             merged = graph.call_function(torch.ops.ahn_layers.matvec.default, (x, weights, biases))
         start = 0
@@ -42,6 +54,16 @@ def _merge(graph: Graph, x: Node, linears: list[tuple[Node, Node, Node | None]])
                 node.replace_all_uses_with(graph.call_function(torch.reshape, (part, tuple(shape))))
             graph.erase_node(node)
             start += shape[-1]
+
+
+def _sum_with_residual(linear: Node) -> Node | None:
+    """The sum that is the only use of a layer's output, if both summands are alike."""
+    users = list(linear.users)
+    if len(users) != 1 or users[0].target not in (operator.add, torch.add) or users[0].kwargs:
+        return None
+    values = [_value(u) for u in users[0].args]
+    same = all(isinstance(u, Tensor) for u in values) and len({(u.shape, u.dtype, u.device) for u in values}) == 1
+    return users[0] if same else None
 
 
 def _is_matvec(node: Node) -> bool:

@@ -12,20 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_LEAST = tl.constexpr(-1e30)
+"""Instead of the largest logit where there is none: minus infinity has no difference from itself."""
 _SHARED = 1 << 13
 """Elements of keys that a program loads at a time."""
 
 
 @triton.jit
 def _attend(
-    q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, out_ptr, row, part, parts,
-    slots, num_sinks, scale, part_size, q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c,
+    q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, out_ptr, row, part, parts, live, skipped, num_sinks, scale,
+    part_size, q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the queries of one group to one part of the slots."""
+    """Attention of the queries of one group to one part of the first ``live`` slots, without the skipped one."""
     b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
-    live = tl.minimum(slots, tl.maximum(tl.load(seen_ptr + b), 1)).to(tl.int32)
     r, d, e = tl.arange(0, R_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD)
     inside = (r[:, None] < R) & (d[None, :] < D)
     q = tl.load(q_ptr + b * q_b + (g * R + r[:, None]) * q_h + d[None, :], mask=inside, other=0.0)
@@ -41,7 +42,7 @@ def _attend(
     v_ptr += b * v_b + g * v_g
     for first in range(start, stop, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        held = c < stop
+        held = (c < stop) & (c != skipped)
         k = tl.load(
             k_ptr + c[:, None].to(tl.int64) * k_c + d[None, :], mask=held[:, None] & (d[None, :] < D), other=0.0
         )
@@ -53,7 +54,7 @@ def _attend(
             if first < num_sinks:
                 logits = tl.where((c < num_sinks)[None, :], tl.dot(turned, tl.trans(k), input_precision="ieee"), logits)
         logits = tl.where(held[None, :], logits * scale, float("-inf"))
-        now = tl.maximum(largest, tl.max(logits, 1))
+        now = tl.maximum(tl.maximum(largest, tl.max(logits, 1)), _LEAST)
         p = tl.exp(logits - now[:, None])
         fade = tl.exp(largest - now)
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -72,23 +73,22 @@ def _attend_to_part(
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0) // parts
+    live = tl.minimum(slots, tl.maximum(tl.load(seen_ptr + row // G), 1)).to(tl.int32)
     _attend(
-        q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, out_ptr, tl.program_id(0) // parts,
-        tl.program_id(0) % parts, parts, slots, num_sinks, scale, part_size, q_b, q_h, t_b, t_h,
+        q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, out_ptr, row,
+        tl.program_id(0) % parts, parts, live, -1, num_sinks, scale, part_size, q_b, q_h, t_b, t_h,
         k_b, k_g, k_c, v_b, v_g, v_c, G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
     )  # fmt: skip
 
 
 @triton.jit
 def _join(
-    max_ptr, sum_ptr, part_ptr, head, e, parts, R: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
-    PARTS: tl.constexpr,
+    max_ptr, sum_ptr, part_ptr, head, e, parts, largest, total, out, R: tl.constexpr, E: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``e`` of the attention of one head, from its parts."""
+    """Channels ``e`` of the attention of one head, from its parts and what was attended to before."""
     base = (head // R) * parts * R + head % R
-    largest = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    out = tl.zeros((TILE,), tl.float32)
     for first in range(0, parts, PARTS):
         n = first + tl.arange(0, PARTS)
         at = base + n * R
@@ -109,7 +109,8 @@ def _join_parts(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    out = _join(max_ptr, sum_ptr, part_ptr, head, e, parts, R, E, TILE, PARTS)
+    largest, total, nothing = tl.full((), _LEAST, tl.float32), tl.zeros((), tl.float32), tl.zeros((TILE,), tl.float32)
+    out = _join(max_ptr, sum_ptr, part_ptr, head, e, parts, largest, total, nothing, R, E, TILE, PARTS)
     tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
 
 

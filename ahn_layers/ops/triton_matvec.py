@@ -18,10 +18,11 @@ _ROWS, _WARPS = 2, 4
 
 @triton.jit
 def _matvec(
-    x_ptr, out_ptr,
+    x_ptr, add_ptr, out_ptr,
     w0, w1, w2, w3, w4, w5, w6, w7, b0, b1, b2, b3, b4, b5, b6, b7,
     e0, e1, e2, e3, e4, e5, e6, e7, n0, n1, n2, n3, n4, n5, n6, n7,
-    K: tl.constexpr, COUNT: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, COUNT: tl.constexpr, BIASED: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Matrix i has ``n_i`` rows and the programs from ``e_{i-1}`` to ``e_i``."""
     program = tl.program_id(0)
@@ -58,17 +59,21 @@ def _matvec(
     y = tl.sum(total, 1)
     if BIASED:
         y += tl.load(bias + n, mask=(n < rows) & (biased > 0), other=0.0).to(tl.float32)
+    if ADDS:  # to a sum that is rounded once more, as if it were added afterwards
+        y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
+        y += tl.load(add_ptr + n, mask=n < rows, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < rows)
 
 
 @torch.library.custom_op("ahn_layers::matvec", mutates_args=())
-def matvec(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+def matvec(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], add: Tensor | None = None) -> Tensor:
     """``W x + b`` for every matrix, one after the other in one vector, summed in float32.
 
     Args:
         x: one row, ``(..., K)``.
         weights: ``(N_i, K)`` each, contiguous, at most ``MOST``.
         biases: ``(N_i,)`` each, or None.
+        add: what the result of the only matrix is added to, of the same number of elements.
     """
     x, count = x.contiguous(), len(weights)
     assert all(w.is_contiguous() for w in weights)
@@ -78,14 +83,15 @@ def matvec(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Ten
     ends = [sum(triton.cdiv(n, _ROWS) for n in rows[: i + 1]) for i in range(count)]
     spare = MOST - count
     _matvec[(ends[-1],)](
-        x, out, *weights, *weights[:1] * spare, *[x if b is None else b for b in biases], *[x] * spare,
+        x, x if add is None else add.contiguous(), out, *weights, *weights[:1] * spare,
+        *[x if b is None else b for b in biases], *[x] * spare,
         *ends, *ends[-1:] * spare, *rows, *rows[:1] * spare, K=x.shape[-1], COUNT=count,
-        BIASED=sum(1 << i for i, b in enumerate(biases) if b is not None), ROWS=_ROWS,
+        BIASED=sum(1 << i for i, b in enumerate(biases) if b is not None), ADDS=add is not None, ROWS=_ROWS,
         BLOCK=block, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
 
 @matvec.register_fake
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], add: Tensor | None = None) -> Tensor:
     return x.new_empty(sum(w.shape[0] for w in weights))

@@ -1,9 +1,9 @@
-"""Triton kernels for a whole decode step of a layer in three launches: exchange, attend and fold, finish.
+"""Triton kernels for a whole decode step of a layer in two launches.
 
-1. *Exchange*: the new token takes the slot of the one that leaves.
-2. *Attend and fold*: some programs attend to a part of the slots each, others fold the token that left into a tile of
-   the memory and read it. Neither waits for the other, so the memory costs no time of its own.
-3. *Finish*: the parts of the attention are joined; what was read is normalised, gated, multiplied and added.
+1. *Attend and fold*: some programs attend to a part of the slots each, all but the one whose token leaves; others fold
+   that token into a tile of the memory and read it. Neither waits for the other: the memory costs no time of its own.
+2. *Finish*: the new token joins the parts of the attention and takes its slot; what was read is normalised, gated,
+   multiplied and added.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -20,65 +20,9 @@ _TILE = 32
 
 
 @triton.jit
-def _swap(slots, new, out, b, slot, s_b, s_h, s_c, n_b, n_h, H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
-    for first in range(0, H * E, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        h, e, inside = i // E, i % E, i < H * E
-        at = slots + b * s_b + h.to(tl.int64) * s_h + slot * s_c + e
-        tl.store(out + b * H * E + i, tl.load(at, mask=inside), mask=inside)
-        tl.store(at, tl.load(new + b * n_b + h * n_h + e, mask=inside), mask=inside)
-
-
-@triton.jit
-def _exchange(
-    seen_ptr, num_sinks, window_size,
-    s0, n0, o0, s0_b, s0_h, s0_c, n0_b, n0_h, s1, n1, o1, s1_b, s1_h, s1_c, n1_b, n1_h,
-    s2, n2, o2, s2_b, s2_h, s2_c, n2_b, n2_h, s3, n3, o3, s3_b, s3_h, s3_c, n3_b, n3_h,
-    H0: tl.constexpr, E0: tl.constexpr, H1: tl.constexpr, E1: tl.constexpr,
-    H2: tl.constexpr, H3: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    seen = tl.load(seen_ptr + b)
-    slot = tl.where(seen < num_sinks, seen, num_sinks + (seen - num_sinks) % window_size)
-    _swap(s0, n0, o0, b, slot, s0_b, s0_h, s0_c, n0_b, n0_h, H0, E0, BLOCK)
-    _swap(s1, n1, o1, b, slot, s1_b, s1_h, s1_c, n1_b, n1_h, H1, E1, BLOCK)
-    if H2 > 0:
-        _swap(s2, n2, o2, b, slot, s2_b, s2_h, s2_c, n2_b, n2_h, H2, 1, 128)
-    if H3 > 0:
-        _swap(s3, n3, o3, b, slot, s3_b, s3_h, s3_c, n3_b, n3_h, H3, 1, 128)
-    tl.debug_barrier()  # every thread has read the number before it changes
-    tl.store(seen_ptr + b, seen + 1)
-
-
-@torch.library.custom_op("ahn_layers::exchange", mutates_args=("slots", "evicted", "seen"))
-def exchange(slots: list[Tensor], new: list[Tensor], evicted: list[Tensor], seen: Tensor, num_sinks: int) -> None:
-    """One token of every row takes the slot of its rank, and ``seen`` counts it.
-
-    Args:
-        slots: keys ``(B, G, C, D)``, values ``(B, G, C, E)``, and up to two gates ``(B, S, C)``.
-        new: the same with one column.
-        evicted: takes what was there, contiguous.
-        seen: tokens seen before, ``(B,)`` int64.
-        num_sinks: leading slots that are never overwritten.
-    """
-    slots = [u if u.ndim == 4 else u.unsqueeze(3) for u in slots]
-    new = [u.unsqueeze(3) if u.ndim == 3 else u if u.stride(3) == 1 else u.contiguous() for u in new]
-    given = [
-        (s, n, o, s.stride(0), s.stride(1), s.stride(2), n.stride(0), n.stride(1))
-        for s, n, o in zip(slots, new, evicted, strict=True)
-    ]
-    given += [(given[0])] * (4 - len(given))
-    heads = [u.shape[1] for u in new] + [0, 0]
-    _exchange[(seen.shape[0],)](
-        seen, num_sinks, slots[0].shape[2] - num_sinks, *[u for each in given for u in each],
-        H0=heads[0], E0=new[0].shape[3], H1=heads[1], E1=new[1].shape[3], H2=heads[2], H3=heads[3],
-        BLOCK=512, num_warps=4,
-    )  # fmt: skip
-
-
-@exchange.register_fake
-def _(slots: list[Tensor], new: list[Tensor], evicted: list[Tensor], seen: Tensor, num_sinks: int) -> None:
-    return None
+def _slot(seen, slots, num_sinks):
+    """Where the token of this rank goes, as ``Window.slot``."""
+    return tl.where(seen < num_sinks, seen, num_sinks + (seen - num_sinks) % (slots - num_sinks))
 
 
 @triton.jit
@@ -89,20 +33,24 @@ def _normal(u, eps, scale):
 
 @triton.jit
 def _attend_and_fold(
-    q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, part_ptr,
-    asking_ptr, key_ptr, value_ptr, g_ptr, strength_ptr, memory_ptr, reading_ptr,
-    slots, num_sinks, scale, part_size, parts, attending, eps, read_scale,
-    q_b, q_h, t_b, t_h, a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c,
+    q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, now_ptr, max_ptr, sum_ptr, part_ptr,
+    asking_ptr, key_ptr, decay_ptr, rate_ptr, strength_ptr, memory_ptr, reading_ptr,
+    slots, num_sinks, facing, scale, part_size, parts, attending, eps, read_scale,
+    q_b, q_h, t_b, t_h, a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr,
-    DECAYS: tl.constexpr, WEIGHED: tl.constexpr, DELTA: tl.constexpr,
+    KEYED: tl.constexpr, DECAYS: tl.constexpr, RATED: tl.constexpr, WEIGHED: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < attending:
+        row, part = program // parts, program % parts
+        seen = tl.load(seen_ptr + row // G)
+        if (row % G == 0) & (part == 0):
+            tl.store(now_ptr + row // G, seen + 1)
         _attend(
-            q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, part_ptr, program // parts, program % parts,
-            parts, slots, num_sinks, scale, part_size, q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c,
-            G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
+            q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, part_ptr, row, part, parts,
+            tl.minimum(slots, seen).to(tl.int32), _slot(seen, slots, num_sinks).to(tl.int32), facing, scale, part_size,
+            q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c, G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
         )  # fmt: skip
     else:
         tiles: tl.constexpr = (E + TILE - 1) // TILE
@@ -111,20 +59,26 @@ def _attend_and_fold(
         d, e = tl.arange(0, D_PAD), (program - attending) % tiles * TILE + tl.arange(0, TILE)
         reads: tl.constexpr = G * R // S
         read_at = reading_ptr + at * reads * E + e
-        if tl.load(seen_ptr + b) > slots:  # the arrival pushed a token out
+        seen = tl.load(seen_ptr + b)
+        if seen >= slots:  # a token leaves
+            slot, g = _slot(seen, slots, num_sinks), s * G // S
             inside = (d[:, None] < D) & (e[None, :] < E)
             state_at = memory_ptr + at * D * E + d[:, None] * E + e[None, :]
             state = tl.load(state_at, mask=inside, other=0.0)
-            held = b * G + s * G // S
-            k = tl.load(key_ptr + held * D + d, mask=d < D, other=0.0).to(tl.float32)
-            v = tl.load(value_ptr + held * E + e, mask=e < E, other=0.0).to(tl.float32)
-            k = _normal(k, eps, 1.0)
+            key_at = k_ptr + b * k_b + g * k_g + slot * k_c
+            if KEYED:
+                key_at = key_ptr + (b * G + g) * D
+            k = _normal(tl.load(key_at + d, mask=d < D, other=0.0).to(tl.float32), eps, 1.0)
+            v = tl.load(v_ptr + b * v_b + g * v_g + slot * v_c + e, mask=e < E, other=0.0).to(tl.float32)
             if DECAYS:
-                state = state * tl.exp(tl.load(g_ptr + at).to(tl.float32))
+                decay = tl.load(decay_ptr + b * d_b + s * d_s + slot * d_c).to(tl.float32)
+                if RATED:
+                    decay *= tl.load(rate_ptr + s).to(tl.float32)
+                state = state * tl.exp(decay)
             if DELTA:
                 v -= tl.sum(state * k[:, None], 0)
             if WEIGHED:
-                v *= tl.load(strength_ptr + at).to(tl.float32)
+                v *= tl.load(strength_ptr + b * s_b + s * s_s + slot * s_c).to(tl.float32)
             state += k[:, None] * v[None, :]
             tl.store(state_at, state, mask=inside)
             for r in range(reads):
@@ -139,90 +93,134 @@ def _attend_and_fold(
 
 @triton.jit
 def _finish(
-    max_ptr, sum_ptr, part_ptr, reading_ptr, weight_ptr, gate_ptr, matrix_ptr, out_ptr, parts, eps, H,
-    R: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, k_slots_ptr, v_slots_ptr, seen_ptr, now_ptr, max_ptr, sum_ptr, part_ptr,
+    reading_ptr, weight_ptr, gate_ptr, matrix_ptr, out_ptr, new0_ptr, new1_ptr, gates0_ptr, gates1_ptr,
+    slots, num_sinks, scale, parts, eps, q_b, q_h, k_b, k_g, v_b, v_g, ks_b, ks_g, ks_c, vs_b, vs_g, vs_c,
+    n0_b, n0_s, n1_b, n1_s, g0_b, g0_s, g0_c, g1_b, g1_s, g1_c,
+    H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, GATES: tl.constexpr, S: tl.constexpr,
     RECALLS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    head, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    out = _join(max_ptr, sum_ptr, part_ptr, head, e, parts, R, E, TILE, PARTS)
+    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h, g, d, e = head // H, head % H, head % H // R, tl.arange(0, D_PAD), tile * TILE + tl.arange(0, TILE)
+    now = tl.load(now_ptr + b)
+    q = tl.load(q_ptr + b * q_b + h * q_h + d, mask=d < D, other=0.0)
+    k = tl.load(k_ptr + b * k_b + g * k_g + d, mask=d < D, other=0.0)
+    v = tl.load(v_ptr + b * v_b + g * v_g + e, mask=e < E, other=0.0)
     if RECALLS:
         i = tl.arange(0, E_PAD)
         r = tl.load(reading_ptr + head * E + i, mask=i < E, other=0.0)
+        inside = (i[:, None] < E) & (e[None, :] < E)
+        matrix = tl.load(matrix_ptr + (h * E + i[:, None]) * E + e[None, :], mask=inside, other=0.0)
+    logit = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scale
+    out = _join(
+        max_ptr,
+        sum_ptr,
+        part_ptr,
+        head,
+        e,
+        parts,
+        logit,
+        tl.full((), 1.0, tl.float32),
+        v.to(tl.float32),
+        R,
+        E,
+        TILE,
+        PARTS,
+    )
+    if RECALLS:
         r *= tl.rsqrt(tl.sum(r * r, 0) / E + eps)
         if SCALED:
             r *= tl.load(weight_ptr + i, mask=i < E, other=0.0).to(tl.float32)
         if GATED:
             gate = tl.load(gate_ptr + head).to(tl.float32)
             r *= gate / (1 + tl.exp(-gate))
-        inside = (i[:, None] < E) & (e[None, :] < E)
-        matrix = tl.load(matrix_ptr + (head % H * E + i[:, None]) * E + e[None, :], mask=inside, other=0.0)
         out += tl.sum(matrix.to(tl.float32) * r[:, None], 0)
     tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
+    slot = _slot(now - 1, slots, num_sinks)
+    if h % R == 0:
+        tl.store(v_slots_ptr + b * vs_b + g * vs_g + slot * vs_c + e, v, mask=e < E)
+        if tile == 0:
+            tl.store(k_slots_ptr + b * ks_b + g * ks_g + slot * ks_c + d, k, mask=d < D)
+    if tile == 0:
+        if h == 0:
+            tl.store(seen_ptr + b, now)
+        if h < S:
+            if GATES > 0:
+                tl.store(gates0_ptr + b * g0_b + h * g0_s + slot * g0_c, tl.load(new0_ptr + b * n0_b + h * n0_s))
+            if GATES > 1:
+                tl.store(gates1_ptr + b * g1_b + h * g1_s + slot * g1_c, tl.load(new1_ptr + b * n1_b + h * n1_s))
 
 
-@torch.library.custom_op("ahn_layers::attend_and_fold", mutates_args=("memory",))
-def attend_and_fold(
-    q: Tensor, turned: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_sinks: int, scale: float,
-    asking: Tensor, key: Tensor, value: Tensor, g: Tensor | None, strength: Tensor | None, memory: Tensor,
-    delta: bool, eps: float, read_scale: float, weight: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
-    norm_eps: float,
+@torch.library.custom_op("ahn_layers::decode_step", mutates_args=("k_slots", "v_slots", "gates", "seen", "memory"))
+def decode_step(
+    q: Tensor, turned: Tensor, k: Tensor, v: Tensor, new_gates: list[Tensor], k_slots: Tensor, v_slots: Tensor,
+    gates: list[Tensor], seen: Tensor, num_sinks: int, facing: int, scale: float, memory: Tensor, asking: Tensor | None,
+    key: Tensor | None, decay: int, strength: int, rate: Tensor | None, delta: bool, eps: float, read_scale: float,
+    weight: Tensor | None, gate: Tensor | None, matrix: Tensor | None, norm_eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of one query per row over the slots; the token that left is folded, and the memory read.
+    """See ``ops.decode.decode_step``.
 
     Args:
         q: ``(B, H, 1, D)``.
-        turned: the queries as they face the first ``num_sinks`` slots.
-        k: keys by slot, ``(B, G, C, D)``.
-        v: values by slot, ``(B, G, C, E)``.
-        seen: tokens seen, the new one included, ``(B,)`` int64.
-        num_sinks: slots that ``turned`` faces; 0 if that is ``q`` itself.
+        turned: the queries as they face the first ``facing`` slots.
+        k: new keys ``(B, G, 1, D)``.
+        v: new values ``(B, G, 1, E)``.
+        new_gates: new gates ``(B, S, 1)``, two at most.
+        k_slots: ``(B, G, C, D)``.
+        v_slots: ``(B, G, C, E)``.
+        gates: ``(B, S, C)`` each.
+        seen: ``(B,)`` int64.
+        num_sinks: leading slots that are never overwritten.
+        facing: 0 if ``turned`` is ``q`` itself.
         scale: logit factor.
-        asking: the queries as they read the memory, ``(B, H, 1, D)``.
-        key: of the token that left, ``(B, G, 1, D)``, contiguous as the next two.
-        value: ``(B, G, 1, E)``.
-        g: log decay ``(B, S)``, None for none.
-        strength: factor of the value ``(B, S)``, None for one.
-        memory: ``(B, S, D, E)`` float32, changed where a token left: ``seen > C``.
-        delta: whether what is stored under the key is subtracted from the value.
+        memory: ``(B, S, D, E)`` float32, contiguous.
+        asking: ``(B, H, 1, D)``, None if it is ``q``.
+        key: ``(B, G, 1, D)``, None if it is the one in the slot.
+        decay: which gate is the log decay, -1 for none.
+        strength: which gate is the strength, -1 for none.
+        rate: factor of the decay, ``(S,)``, None for one.
+        delta: see ``StepRule``, as for the rest.
         eps: in the normalisation of keys and queries.
         read_scale: factor of the normalised queries.
-        weight: factor of the normalised reading ``(E,)``, None for one.
-        gate: logits of its gate ``(B, H)``, with ``silu``, None for none.
-        matrix: ``(H, E, E)``, through which the reading is added to the attention; None adds nothing.
+        weight: ``(E,)``.
+        gate: ``(B, H)``.
+        matrix: ``(H, E, E)``.
         norm_eps: in the normalisation of the reading.
-
-    Returns:
-        The attention, with what the memory adds, and what was read: ``(B, H, 1, E)``, zero where nothing left.
     """
-    (b, h), (groups, slots, e), states = q.shape[:2], v.shape[1:], memory.shape[1]
-    q, turned, asking, k, v = (u if u.stride(-1) == 1 else u.contiguous() for u in (q, turned, asking, k, v))
-    assert key.is_contiguous() and value.is_contiguous() and memory.is_contiguous()
-    g, strength, weight, gate, matrix = (
-        None if u is None else u.contiguous() for u in (g, strength, weight, gate, matrix)
-    )
-    options, size, parts = parts_of(q, k, v)
+    (b, h), (groups, slots, e), states = q.shape[:2], v_slots.shape[1:], memory.shape[1]
+    given = (q, turned, q if asking is None else asking, k, v)
+    q, turned, asking, k, v = (u if u.stride(-1) == 1 else u.contiguous() for u in given)
+    key, rate, weight, gate, matrix = (None if u is None else u.contiguous() for u in (key, rate, weight, gate, matrix))
+    assert k_slots.stride(3) == v_slots.stride(3) == 1 and memory.is_contiguous()
+    options, size, parts = parts_of(q, k_slots, v_slots)
     repeats, tile = h // groups, min(_TILE, triton.next_power_of_2(e))
     largest, total = q.new_empty(2, b * groups, parts, repeats, dtype=torch.float32)
     partial = q.new_empty(b * groups, parts, repeats, e, dtype=torch.float32)
-    reading, out = q.new_empty(b, h, 1, e, dtype=torch.float32), q.new_empty(b, h, 1, e)
-    attending = b * groups * parts
+    reading, out, now = q.new_empty(b, h, 1, e, dtype=torch.float32), q.new_empty(b, h, 1, e), torch.empty_like(seen)
+    attending, held = b * groups * parts, [*gates, *[k_slots[..., 0]] * (2 - len(gates))]
+    new = [*new_gates, *[k[..., 0]] * (2 - len(gates))]
     _attend_and_fold[(attending + b * states * triton.cdiv(e, tile),)](
-        q, turned, k, v, seen, largest, total, partial, asking, key, value, memory if g is None else g,
-        memory if strength is None else strength, memory, reading, slots, num_sinks, scale, size, parts, attending,
-        eps, read_scale, *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        TURNED=num_sinks > 0, S=states, TILE=tile, DECAYS=g is not None, WEIGHED=strength is not None, DELTA=delta,
-        **options,
+        q, turned, k_slots, v_slots, seen, now, largest, total, partial, asking, q if key is None else key,
+        held[decay], q if rate is None else rate, held[strength], memory, reading, slots, num_sinks, facing, scale,
+        size, parts, attending, eps, read_scale, *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2],
+        *k_slots.stride()[:3], *v_slots.stride()[:3], *held[decay].stride(), *held[strength].stride(),
+        TURNED=facing > 0, S=states, TILE=tile, KEYED=key is not None, DECAYS=decay >= 0, RATED=rate is not None,
+        WEIGHED=strength >= 0, DELTA=delta, **options,
     )  # fmt: skip
     _finish[(b * h, triton.cdiv(e, 16))](
-        largest, total, partial, reading, reading if weight is None else weight, reading if gate is None else gate,
-        reading if matrix is None else matrix, out, parts, norm_eps, h, R=repeats, E=e,
-        E_PAD=triton.next_power_of_2(e), TILE=16, PARTS=128, RECALLS=matrix is not None, SCALED=weight is not None,
-        GATED=gate is not None, num_warps=4,
+        q, k, v, k_slots, v_slots, seen, now, largest, total, partial, reading, reading if weight is None else weight,
+        reading if gate is None else gate, reading if matrix is None else matrix, out, *new, *held,
+        slots, num_sinks, scale, parts, norm_eps, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *k_slots.stride()[:3], *v_slots.stride()[:3], *new[0].stride()[:2], *new[1].stride()[:2],
+        *held[0].stride(), *held[1].stride(), H=h, R=repeats, D=options["D"], D_PAD=options["D_PAD"], E=e,
+        E_PAD=options["E_PAD"], TILE=16, PARTS=128, GATES=len(gates), S=states, RECALLS=matrix is not None,
+        SCALED=weight is not None, GATED=gate is not None, num_warps=4,
     )  # fmt: skip
     return out, reading
 
 
-@attend_and_fold.register_fake
+@decode_step.register_fake
 def _(q: Tensor, turned: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     return out, torch.empty_like(out, dtype=torch.float32)

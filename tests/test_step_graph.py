@@ -1,0 +1,99 @@
+"""Decoding as one CUDA graph: the same tokens as eager decoding with a static cache. Needs a GPU."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from ahn_layers import window_only
+from ahn_layers.huggingface import step_graph
+
+from .models import CAPACITY, generate, retrofitted, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+NEW, STATIC = 3 * CAPACITY, {"cache_implementation": "static"}
+
+
+@pytest.fixture(autouse=True)
+def fast(unchecked, monkeypatch):
+    """As for users: nothing is checked at run time."""
+    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The recordings made, one entry for each replay."""
+    replays, call = [], step_graph.Recording.__call__
+    monkeypatch.setattr(
+        step_graph.Recording, "__call__", lambda self, leaves: (replays.append(id(self)), call(self, leaves))[1]
+    )
+    return replays
+
+
+def on_gpu(**options):
+    return retrofitted("qwen3", torch.float32, **options).cuda()
+
+
+def eager(model, ids, count=NEW, **options):
+    return generate(model, ids, count, disable_compile=True, **STATIC | options)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 4}], ids=str)
+def test_replays_are_eager_steps(options, recorded):
+    model = on_gpu()
+    padded = tokens(2, 12, seed=2)
+    padded[1, :9] = 0
+    for ids in (tokens(2, 3), tokens(2, 3, seed=1), tokens(2, 40), padded):
+        ids, mask = ids.cuda(), {"attention_mask": (ids != 0).long().cuda()}
+        recorded.clear()
+        torch.manual_seed(0)
+        found = generate(model, ids, NEW, **STATIC, **mask, **options)
+        if "num_beams" not in options:  # which transformers never compiles
+            assert len(recorded) >= NEW - 3 and len(set(recorded)) == 1
+        torch.manual_seed(0)
+        assert torch.equal(found, eager(model, ids, **mask, **options))
+
+
+def test_a_thousand_tokens(recorded):
+    model, ids = on_gpu(), tokens(1, 5).cuda()
+    generate(model, ids, 4, **STATIC)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(generate(model, ids, 1000, **STATIC), eager(model, ids, 1000))
+    assert len(recorded) > 990
+
+
+def test_two_caches_in_turn():
+    model, texts = on_gpu(), [tokens(2, 5).cuda(), tokens(2, 9, seed=3).cuda()]
+    caches = [StaticCache(config=model.config, max_cache_len=64) for _ in texts]
+    for _ in range(3):
+        for i, cache in enumerate(caches):
+            found = generate(model, texts[i], 7, past_key_values=cache)
+            assert torch.equal(found, eager(model, texts[i], 7))
+            texts[i] = found
+
+
+def test_the_mode_and_the_weights_of_the_moment_count():
+    model, ids = on_gpu(), tokens(2, 20).cuda()
+    before = generate(model, ids, NEW, **STATIC)
+    with window_only(model):
+        found = generate(model, ids, NEW, **STATIC)
+        assert torch.equal(found, eager(model, ids)) and not torch.equal(found, before)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    found = generate(model, ids, NEW, **STATIC)
+    assert torch.equal(found, eager(model, ids)) and not torch.equal(found, before)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(generate(twin, ids, NEW, **STATIC), found)
+
+
+def test_one_row_in_half_precision():
+    """Products of one row run in our own kernel: compared by logits, not by tokens."""
+    model, ids = retrofitted("qwen3", torch.bfloat16).cuda(), tokens(1, 20).cuda()
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    found = generate(model, ids, NEW, **STATIC, **options)
+    exact = copy.deepcopy(model).cpu().double()
+    expected = exact(input_ids=found.sequences.cpu(), use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    got = torch.stack(found.logits, dim=1).double().cpu()
+    assert (got - expected).norm() < 0.05 * expected.norm()

@@ -11,13 +11,16 @@ import argparse
 import copy
 import gc
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 import ahn_layers
 from ahn_layers import Compressor, GatedDeltaNet, adapter_parameters, full_attention, retrofit, window_only
 from ahn_layers.distillation import distillation_loss, freeze_base
-from ahn_layers.ops.decode import fold_and_read, slot_attention
+from ahn_layers.ops.decode import StepRule, decode_step
 
 SHAPES = {
     "qwen2.5-3b": Qwen2Config(
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         "options": {name: str(value) for name, value in vars(options).items()},
     }  # fmt: skip
     parts: dict[str, Callable[[argparse.Namespace], Results]] = {
-        "kernels": kernels, "prefill": prefill, "decode": decode, "training": training
+        "kernels": kernels, "prefill": prefill, "decode": decode, "cold": cold, "first": first, "training": training
     }  # fmt: skip
     for name in options.parts:
         start = time.perf_counter()
@@ -135,19 +138,27 @@ def kernels(options: argparse.Namespace) -> Results:
 
 
 def step_rate(options: argparse.Namespace, dtype: torch.dtype, size: int, heads: int, kv_heads: int) -> float:
-    """Bytes of slots and state that one decode step of one layer moves in a second."""
+    """Bytes that one decode step of one layer with GatedDeltaNet moves in a second: slots, state, output matrix."""
     sets, slots, device = 4, options.window + options.sinks, options.device
     k, v = torch.randn(2, sets, 1, kv_heads, slots, size, device=device, dtype=dtype)
+    g, beta = torch.rand(2, sets, 1, heads, slots, device=device, dtype=dtype)
+    g.neg_()
     q, turned = torch.randn(2, 1, heads, 1, size, device=device, dtype=dtype)
     state = torch.randn(sets, 1, heads, size, size, device=device)
-    key, value = torch.randn(2, 1, heads, size, device=device)
-    gate, seen = torch.rand(1, heads, device=device), torch.full((1,), slots * 3, device=device)
+    token = (
+        k[0, :, :, :1].clone(),
+        v[0, :, :, :1].clone(),
+        {"g": g[0, ..., :1].clone(), "beta": beta[0, ..., :1].clone()},
+    )
+    matrix, gate = torch.randn(heads, size, size, device=device, dtype=dtype), torch.randn(1, heads, device=device)
+    rule = StepRule("g", None, "beta", True, size**-0.5, weight=gate.new_ones(size), gate=gate, matrix=matrix)
+    seen = torch.full((1,), slots * 3, device=device)
 
     def step(i: int) -> None:
-        slot_attention(q, k[i % sets], v[i % sets], seen, full=True, q_sinks=turned, num_sinks=options.sinks)
-        fold_and_read(state[i % sets], q[:, :, 0].float(), key, value, -gate, gate)
+        held = (k[i % sets], v[i % sets], {"g": g[i % sets], "beta": beta[i % sets]})
+        decode_step(q, token, held, seen, state[i % sets], rule, num_sinks=options.sinks, q_sinks=turned)
 
-    return (k[0].nbytes + v[0].nbytes + 2 * state[0].nbytes) / timed(step, device)
+    return (k[0].nbytes + v[0].nbytes + 2 * state[0].nbytes + matrix.nbytes) / timed(step, device)
 
 
 def timed(step: Callable[[int], Any], device: str, count: int = 20) -> float:
@@ -204,38 +215,62 @@ def decode(options: argparse.Namespace) -> Results:
 def time_tokens(
     model: Any, options: argparse.Namespace, length: int, batch: int, implementation: str | None
 ) -> dict[str, float]:
-    """Time of one token of ``generate`` after a prompt, the median; compiled code is compiled on a short prompt."""
-    device, clock = options.device, Clock(options.device)
+    """Time of a token of ``generate`` in steady state, without waiting for it; compilation is on a short prompt."""
+    device, clock = options.device, Clock()
     ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
 
     def run(prompt: Tensor, count: int) -> list[float]:
+        synchronize(device)
         clock.stamps = [time.perf_counter()]
         model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count,
             do_sample=False, cache_implementation=implementation, logits_processor=[clock],
         )  # fmt: skip
-        return [b - a for a, b in pairwise(clock.stamps)]
+        return clock.stamps
 
-    warm = sum(run(ids[:, :64], 16))
+    start, *_, end = run(ids[:, :64], 16)
     forget_peak(device)
-    steps = run(ids, options.new_tokens)
-    found = {"ms": 1e3 * median(steps[4:]), "prompt, s": steps[0], "compile, s": warm, "peak, GB": peak(device)}
+    stamps = run(
+        ids, options.new_tokens
+    )  # generate itself waits for every token, so the host runs ahead by one at most
+    found = {
+        "ms": 1e3 * (stamps[-1] - stamps[4]) / (len(stamps) - 5), "prompt, s": stamps[2] - stamps[0],
+        "compile, s": end - start, "peak, GB": peak(device),
+    }  # fmt: skip
     print(f"decode, {length:,} tokens, batch {batch}, {implementation or 'eager'}: {found}", flush=True)
     return found
 
 
 class Clock(transformers.LogitsProcessor):
-    """Notes when each token's logits are there."""
+    """Notes when each token's logits are asked for."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.stamps: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores, unchanged."""
-        synchronize(self.device)
         self.stamps.append(time.perf_counter())
         return scores
+
+
+def cold(options: argparse.Namespace) -> Results:
+    """Seconds from the start of a process to its first compiled token, with nothing in any cache of compiled code."""
+    command = [sys.executable, __file__, "--parts", "first"]
+    for name in ("shape", "layers", "compressor", "window", "sinks", "device"):
+        command += [f"--{name}", str(getattr(options, name))]
+    with TemporaryDirectory() as folder:
+        caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), folder)
+        start = time.perf_counter()
+        subprocess.run(command, env=os.environ | caches, check=True, capture_output=True)
+        return {"process, s": time.perf_counter() - start}
+
+
+def first(options: argparse.Namespace) -> Results:
+    """What ``cold`` starts: a short prompt and two tokens, the second one compiled."""
+    model = build(options)
+    ids = torch.randint(0, model.config.vocab_size, (1, 64), device=options.device)
+    seconds = measure(lambda: model.generate(ids, max_new_tokens=2, cache_implementation="static"), options.device)
+    return {"generate, s": seconds}
 
 
 def training(options: argparse.Namespace) -> Results:
@@ -269,7 +304,7 @@ def training(options: argparse.Namespace) -> Results:
 def table(results: Results) -> str:
     """Everything measured, one line each."""
     lines = [f"{results['device']}, {results['versions']}"]
-    for part in ("kernels", "prefill", "decode", "training"):
+    for part in ("kernels", "prefill", "decode", "cold", "first", "training"):
         for name, value in results.get(part, {}).items():
             cells = value if isinstance(value, dict) else {"": value}
             lines.append(f"{part:9} {name:38} " + "  ".join(f"{unit} {u:.3f}" for unit, u in cells.items()))
@@ -307,8 +342,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=128)
     add("--train-length", type=int, default=8192)
     add("--train-batch", type=int, default=1)
-    parts = ["kernels", "prefill", "decode", "training"]
-    add("--parts", nargs="+", default=parts, choices=parts)
+    parts = ["kernels", "prefill", "decode", "cold", "training"]
+    add("--parts", nargs="+", default=parts, choices=[*parts, "first"])
     add("--device", default="cuda" if gpu else "cpu")
     add("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16 if gpu else torch.float32)
     add("--output", type=Path, help="folder for results.json and results.png")

@@ -1,6 +1,7 @@
 """Decoding as one CUDA graph: the same tokens as eager decoding with a static cache. Needs a GPU."""
 
 import copy
+import importlib
 import pickle
 import sys
 
@@ -17,7 +18,7 @@ NEW, STATIC = 24, {"cache_implementation": "static"}
 @pytest.fixture
 def recorded(models, monkeypatch):  # noqa: F811
     """The recordings that are replayed, one entry for each replay."""
-    cls, replays = sys.modules["ahn_layers.huggingface.step_graph"].Recording, []
+    cls, replays = importlib.import_module("ahn_layers.huggingface.step_graph").Recording, []
     call = cls.__call__
     monkeypatch.setattr(cls, "__call__", lambda self, leaves: (replays.append(id(self)), call(self, leaves))[1])
     return replays

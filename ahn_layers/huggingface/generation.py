@@ -1,10 +1,13 @@
 """How ``generate`` gets its cache, and how it reads the prompt."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from .cache import HippocampalCache
 from .decoder import DecoderAttention
@@ -19,7 +22,7 @@ GPU_PREFILL_CHUNK = 8192
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
 
-REPLACED = ("_prepare_cache_for_generation", "_prefill", "get_compiled_call")
+REPLACED = ("_prepare_cache_for_generation", "_prefill", "prepare_inputs_for_generation", "get_compiled_call")
 """Methods of ``generate`` that a retrofitted model has its own of."""
 
 
@@ -117,17 +120,31 @@ class CompiledCall:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._region: Callable[..., Any] | None = None
+        self._steps: WeakKeyDictionary[Any, ReferenceType[Step]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code."""
-        return {"model": self.model, "_region": None}
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As new."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def serves(self, compile_config: Any) -> bool:
+        """Whether steps are recorded: on one CUDA GPU, unless the caller says how to compile."""
+        devices = {u.device for u in self.model.parameters()}
+        return compile_config is None and len(devices) == 1 and devices.pop().type == "cuda"
+
+    def step_on(self, cache: Any) -> Step | None:
+        """The step of the ``generate`` that is decoding on this cache, if there is one."""
+        step = None if cache is None else self._steps.get(cache)
+        return None if step is None else step()
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         """What ``generate`` calls for every token, made anew for each ``generate``."""
         model: Any = self.model
         usual = partial(type(model).get_compiled_call, model, compile_config)
-        devices = {u.device for u in model.parameters()}
-        if compile_config is not None or len(devices) != 1 or devices.pop().type != "cuda":
+        if not self.serves(compile_config):
             compiled: Callable[..., Any] = usual()
             return compiled
         if self._region is None:
@@ -135,9 +152,50 @@ class CompiledCall:
         step = Step(model, self._region)
 
         def run(**inputs: Any) -> Any:
-            return step(**inputs) if can_record(inputs.get("past_key_values")) else usual()(**inputs)
+            cache = inputs.get("past_key_values")
+            if not can_record(cache):
+                return usual()(**inputs)
+            self._steps[cache] = ref(step)  # which lives as long as this function: until generate returns
+            return step(**inputs)
 
         return run
+
+
+class PrepareInputs:
+    """Stands in for ``model.prepare_inputs_for_generation``: once a step is recorded, its inputs are known.
+
+    All but the ids and positions of the next token are what they were; to find that out anew takes the host as long as
+    the GPU takes for several layers.
+
+    Args:
+        model: the retrofitted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the model's own method: ``generate`` looks at it."""
+        return inspect.signature(self._usual())
+
+    def _usual(self) -> partial[Any]:
+        model: Any = self.model
+        return partial(type(model).prepare_inputs_for_generation, model)
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Inputs of the next step."""
+        known, usual = None, self._usual()
+        if usual.func is GenerationMixin.prepare_inputs_for_generation and kwargs.get("next_sequence_length") == 1:
+            step = self.model.get_compiled_call.step_on(kwargs.get("past_key_values"))  # type: ignore[union-attr, operator]
+            known = None if step is None or not _is_plain_text(kwargs) else step.known_inputs
+        positions = kwargs.get("position_ids")
+        if known is None or ("position_ids" in known) != (positions is not None):
+            return usual(input_ids, *args, **kwargs)
+        inputs = known | {"input_ids": input_ids[:, -1:], "past_key_values": kwargs["past_key_values"]}
+        if positions is not None:
+            inputs["position_ids"] = positions[..., -1:]
+        return inputs
 
 
 def _are_off(blocks: list[DecoderAttention]) -> bool:

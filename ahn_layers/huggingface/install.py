@@ -11,7 +11,7 @@ from ..compressor import Compressor
 from ..memory import MemoryPositions, MemoryStore
 from ..window import Window
 from .decoder import DecoderAttention
-from .generation import CompiledCall, Prefill, PrepareCache
+from .generation import CompiledCall, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES, implementation_name
 from .probe import AttentionBlock
 
@@ -129,5 +129,5 @@ def replace_blocks(
         wrapped = DecoderAttention(block, store, base=base, owned=owned)
         setattr(parent, name, wrapped)
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
-    model.get_compiled_call = CompiledCall(model)
+    model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
     return implementation_name(base, owned)

@@ -31,8 +31,9 @@ def twin(model: nn.Module, cache: Cache, region: Callable[..., Any]) -> nn.Modul
             copied.__dict__["layer_idx"] = 0
         layer = blocks[0].cache_layer(cache)
         assert layer is not None
-        copied.forward = partial(_run_layer, region, copied, LayerCache(layer))  # type: ignore[method-assign]
-        return copied
+        runs = copy.copy(copied)  # another object: one that refers to itself would outlive its use
+        runs.forward = partial(_run_layer, region, copied, LayerCache(layer))  # type: ignore[method-assign]
+        return runs
     copied._modules = {
         name: twin(child, cache, region) if any(isinstance(u, DecoderAttention) for u in child.modules()) else child
         for name, child in model._modules.items()
@@ -56,6 +57,8 @@ def compiled_region(**options: Any) -> Callable[..., Any]:
         if compiled is not None:
             try:
                 return compiled(module, *args, **kwargs)
+            except torch._dynamo.exc.RecompileError:  # was asked for
+                raise
             except torch._dynamo.exc.TorchDynamoException as error:
                 warnings.warn(f"{type(module).__name__} runs uncompiled: {error}", stacklevel=2)
                 compiled = None

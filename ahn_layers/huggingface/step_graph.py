@@ -17,6 +17,17 @@ from transformers.cache_utils import Cache
 from .cache import StaticMemoryLayer
 from .region import twin
 
+_CHANGING = ("input_ids", "position_ids", "past_key_values")
+_CONSTANT = (
+    "attention_mask",
+    "logits_to_keep",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+"""Arguments of a step that are tensors or the cache, and those that stay what they are, an empty mask among them."""
+
 
 class Step:
     """What ``generate`` calls for every token: the model, recorded as soon as two calls look the same.
@@ -28,6 +39,9 @@ class Step:
         model: the retrofitted model.
         region: the compiled function for a layer, from ``compiled_region``.
         records: whether steps are recorded; without, layers are compiled all the same.
+
+    Attributes:
+        known_inputs: what later steps are called with, None in place of the next token and the cache; or None.
     """
 
     def __init__(self, model: nn.Module, region: Callable[..., Any], *, records: bool = True) -> None:
@@ -37,17 +51,22 @@ class Step:
         self._twin: nn.Module | None = None
         self._signature: Any = None
         self._recording: Recording | None = None
+        self.known_inputs: dict[str, Any] | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         """One step; outputs are the caller's own."""
         leaves, structure = tree_flatten(inputs, is_leaf=_is_cache)
         signature = [structure, *((u.shape, u.dtype, u.device) if isinstance(u, Tensor) else u for u in leaves)]
         if signature != self._signature:
-            self._signature, self._recording = signature, None
+            self._signature, self._recording, self.known_inputs = signature, None, None
             self._twin = twin(self.model, inputs["past_key_values"], self.region)
             return self._twin(**inputs)
         if self._recording is None and self.records:
             self._recording = self._record(leaves, structure)
+            if self._recording is not None and inputs.keys() <= {*_CHANGING, *_CONSTANT}:
+                known = {name: None if name in _CHANGING else u for name, u in inputs.items() if name != "return_dict"}
+                if not any(isinstance(u, Tensor) for u in tree_flatten(known)[0]):
+                    self.known_inputs = known
         if self._recording is None:
             return self._twin(**inputs)  # type: ignore[misc]
         return self._recording(leaves)

@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .checks import check_inputs, check_state
 from .compressor import Compressor, State, map_state, state_dtype
 from .ops.decode import slot_attention
-from .ops.window_attention import window_attention
+from .ops.window_attention import add_to_tail, window_attention
 from .rotary import Rotary
 from .state import MemoryState
 from .step import kernel_step
@@ -230,7 +229,7 @@ class MemoryStore(nn.Module):
                     folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
             readers, hidden = q[:, :, first:], x[:, first:]  # type: ignore[index]
             recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, hidden, folds)
-            out = out + F.pad(recalled.to(out.dtype), (0, 0, first, 0))
+            out = add_to_tail(out, recalled.to(out.dtype))
         after = state.extended(new, arrivals, inplace=inplace)
         after.memory = memory
         return out, after

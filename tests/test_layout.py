@@ -27,7 +27,7 @@ ALLOWED = {
     "memory": {"checks", "compressor", "ops", "rotary", "state", "step", "tokens", "window"},
     "attention": {"memory", "state"},
     "huggingface": {"attention", "compressor", "files", "memory", "ops", "rotary", "state", "window"},
-    "retrofit": {"attention", "compressor", "huggingface", "window"},
+    "retrofit": {"attention", "compressor", "huggingface", "memory", "window"},
     "adapter": {"attention", "compressor", "files", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},
     "distillation": {"attention", "huggingface", "ops", "retrofit"},  # huggingface for the trainer's name only

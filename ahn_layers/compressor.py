@@ -64,10 +64,17 @@ class Compressor(nn.Module, ABC):
     by_name: ClassVar[dict[str, type["Compressor"]]] = {}
     unused_parameters: ClassVar[tuple[str, ...]] = ()
     """Names that released weight files carry and the computation does not use: skipped in loading."""
+    rule_holds: ClassVar[bool] = False
+    """Whether there is a ``rule``, and no subclass has changed what it describes."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         Compressor.by_name[cls.__name__] = cls
+        made = {
+            name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
+            for name in ("rule", "fold", "read", "scan", "output")
+        }
+        cls.rule_holds = cls.rule is not Compressor.rule and made["rule"] == min(made.values())
 
     def __init__(
         self,
@@ -191,6 +198,8 @@ class Compressor(nn.Module, ABC):
 
     def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule | None:
         """One decode step in the terms of a kernel, if its terms suffice; default: None, ``scan`` and ``output`` do it.
+
+        The rule of a class is not used for a subclass that overrides ``fold``, ``read``, ``scan`` or ``output``.
 
         Args:
             x: hidden states of the query's token.

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from .compressor import Compressor
 from .ops.decode import decode_step, fits_step
 from .state import MemoryState
 from .tokens import Tokens
@@ -41,7 +40,7 @@ def kernel_step(
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
     memory, compressor, window = state.memory, store.compressor, store.window
-    if softcap is not None or compressor is None or type(compressor).rule is Compressor.rule:
+    if softcap is not None or compressor is None or not compressor.rule_holds:
         return None
     if not fits_step(q, state.slots.tensors, memory):
         return None

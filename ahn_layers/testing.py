@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .compressor import Compressor, State, map_state
 from .memory import MemoryStore
+from .ops.decode import decode_step
 from .window import Window
 
 _B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
@@ -18,8 +19,8 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
 
     Checked: gates and fold agree on names and shapes; folding leaves the old state alone and keeps its size; ``scan``
     equals ``fold`` and ``read`` one by one, values and gradients, with and without a mask; a fresh memory adds exactly
-    nothing; through a store, any cutting of a sequence gives the same result and padding changes nothing; gradients
-    reach every parameter.
+    nothing; through a store, any cutting of a sequence gives the same result and padding changes nothing; ``rule``, if
+    there is one, says the same as ``fold``, ``read`` and ``output``; gradients reach every parameter.
 
     Args:
         compressor: the class.
@@ -49,6 +50,7 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         _check_scan(memory, q, k, v, x)
         _check_splits(memory, q, k, v, x)
+        _check_rule(memory, q, k, v, x)
         _check_padding(memory, q, k, v, x)
         _check_gradients(memory, q, k, v, x)
 
@@ -135,6 +137,25 @@ def _check_splits(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor
         for (name, one), (_, other) in zip(_named(end.memory), _named(state.memory), strict=True):  # type: ignore[arg-type,union-attr]
             error = float((one - other).abs().max().detach())
             assert error < 1e-8, f"cut into {cuts} the state{name} differs by {error:.2g} from one pass."
+
+
+def _check_rule(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
+    head, last, store = slice(0, _T - 1), slice(_T - 1, _T), MemoryStore(Window(5, num_sinks=2), memory)
+    rule = memory.rule(x[:, last])
+    if rule is None:
+        return
+    with torch.no_grad():
+        state = store(q[:, :, head], k[:, :, head], v[:, :, head], x[:, head])[1]
+        ours, new = state.clone(), store.arrive(k[:, :, last], v[:, :, last], x[:, last])
+        expected, after = store(q[:, :, last], k[:, :, last], v[:, :, last], x[:, last], state)
+        (tokens, slots), folded = ((u.k, u.v, u.gates) for u in (new, ours.slots)), ours.memory
+        assert isinstance(folded, Tensor), "rule() describes memories of one tensor: return None."
+        out, reading = decode_step(q[:, :, last], tokens, slots, ours.seen, folded, rule, num_sinks=2)
+        if rule.matrix is None:
+            out = out + memory.output(reading, x[:, last])
+    for name, one, other in (("output", out, expected), ("state", folded, after.memory)):
+        error = float((one - other).abs().max())
+        assert error < 1e-8, f"rule(): the {name} of a step differs from fold, read and output by {error:.2g}."
 
 
 def _check_padding(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:

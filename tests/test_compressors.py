@@ -1,5 +1,7 @@
 """Every compressor keeps the contract, and ``check_compressor`` explains the ways to break it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -89,6 +91,26 @@ def test_a_broken_contract_is_explained(compressor, unchecked):
 
 def test_the_shortest_compressor_is_sound():
     check_compressor(Average)
+
+
+def test_a_rule_that_says_something_else_is_explained(unchecked):
+    class WrongRule(GatedDeltaNet):
+        def rule(self, x):
+            return replace(super().rule(x), read_scale=1.0)
+
+    with pytest.raises(AssertionError, match=r"rule\(\): the output of a step differs"):
+        check_compressor(WrongRule)
+
+
+def test_a_rule_does_not_hold_for_what_a_subclass_changes():
+    class Slower(GatedDeltaNet):
+        def fold(self, state, k, v, g, beta):
+            return super().fold(state, k, v, 0.5 * g, beta)
+
+    class Renamed(GatedDeltaNet):
+        pass
+
+    assert GatedDeltaNet.rule_holds and Renamed.rule_holds and not Slower.rule_holds and not Average.rule_holds
 
 
 @pytest.mark.parametrize(

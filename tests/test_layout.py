@@ -32,7 +32,7 @@ ALLOWED = {
     "cost": {"attention", "compressor", "retrofit"},
     "distillation": {"attention", "huggingface", "ops", "retrofit"},  # huggingface for the trainer's name only
     "huggingface/trainer": {"adapter", "distillation"},
-    "testing": {"compressor", "memory", "window"},
+    "testing": {"compressor", "memory", "ops", "window"},
 }
 
 

@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compressor import Compressor, State
+from ..compressor import Compressor, State, state_dtype
 from ..layers import Scale, outer, project
 from ..ops.decode import StepRule
 from ..ops.linear_scan import gated_linear_scan
@@ -75,7 +75,7 @@ class Mamba2(Compressor):
 
     def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:
         """The same, one token."""
-        return StepRule(decay="dt", rate=-self.A_log.float().exp(), strength="dt", eps=1e-24)
+        return StepRule(decay="dt", rate=-self.A_log.to(state_dtype(self.A_log)).exp(), strength="dt", eps=1e-24)
 
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """Read gate, RMS norm over all heads together, a matrix per head."""

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from .triton_forms import has_triton
 
-
 _HALF = (torch.bfloat16, torch.float16)
 
 

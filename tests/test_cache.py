@@ -27,7 +27,7 @@ from ahn_layers import (
     window_only,
 )
 from ahn_layers.huggingface import cache as cache_module
-from ahn_layers.huggingface.cache import MAX_ROLLBACK, MemoryLayer, StaticMemoryLayer
+from ahn_layers.huggingface.cache_layers import MAX_ROLLBACK, MemoryLayer, StaticMemoryLayer
 
 from .models import CAPACITY, FAMILIES, base, generate, logits, positions, retrofitted, tokens
 

@@ -38,7 +38,7 @@ from ahn_layers import (
     save_adapter,
     window_only,
 )
-from ahn_layers.huggingface.cache import MemoryLayer
+from ahn_layers.huggingface.cache_layers import MemoryLayer
 
 from .models import CAPACITY, SINKS, WINDOW, base, generate, logits, retrofitted, tokens
 from .test_docs import rows, shows

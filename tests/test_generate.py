@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from ahn_layers import HippocampalCache, full_attention, window_only
-from ahn_layers.huggingface.cache import MemoryLayer
+from ahn_layers.huggingface.cache_layers import MemoryLayer
 
 from .models import CAPACITY, SINKS, WINDOW, base, generate, greedy, logits, retrofitted, tokens
 

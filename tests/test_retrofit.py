@@ -28,7 +28,7 @@ from ahn_layers import (
     save_adapter,
     window_only,
 )
-from ahn_layers.huggingface.cache import MemoryLayer
+from ahn_layers.huggingface.cache_layers import MemoryLayer
 from ahn_layers.retrofit import find_retrofitted, memory_attention
 
 from .models import (

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ahn_layers import Compressor, GatedDeltaNet, adapter_parameters, full_attention, retrofit, window_only
-from ahn_layers.huggingface.cache import MemoryLayer
+from ahn_layers.huggingface.cache_layers import MemoryLayer
 
 from .models import CAPACITY, SINKS, WINDOW, base, logits, positions, retrofitted, tokens
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
-from .cache import MemoryLayer, StaticMemoryLayer, memory_layer
+from .cache import memory_layer
+from .cache_layers import MemoryLayer, StaticMemoryLayer
 from .interface import implementation_name
 from .probe import AttentionBlock
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from transformers.cache_utils import Cache
 
 from ..ops.matvec import merge_matvecs
-from .cache import LayerCache
+from .cache_layers import LayerCache
 from .decoder import DecoderAttention
 
 

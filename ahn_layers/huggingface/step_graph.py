@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers.cache_utils import Cache
 
-from .cache import StaticMemoryLayer
+from .cache_layers import StaticMemoryLayer
 from .region import twin
 
 _CHANGING = ("input_ids", "position_ids", "past_key_values")

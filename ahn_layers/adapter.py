@@ -72,7 +72,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     write_atomically(folder / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
 
 
-def load_adapter(model: nn.Module, source: str | Path) -> nn.Module:
+def load_adapter(
+    model: nn.Module, source: str | Path, *, window_size: int | None = None, num_sinks: int | None = None
+) -> nn.Module:
     """Load memory weights into a model, in place; the model is unchanged if anything about them is wrong.
 
     Args:
@@ -81,6 +83,8 @@ def load_adapter(model: nn.Module, source: str | Path) -> nn.Module:
         source: a folder written by [`save_adapter`][ahn_layers.save_adapter]; a safetensors file, or a folder of
             them, with the released names ``model.layers.<i>.ahn.fn.<parameter>``; or the id of a hub repository that
             holds either.
+        window_size: of a model that is not retrofitted yet, instead of the adapter's own.
+        num_sinks: likewise.
 
     Returns:
         The same model.
@@ -93,9 +97,17 @@ def load_adapter(model: nn.Module, source: str | Path) -> nn.Module:
     files = _find(source)
     weights = _read(files)
     description = _read_description(files[0].parent / _DESCRIPTION) if files[0].name == _WEIGHTS else None
+    chosen = {"window_size": window_size, "num_sinks": num_sinks}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     if description is not None:
-        model = _retrofit_as_described(model, description)
+        model = _retrofit_as_described(model, description | chosen)
     inner, record = find_retrofitted(model)
+    for name, size in chosen.items():
+        if getattr(record.window, name) != size:
+            raise ValueError(
+                f"{name}={size}: the model is retrofitted already, with {name}={getattr(record.window, name)}. Choose "
+                "the window there, or call restore(model) first."
+            )
     if description is not None:
         _check_base(inner, record, description, source)
     elif record.memory_positions != "absolute":

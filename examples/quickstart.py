@@ -235,10 +235,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         text = load_text(args.text)
         model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
-        retrofit(model, GatedDeltaNet, window_size=args.window, num_sinks=args.sinks)
-        adapter = choose_adapter(args)
-        if adapter:
-            load_adapter(model, adapter)
+        adapter, window = choose_adapter(args), {"window_size": args.window, "num_sinks": args.sinks}
+        if adapter is None or not (Path(adapter) / "adapter.json").exists():
+            retrofit(model, GatedDeltaNet, **window)  # released files do not say how
+        if adapter is not None:
+            load_adapter(model, adapter, **window)
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
         if ids.shape[1] < 2:
             raise ValueError(f"--text {args.text}: expected at least 2 tokens, found {ids.shape[1]}.")

@@ -69,6 +69,15 @@ def test_a_plain_model_is_retrofitted_as_the_adapter_says(tmp_path):
     assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
+def test_the_window_may_be_chosen_while_loading(tmp_path):
+    save_adapter(make(memory_positions="none"), tmp_path)
+    model = load_adapter(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path, window_size=20, num_sinks=3)
+    window = find_retrofitted(model)[1].window
+    assert (window.window_size, window.num_sinks) == (20, 3) and load_adapter(model, tmp_path, window_size=20) is model
+    with pytest.raises(ValueError, match="num_sinks=4: the model is retrofitted already, with num_sinks=3"):
+        load_adapter(model, tmp_path, num_sinks=4)
+
+
 def test_another_window_may_be_used(tmp_path):
     save_adapter(make(), tmp_path)
     model = retrofit(LlamaForCausalLM(LlamaConfig(**SIZES)), GatedDeltaNet, window_size=10)

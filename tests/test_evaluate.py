@@ -10,7 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ahn_layers import GatedDeltaNet, adapter_parameters, full_attention, retrofit, save_adapter, window_only
+from ahn_layers import (
+    GatedDeltaNet,
+    HippocampalAttention,
+    adapter_parameters,
+    full_attention,
+    retrofit,
+    save_adapter,
+    window_only,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -134,6 +142,20 @@ def test_a_needle_outside_the_window_cannot_reach_it():
     # two layers hand on what lies up to two windows back, the needle lies farther
     assert losses["window"][0] == pytest.approx(losses["window"][1], abs=1e-6)
     assert abs(losses["full"][0] - losses["full"][1]) > 1e-6 and abs(losses["memory"][0] - losses["memory"][1]) > 1e-6
+
+
+def test_each_text_reads_the_memory_of_the_other():
+    model = small()
+    memory = next(m.memory.compressor for m in model.modules() if isinstance(m, HippocampalAttention))
+    sizes = ((memory.num_heads, 9, memory.head_dim), (memory.num_kv_heads, 9, memory.head_dim))
+    (q, k), v = (torch.randn(2, *size) for size in sizes), torch.randn(2, memory.num_kv_heads, 9, memory.value_dim)
+    gates, state = memory.gates(torch.randn(2, 9, memory.hidden_size)), memory.init_state(2, q)
+    turned = {name: gate.flip(0) for name, gate in gates.items()}
+    expected, other = memory.scan(state, q, k.flip(0), v.flip(0), turned)
+    with evaluate.swapped_memories(model):
+        found, after = memory.scan(state, q, k, v, gates)
+    torch.testing.assert_close((found, after), (expected, other.flip(0)))
+    assert not torch.allclose(found, memory.scan(state, q, k, v, gates)[0])
 
 
 def test_evaluate_writes_table_json_and_picture(folders, tmp_path):

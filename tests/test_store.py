@@ -58,6 +58,7 @@ def test_any_cutting_equals_the_oracle(compressor, sinks, window):
         [full + 1],
         [1, 2, 12, 13, 14],
         [20, 21, 22],
+        [13, 16, 21, 30],  # several at once into a full window, and others after them
     ):
         for inplace in (False, True):
             out, end = run(store, tokens, list(cuts), inplace=inplace)

@@ -80,13 +80,18 @@ def check_join(device, dtype):
 
 
 def check_rotary(device, dtype):
-    q, inv_freq = torch.randn(2, 11, 3, 24).to(dtype).transpose(1, 2), 10.0 ** -torch.arange(5.0)
+    q, grad = torch.randn(2, 2, 11, 3, 24).to(dtype).transpose(2, 3)
+    inv_freq = 10.0 ** -torch.arange(5.0)
     for interleaved, start, distance in ((False, 0, torch.arange(11) * 1000), (True, 3, torch.randint(9999, (2, 11)))):
         options = {"interleaved": interleaved, "start": start}
-        exact = turn_back(q.double(), distance, inv_freq, **options)
-        found = turn_back(q.to(device), distance.to(device), inv_freq.to(device), **options)
-        assert found.dtype == dtype
-        assert (found.cpu().double() - exact).norm() / exact.norm() < (5e-3 if dtype in HALF else 1e-6)
+        results = []
+        for u, place in ((q.double(), "cpu"), (q, device)):
+            leaf = u.to(place).detach().requires_grad_()
+            out = turn_back(leaf, distance.to(place), inv_freq.to(place), **options)
+            results.append([out, *torch.autograd.grad(out, leaf, grad.to(place, out.dtype))])
+        for exact, found in zip(*results, strict=True):
+            assert found.dtype == dtype
+            assert (found.cpu().double() - exact).norm() / exact.norm() < (5e-3 if dtype in HALF else 1e-6)
 
 
 def check_loss(device, dtype):
@@ -164,7 +169,7 @@ def main():
     assert joined.call_count == 4
     with patch.object(triton_rotary, "turn", side_effect=triton_rotary.turn) as turned:
         check_rotary("cpu", torch.float32)
-    assert turned.call_count == 2
+    assert turned.call_count == 4  # forward and backward
     with patch.object(triton_loss, "compare", side_effect=triton_loss.compare) as compared:
         check_loss("cpu", torch.float32)
     assert compared.call_count == 9

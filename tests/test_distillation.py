@@ -401,33 +401,39 @@ def test_a_model_without_a_memory_cannot_be_trained(tmp_path):
 # several processes
 
 
-def sharded(rank: int, folder: str) -> None:
+def sharded(rank: int, folder: str, device: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = small(torch.float64)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    backend = "gloo" if device == "cpu" else "nccl"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = small(torch.float64).to(device)
+    mesh = torch.distributed.device_mesh.init_device_mesh(device, (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     with use_window(model, 7, 2):
-        distillation_loss(model, text(4)[2 * rank : 2 * rank + 2], ce_weight=0.5).loss.backward()
-    found = {name: p.grad.full_tensor() for name, p in adapter_parameters(model)}
+        distillation_loss(model, text(4)[2 * rank : 2 * rank + 2].to(device), ce_weight=0.5).loss.backward()
+    found = {name: p.grad.full_tensor().cpu() for name, p in adapter_parameters(model)}
     save_adapter(model, f"{folder}/adapter")
     with torch.no_grad():
         for _, parameter in adapter_parameters(model):
             parameter.zero_()
     load_adapter(model, f"{folder}/adapter")
-    loaded = {name: p.full_tensor() for name, p in adapter_parameters(model)}
+    loaded = {name: p.full_tensor().cpu() for name, p in adapter_parameters(model)}
     if rank == 0:
         torch.save((found, loaded), f"{folder}/result.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_with_fsdp2_are_one(tmp_path):
-    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_two_processes_with_fsdp2_are_one(device, tmp_path):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.multiprocessing.spawn(sharded, (str(tmp_path), device), nprocs=2)
     model = small(torch.float64)
     with use_window(model, 7, 2):
         distillation_loss(model, text(4), ce_weight=0.5).loss.backward()

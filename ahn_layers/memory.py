@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .checks import check_inputs, check_state
 from .compressor import Compressor, State, map_state, state_dtype
 from .ops.decode import slot_attention
+from .ops.sharing import share_columns
 from .ops.window_attention import add_to_tail, window_attention
 from .rotary import Rotary
 from .state import MemoryState
@@ -204,6 +205,16 @@ class MemoryStore(nn.Module):
 
         context = join(*state.recent(), new)
         past, rank = len(context) - count, state.next_rank + torch.arange(count, device=q.device)
+        # Query i pushes out column i - spare of the context; sinks are never pushed out.
+        spare, memory = window.window_size - past, state.memory
+        first = spare + (0 if state.uniform is None else max(0, window.num_sinks + past - state.uniform))
+        evicts = memory is not None and first < count
+        if evicts:
+            leaves = (first - spare, count - spare)
+            shared = share_columns((q, first, count), (context.k, *leaves), (context.v, *leaves))
+            (q, readers), (k, evicted_k), (v, evicted_v) = shared
+            evicted = Tokens(evicted_k, evicted_v, context.columns(*leaves).gates)
+            context = Tokens(k, v, context.gates)
         sinks = None if begins else state.sinks_with(new, arrivals)
         out = window_attention(
             q,
@@ -218,17 +229,14 @@ class MemoryStore(nn.Module):
             first_rank=state.uniform,
             **attention,  # type: ignore[arg-type]
         )
-        # Query i pushes out column i - spare of the context; sinks are never pushed out.
-        spare, memory = window.window_size - past, state.memory
-        first = spare + (0 if state.uniform is None else max(0, window.num_sinks + past - state.uniform))
-        if memory is not None and first < count:
-            evicted, folds = context.columns(first - spare, count - spare), None
+        if evicts:
+            assert memory is not None and x is not None
+            folds = None
             if total is None:
                 folds = window.leaves(state.seen.unsqueeze(1) + torch.arange(first, count, device=q.device))
                 if arrivals is not None:
                     folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
-            readers, hidden = q[:, :, first:], x[:, first:]  # type: ignore[index]
-            recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, hidden, folds)
+            recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, x[:, first:], folds)
             out = add_to_tail(out, recalled.to(out.dtype))
         after = state.extended(new, arrivals, inplace=inplace)
         after.memory = memory

@@ -287,10 +287,12 @@ def training(options: argparse.Namespace) -> Results:
     results: Results = {}
 
     def step() -> None:
+        model.zero_grad()
         hidden = model.base_model(inputs_embeds=embed(ids) * scale, use_cache=False).last_hidden_state
         hidden.float().square().mean().backward()
 
     def distil() -> None:
+        model.zero_grad()
         distillation_loss(model, ids).loss.backward()
 
     for arm, mode, function in (("memory", None, step), ("window", window_only, step), ("distillation", None, distil)):

@@ -127,6 +127,34 @@ def check_matvec(device, dtype, tolerance):
             assert out.dtype == dtype and out.shape == other.shape and error(out, other.cpu()) < tolerance
 
 
+def check_matvecs_in_a_row(device, dtype, tolerance):
+    """As in a decoder layer: two sums with the residual, one on the other; and a layer that is given a bare sum."""
+    layers = [torch.nn.Linear(32, 32).to(device, dtype) for _ in range(4)]
+
+    def function(x):
+        first, second, third, fourth = layers
+        x = x + first(x)
+        x = x + second(torch.relu(x))
+        return fourth(x + third(x))
+
+    merged = []
+
+    def backend(graph, _):
+        merge_matvecs(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        merged.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    x = torch.randn(1, 1, 32).to(device, dtype)
+    with torch.no_grad():
+        out = torch.compile(function, backend=backend, dynamic=False)(x)
+        for layer in layers:
+            layer.double()
+        assert error(out, function(x.double()).cpu()) < tolerance
+    assert merged.count("ahn_layers.matvec.default") == 4 and not any("linear" in target for target in merged)
+
+
 STEPS = [  # as ATTENTION, then the number of states, whether the rule is a delta rule, whether it says its output
     (2, 6, 2, 150, 16, 24, 5, 6, True, True),
     (3, 4, 4, 300, 64, 64, 0, 4, False, True),
@@ -169,6 +197,7 @@ def test_steps_on_the_gpu(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_one_row_on_the_gpu(dtype):
     check_matvec("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype])
+    check_matvecs_in_a_row("cuda", dtype, {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype])
 
 
 if __name__ == "__main__":
@@ -185,5 +214,6 @@ if __name__ == "__main__":
         check_step("cpu", torch.float32, 2e-5, *case)
         check_step("cpu", torch.float16, 4e-3, *case)
     check_matvec("cpu", torch.float16, 2e-3)
+    check_matvecs_in_a_row("cpu", torch.float16, 4e-3)
     assert called and any(called)
     print("kernels ran")

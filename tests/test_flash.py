@@ -109,9 +109,9 @@ def test_a_store_takes_the_fused_path(kernels, cuts):
     torch.testing.assert_close(state.memory, end.memory)
 
 
-@pytest.mark.parametrize("sinks", [0, 3])
-@pytest.mark.parametrize("past, window", [(1100, 1100), (1500, 1024)])
-def test_pieces_without_masks_are_the_window(kernels, monkeypatch, past, window, sinks):
+@pytest.fixture
+def pieces(monkeypatch):
+    """Pieces without masks, as on Hopper: how many keys each call sees, with plain operations in the kernels' place."""
     calls = []
 
     def cudnn(q, k, v, causal, scale):
@@ -124,6 +124,13 @@ def test_pieces_without_masks_are_the_window(kernels, monkeypatch, past, window,
 
     monkeypatch.setattr(flash_attention, "_cudnn", cudnn)
     monkeypatch.setattr(flash_attention, "_has_cudnn", lambda q: True)
+    return calls
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("past, window", [(1100, 1100), (1500, 1024), (1100, 1612), (600, 1300), (0, 512)])
+def test_pieces_without_masks_are_the_window(kernels, pieces, past, window, sinks):
+    """Of a full window, and of one that is not full before the last query."""
     tensors = [u.detach() for u in inputs(512, past, sinks)]
     first = past + sinks
     options = {"window_size": window, "num_sinks": sinks, "scale": 0.7}
@@ -131,7 +138,21 @@ def test_pieces_without_masks_are_the_window(kernels, monkeypatch, past, window,
         out = window_attention(*tensors, first + torch.arange(512), first_rank=first, **options)
     expected = window_attention(*tensors, first + torch.arange(512), **options)
     torch.testing.assert_close(out, expected)
-    assert calls == [window - 512 - 1, 512, 512] + [sinks] * (sinks > 0) and not kernels
+    seen = [window - 512 - 1, 512, 512] if past + 512 > window else [past, 512] if past else [512]
+    assert pieces == seen + [sinks] * (sinks > 0) and not kernels
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_the_first_tokens_are_one_piece(kernels, pieces, sinks):
+    q, k, v = (u.detach() for i, u in enumerate(inputs(600, 0, 0)) if i in (0, 3, 4))
+    options = {"window_size": 600 - sinks, "num_sinks": sinks, "scale": 0.7}
+    with torch.no_grad():
+        out = window_attention(q, None, None, k, v, torch.arange(600), first_rank=0, **options)
+    torch.testing.assert_close(out, window_attention(q, None, None, k, v, torch.arange(600), **options))
+    assert pieces == [600] and not kernels
+    with torch.no_grad():  # a shorter window leaves tokens behind
+        window_attention(q, None, None, k, v, torch.arange(600), first_rank=0, **options | {"window_size": 596})
+    assert len(pieces) == 1 and kernels
 
 
 def test_parts_join_to_one_softmax():

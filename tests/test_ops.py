@@ -11,6 +11,7 @@ from ahn_layers.ops.decode import delta_step
 from ahn_layers.ops.delta_scan import gated_delta_scan
 from ahn_layers.ops.linear_scan import gated_linear_scan
 from ahn_layers.ops.rotary import turn_back
+from ahn_layers.ops.sharing import share_columns
 from ahn_layers.ops.window_attention import masked_attention, window_attention
 
 
@@ -62,6 +63,20 @@ def test_strong_decay_does_not_overflow():
     g = torch.full_like(beta, -100.0)
     for r, end in (gated_linear_scan(state, q, k, v, g), gated_delta_scan(state, q, k, v, beta, g)):
         assert torch.isfinite(r).all() and torch.isfinite(end).all()
+
+
+@pytest.mark.parametrize("used", [(1, 1, 1, 1), (1, 0, 0, 1), (0, 1, 1, 1)])
+@pytest.mark.parametrize("bounds", [((0, 9), (2, 5)), ((4, 9), (0, 3))])
+def test_shared_columns_have_the_gradients_of_slices(bounds, used):
+    u, v = (torch.randn(2, 3, 9, 4).requires_grad_() for _ in range(2))
+    (a, b), (c, d) = bounds
+    found, slices = [], [u, u[:, :, a:b], v, v[:, :, c:d]]
+    shared = [w for pair in share_columns((u, a, b), (v, c, d)) for w in pair]
+    for tensors in (slices, shared):
+        loss = sum((w * (i + w)).sum() for i, w in enumerate(tensors, 1) if used[i - 1])
+        found.append(torch.autograd.grad(loss, (u, v)))
+    for mine, other in zip([*shared, *found[1]], [*slices, *found[0]], strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def attention_inputs(length, past, sinks, dtype=torch.float64):

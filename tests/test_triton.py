@@ -125,7 +125,7 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "shape", [*SHAPES, (1000, 2, 16, 16, 128, 128), (777, 3, 9, 9, 64, 64), (777, 3, 3, 9, 64, 64)]
+    "shape", [*SHAPES, (1000, 2, 16, 16, 128, 128), (777, 3, 9, 9, 64, 64), (777, 3, 3, 9, 64, 64), (64, 1, 2, 2, 64, 64)]
 )
 def test_kernels_on_the_gpu(shape, dtype):
     check_scans("cuda", dtype, *shape)
@@ -154,8 +154,11 @@ def main():
     import ahn_layers.ops.triton_scan_backward as backward
     from ahn_layers.ops import scan, triton_join, triton_loss, triton_normalize, triton_rotary, triton_scan
 
-    run, called = triton_scan.chunked_scan, []
-    with patch.object(triton_scan, "chunked_scan", lambda *tensors: called.append(1) or run(*tensors)):
+    run, train, called = triton_scan.chunked_scan, backward.trained_scan, []
+    with (
+        patch.object(triton_scan, "chunked_scan", lambda *tensors: called.append(1) or run(*tensors)),
+        patch.object(backward, "trained_scan", lambda *tensors: called.append(1) or train(*tensors)),
+    ):
         for shape in SHAPES:
             check_scans("cpu", torch.float32, *shape)
         assert len(called) == 8 * len(SHAPES)  # float64 has none; not the PyTorch form under another name

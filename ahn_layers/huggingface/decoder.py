@@ -80,6 +80,11 @@ class DecoderAttention(HippocampalAttention):
                 module.__dict__["layer_idx"] = 0
         return copied
 
+    @property
+    def owns_mask(self) -> bool:
+        """Whether its mask is ours, since every layer of its kind is retrofitted."""
+        return ("local" if self.found.kind == "sliding" else "full") in self.owned.split("+")
+
     def cache_layer(self, cache: Any) -> MemoryLayer | None:
         """Our layer in this cache, put there if need be.
 
@@ -87,8 +92,7 @@ class DecoderAttention(HippocampalAttention):
             ValueError: if we cannot work with this cache.
         """
         layer = memory_layer(cache, self.layer_idx)
-        mask = "local" if self.found.kind == "sliding" else "full"
-        if isinstance(layer, StaticMemoryLayer) and mask not in self.owned.split("+"):
+        if isinstance(layer, StaticMemoryLayer) and not self.owns_mask:
             raise ValueError(
                 "a static cache was given to a model of which only some layers of a kind are retrofitted: in their "
                 "common mask of fixed length, padding among the new tokens cannot be found. Use a dynamic cache, or "

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 
 from .cache import HippocampalCache
 from .decoder import DecoderAttention
+from .reading import Reader
 from .region import compiled_region, decoding_backend
 from .step_graph import Step, can_record
 
@@ -24,6 +25,10 @@ PER_TOKEN = ("attention_mask", "position_ids")
 
 REPLACED = ("_prepare_cache_for_generation", "_prefill", "prepare_inputs_for_generation", "get_compiled_call")
 """Methods of ``generate`` that a retrofitted model has its own of."""
+
+
+class ChosenSize(int):
+    """A size of pieces that the caller has not asked for."""
 
 
 class PrepareCache:
@@ -64,15 +69,18 @@ class PrepareCache:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         if chunk is None and _is_plain_text(model_kwargs):
-            generation_config.prefill_chunk_size = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
+            on_gpu = model.device.type == "cuda"
+            generation_config.prefill_chunk_size = ChosenSize(GPU_PREFILL_CHUNK if on_gpu else PREFILL_CHUNK)
         return result
 
 
 class Prefill:
-    """Stands in for ``model._prefill``: the prompt is read without compiling, whatever the cache.
+    """Stands in for ``model._prefill``: the prompt is read without compiling the model, whatever the cache.
 
     Chunks have many lengths, decoding has one. On a cache that holds tokens already, the new ones are cut here:
     transformers 5.17 would begin again with the first.
+
+    A prompt that outgrows the window is read by a ``Reader``, unless the caller asked for a size of pieces.
 
     Args:
         model: the retrofitted model.
@@ -80,6 +88,7 @@ class Prefill:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.reader = Reader(model)
 
     def __call__(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -87,13 +96,17 @@ class Prefill:
         """Read the prompt as the model would."""
         model: Any = self.model
         before, size = generation_config.disable_compile, generation_config.prefill_chunk_size
+        reads = model
         if not _are_off([module for module in model.modules() if isinstance(module, DecoderAttention)]):
+            if isinstance(size, ChosenSize):
+                reads = self.reader.reading_model(input_ids.shape[1], size, model_kwargs, generation_config)
             generation_config.disable_compile = True
+        read = partial(type(model)._prefill, reads)
         try:
             for end in self._ends(input_ids, generation_config, model_kwargs):
                 upto = {name: u[..., :end] for name, u in model_kwargs.items() if name in PER_TOKEN and u is not None}
-                type(model)._prefill(model, input_ids[:, :end], generation_config, model_kwargs | upto, *args, **kwargs)
-            return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+                read(input_ids[:, :end], generation_config, model_kwargs | upto, *args, **kwargs)
+            return read(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             generation_config.disable_compile, generation_config.prefill_chunk_size = before, size
 

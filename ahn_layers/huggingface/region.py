@@ -49,7 +49,7 @@ def compiled_region(**options: Any) -> Callable[..., Any]:
         **options: of ``torch.compile``.
     """
     # torch.compile counts what it made of a piece of code: each model has its own piece
-    function = FunctionType(_plain.__code__.replace(), _plain.__globals__)
+    function = FunctionType(run_plainly.__code__.replace(), run_plainly.__globals__)
     compiled: Callable[..., Any] | None = torch.compile(function, **options)
 
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -59,15 +59,16 @@ def compiled_region(**options: Any) -> Callable[..., Any]:
                 return compiled(module, *args, **kwargs)
             except torch._dynamo.exc.RecompileError:  # was asked for
                 raise
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 warnings.warn(f"{type(module).__name__} runs uncompiled: {error}", stacklevel=2)
                 compiled = None
-        return _plain(module, *args, **kwargs)
+        return run_plainly(module, *args, **kwargs)
 
     return run
 
 
-def _plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run_plainly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The layer as it is."""
     return type(module).forward(module, *args, **kwargs)
 
 

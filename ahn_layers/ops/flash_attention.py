@@ -64,24 +64,28 @@ def flash_window_attention(
     if sink_k is not None and sink_v is not None and not head:
         own, k, v = 0, *(u[:, :, own:][:, :, -columns:] for u in (context_k, context_v))
         if _in_pieces(q, k, window_size):
-            return _attend_in_pieces(q, q if q_sinks is None else q_sinks, sink_k, sink_v, k, v, scale)
+            facing = q if q_sinks is None else q_sinks
+            return _attend_in_pieces(q, facing, sink_k, sink_v, k, v, scale, window_size)
         context_k, context_v = k, v
+    begins = sink_k is None and q_sinks is None and context_k.shape[2] == q.shape[2]
+    if begins and _in_pieces(q, context_k[:, :, own:], window_size):
+        return _cudnn(q, context_k, context_v, True, scale)[0].transpose(1, 2)
     tensors = [None if u is None else u.transpose(1, 2) for u in (q, q_sinks, sink_k, sink_v, context_k, context_v)]
     out: Tensor = _JointAttention.apply(_Cut(window_size, head, own, scale), *tensors)
     return out.transpose(1, 2)
 
 
 def _in_pieces(q: Tensor, context_k: Tensor, window_size: int) -> bool:
-    """Whether the window, full for every query, is cut into pieces without masks but the causal one.
+    """Whether the window is cut into pieces without masks but the causal one: full for every query, or never too small.
 
     cuDNN's kernels know no windows and are the fastest on Hopper, FlashAttention 2 skips what its window hides.
     """
-    length = q.shape[2]
+    length, columns = q.shape[2], context_k.shape[2]
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # the device's properties are asked for
-        and context_k.shape[2] == length + window_size - 1
-        and window_size >= 2 * length >= 1024
+        and length >= 512
+        and (columns <= window_size or columns == length + window_size - 1 >= 3 * length - 1)
         and _has_cudnn(q)
     )
 
@@ -95,24 +99,34 @@ def _has_cudnn(q: Tensor) -> bool:
 
 
 def _attend_in_pieces(
-    q: Tensor, q_sinks: Tensor, sink_k: Tensor, sink_v: Tensor, context_k: Tensor, context_v: Tensor, scale: float
+    q: Tensor,
+    q_sinks: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    context_k: Tensor,
+    context_v: Tensor,
+    scale: float,
+    window_size: int,
 ) -> Tensor:
-    """Window attention as four attentions: what all queries see, what they see causally, what leaves, the sinks.
+    """Window attention as up to four attentions: what all queries see, what they see causally, what leaves, the sinks.
 
-    Column ``j`` of the context leaves the window before query ``j``: turned around, this is causal too.
+    Column ``j`` of the context leaves a full window before query ``j``: turned around, this is causal too.
     """
-    length = q.shape[2]
-    middle, own = slice(length, context_k.shape[2] - length), slice(context_k.shape[2] - length, None)
-    parts = [
-        _cudnn(q, context_k[:, :, middle], context_v[:, :, middle], False, scale),
-        _cudnn(q, context_k[:, :, own], context_v[:, :, own], True, scale),
-    ]
-    turned, k, v = (u[:, :, :length].flip(2) for u in (q, context_k, context_v))
-    parts.append(_cudnn(turned, k, v, True, scale))
+    length, columns = q.shape[2], context_k.shape[2]
+    leaving = length if columns > window_size else 0
+    middle, own = slice(leaving, columns - length), slice(columns - length, None)
+    parts, backwards = [], None
+    if columns > leaving + length:
+        parts.append(_cudnn(q, context_k[:, :, middle], context_v[:, :, middle], False, scale))
+    parts.append(_cudnn(q, context_k[:, :, own], context_v[:, :, own], True, scale))
+    if leaving:
+        backwards = len(parts)
+        turned, k, v = (u[:, :, :length].flip(2) for u in (q, context_k, context_v))
+        parts.append(_cudnn(turned, k, v, True, scale))
     if sink_k.shape[2]:
         parts.append(_cudnn(q_sinks, sink_k, sink_v, False, scale))
     outs, lses = zip(*parts, strict=True)
-    return join(outs, lses, backwards=2)[0].transpose(1, 2)
+    return join(outs, lses, backwards=backwards)[0].transpose(1, 2)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

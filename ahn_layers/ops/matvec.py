@@ -26,21 +26,22 @@ def merge_matvecs(graph: Graph) -> None:
         if node.op == "call_function" and node.target in (F.linear, torch._C._nn.linear) and _is_matvec(node):
             x, weight, *bias = (_source(u) for u in node.args)
             groups[x].append((node, weight, bias[0] if bias else None))  # type: ignore[index, arg-type]
-    for x, linears in groups.items():
-        _merge(graph, x, linears)
+    for linears in groups.values():
+        _merge(graph, linears)
 
 
-def _merge(graph: Graph, x: Node, linears: list[tuple[Node, Node, Node | None]]) -> None:
+def _merge(graph: Graph, linears: list[tuple[Node, Node, Node | None]]) -> None:
     from . import triton_matvec
 
     for first in range(0, len(linears), triton_matvec.MOST):
         nodes, weights, biases = (list(u) for u in zip(*linears[first : first + triton_matvec.MOST], strict=True))
+        x = _source(nodes[0].args[0])  # as it is now: a merge before this one may have put another in its place
         total = _sum_with_residual(nodes[0]) if len(nodes) == 1 else None
         if total is not None:
             residual = next(u for u in total.args if u is not nodes[0])
             with graph.inserting_before(total):
                 merged = graph.call_function(torch.ops.ahn_layers.matvec.default, (x, weights, biases, residual))
-                total.replace_all_uses_with(graph.call_function(torch.reshape, (merged, tuple(_value(total).shape))))
+                _replace(graph, total, merged)
             graph.erase_node(total)
             graph.erase_node(nodes[0])
             continue
@@ -50,10 +51,16 @@ def _merge(graph: Graph, x: Node, linears: list[tuple[Node, Node, Node | None]])
         for node in nodes:
             shape = _value(node).shape
             with graph.inserting_before(node):
-                part = graph.call_function(torch.narrow, (merged, 0, start, shape[-1]))
-                node.replace_all_uses_with(graph.call_function(torch.reshape, (part, tuple(shape))))
+                _replace(graph, node, graph.call_function(torch.narrow, (merged, 0, start, shape[-1])))
             graph.erase_node(node)
             start += shape[-1]
+
+
+def _replace(graph: Graph, node: Node, flat: Node) -> None:
+    """Put the elements of ``flat``, in the shape of ``node``, in its place."""
+    shaped = graph.call_function(torch.reshape, (flat, tuple(_value(node).shape)))
+    shaped.meta["example_value"] = _value(node)  # what stands after it in the graph looks at it
+    node.replace_all_uses_with(shaped)
 
 
 def _sum_with_residual(linear: Node) -> Node | None:

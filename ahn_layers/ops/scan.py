@@ -34,6 +34,9 @@ def scan_in_triton(
     """The kernels' scan, arguments as in ``gated_delta_scan``; readings come in the dtype of ``k``."""
     from . import triton_scan, triton_scan_backward
 
-    assert triton_scan_backward  # imported to be registered
     g, beta = (None if u is None else u.to(state.dtype) for u in (g, beta))
-    return triton_scan.chunked_scan(state, q, k, v, g, beta)
+    given = (state, q, k, v, g, beta)
+    if torch.is_grad_enabled() and any(u is not None and u.requires_grad for u in given):
+        reading, after, *_ = triton_scan_backward.trained_scan(*given)
+        return reading, after
+    return triton_scan.chunked_scan(*given)

@@ -154,10 +154,10 @@ class Scan:
         q, k, v = (u if u.stride(-1) == 1 else u.contiguous() for u in (q, k, v))
         self.state, self.q, self.k, self.v = state.contiguous(), q, k, v
         (self.b, self.states, d, e), (self.heads, self.length) = state.shape, q.shape[1:3]
-        self.chunks = triton.cdiv(self.length, CHUNK)
+        self.chunks = max(2, triton.cdiv(self.length, CHUNK))  # triton 3.6 miscompiles a loop that it knows to run once
         self.rows = self.b * self.states
         fill = self.chunks * CHUNK - self.length
-        g, beta = (None if u is None else F.pad(u, (0, fill)).contiguous() for u in (g, beta))  # the kernels' layout
+        g, beta = (None if u is None else (F.pad(u, (0, fill)) if fill else u).contiguous() for u in (g, beta))
         self.total = None if g is None else g.unflatten(-1, (self.chunks, CHUNK)).cumsum(-1)
         self.strength = beta
         self.repeats = self.heads // self.states
@@ -221,12 +221,19 @@ class Scan:
         before, written, after = self.between(u, w)
         return self.read(before, written), after
 
+    def run_and_keep(self) -> tuple[Tensor, ...]:
+        """Readings, the state after, and what the backward pass needs."""
+        u, w, inverse = (None, None, None) if self.strength is None else self.solve(keep=True)
+        before, written, after = self.between(u, w)
+        kept = (before, written, *(self.k.new_empty(0) if t is None else t for t in (u, w, inverse)))
+        return self.read(before, written), after, *kept
+
 
 @torch.library.custom_op("ahn_layers::chunked_scan", mutates_args=())
 def chunked_scan(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Fold and read token by token.
+    """Fold and read token by token, without gradients.
 
     Args:
         state: ``(B, S, D, E)``, float32.

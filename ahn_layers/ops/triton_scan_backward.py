@@ -1,9 +1,10 @@
 """Triton kernels for the chunked scans, backward.
 
-Nothing but the inputs is kept of the forward pass: what its first two steps make is made again. Then the same three
-steps the other way: what the readings ask of each written value, the gradient of the state from the last chunk to the
-first, and side by side the gradients of queries, keys, values and gates. The gradient of the decay since the start of
-the chunk is ``q . dq - k . dk`` (arXiv 2312.06635, section 4), with what else holds it.
+What the first two steps of the forward pass made is kept: the states before the chunks and, for each token, what it
+writes, ``u``, ``w`` and its row of ``T``. Then the same three steps the other way: what the readings ask of each written
+value, the gradient of the state from the last chunk to the first, and side by side the gradients of queries, keys,
+values and gates. The gradient of the decay since the start of the chunk is ``q . dq - k . dk`` (arXiv 2312.06635,
+section 4), with what else holds it.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_scan import CHUNK, Scan, chunked_scan, load_rows
+from .triton_scan import CHUNK, Scan, load_rows
 
 
 @triton.jit
@@ -218,17 +219,16 @@ def _grads_of_system(
 @torch.library.custom_op("ahn_layers::chunked_scan_backward", mutates_args=())
 def chunked_scan_backward(
     grad: Tensor, grad_after: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
-    beta: Tensor | None,
+    beta: Tensor | None, kept: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of ``chunked_scan``, from those of its two results: one per tensor that was given, in order."""
+    """Gradients of ``trained_scan``, from those of its first two results: one per tensor that was given, in order."""
     scan = Scan(state, q, k, v, g, beta)
+    before, written, u, w, inverse = kept
     grad = grad.to(k.dtype).contiguous()
     (d, e), rows, chunks, padded = state.shape[-2:], scan.rows, scan.chunks, scan.chunks * CHUNK
     q_strides, k_strides, v_strides = (u.stride()[:3] for u in (scan.q, scan.k, scan.v))
     shares: dict[str, Any] = {"K_SHARE": scan.k_share, **scan.sizes}
     wide = scan.wide
-    u, w, inverse = (None, None, None) if beta is None else scan.solve(keep=True)
-    before, written, _ = scan.between(u, w)
 
     asked = scan.empty(padded, e)
     _ask_of_written[(chunks, rows)](
@@ -238,7 +238,7 @@ def chunked_scan_backward(
     grad_written, grad_state = scan.empty(padded, e), scan.empty(chunks, d, e)
     grad_before, tile = torch.empty_like(scan.state), min(scan.e_pad, 32)
     _grads_between[(triton.cdiv(e, tile), rows)](
-        grad_after.contiguous(), scan.q, scan.k, scan.decay, grad if w is None else w, grad, asked, grad_written,
+        grad_after.contiguous(), scan.q, scan.k, scan.decay, grad if beta is None else w, grad, asked, grad_written,
         grad_state, grad_before, scan.length, chunks, scan.states, *q_strides, *k_strides,
         R=scan.repeats, TILE=tile, DELTA=beta is not None, num_warps=4, num_stages=scan.stages, **shares,
     )  # fmt: skip
@@ -279,19 +279,52 @@ def chunked_scan_backward(
 @chunked_scan_backward.register_fake
 def _(
     grad: Tensor, grad_after: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
-    beta: Tensor | None,
+    beta: Tensor | None, kept: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     given = [u for u in (state, q, k, v, g, beta) if u is not None]
     return [u.new_empty(u.shape) for u in given]
 
 
-def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+@torch.library.custom_op("ahn_layers::trained_scan", mutates_args=())
+def trained_scan(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``chunked_scan`` with gradients: its two results, then what is kept for them.
+
+    Kept are, in the dtype of the products, the states before the chunks ``(B S, n, D, E)`` and what each token writes;
+    of the delta rule also ``u``, ``w`` and the rows of ``T``: ``(B S, n CHUNK, E)``, ``(B S, n CHUNK, D)`` and
+    ``(B S, n CHUNK, CHUNK)``, else these are empty.
+    """
+    return Scan(state, q, k, v, g, beta).run_and_keep()  # type: ignore[return-value]
 
 
-def _backward(ctx: Any, grad: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
-    grads = iter(chunked_scan_backward(grad, grad_after, *ctx.saved_tensors))
-    return tuple(None if u is None else next(grads) for u in ctx.saved_tensors)
+@trained_scan.register_fake
+def _(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (d, e), rows = state.shape[-2:], state.shape[0] * state.shape[1]
+    chunks = torch.sym_max(2, -(-q.shape[2] // CHUNK))
+    sizes = [(chunks, d, e), (chunks * CHUNK, e)]
+    kept = [k.new_empty(rows, *size) for size in sizes]
+    for size in (e, d, CHUNK):
+        kept.append(k.new_empty(0) if beta is None else k.new_empty(rows, chunks * CHUNK, size))
+    return k.new_empty(*q.shape[:3], e), torch.empty_like(state), *kept  # type: ignore[return-value]
 
 
-chunked_scan.register_autograd(_backward, setup_context=_save)
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[2:])
+    ctx.set_materialize_grads(False)  # nobody asks for the gradients of what is kept
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, grad_after: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    inputs, kept = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
+    state, q, k, v = inputs[:4]
+    grad = k.new_zeros(*q.shape[:3], v.shape[-1]) if grad is None else grad
+    grad_after = torch.zeros_like(state) if grad_after is None else grad_after
+    grads = iter(chunked_scan_backward(grad, grad_after, *inputs, kept))
+    return tuple(None if u is None else next(grads) for u in inputs)
+
+
+trained_scan.register_autograd(_backward, setup_context=_save)

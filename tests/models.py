@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ahn_layers import Compressor, GatedDeltaNet, adapter_parameters, retrofit
+from ahn_layers.huggingface.decoder import CACHE
 from ahn_layers.retrofit import find_retrofitted
 
 WINDOW, SINKS = 6, 2
@@ -185,8 +186,8 @@ def logits(model: torch.nn.Module, ids: Tensor, cuts: int | list[int] | None = N
         return model(input_ids=ids, use_cache=False, **options).logits
     outs = []
     for piece in ids.split(cuts, dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True, **options)
-        cache = out.past_key_values
+        out = model(input_ids=piece, use_cache=True, **{CACHE: cache}, **options)
+        cache = out[CACHE]
         outs.append(out.logits)
     return torch.cat(outs, dim=1)
 

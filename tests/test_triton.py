@@ -125,7 +125,8 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "shape", [*SHAPES, (1000, 2, 16, 16, 128, 128), (777, 3, 9, 9, 64, 64), (777, 3, 3, 9, 64, 64), (64, 1, 2, 2, 64, 64)]
+    "shape",
+    [*SHAPES, (1000, 2, 16, 16, 128, 128), (777, 3, 9, 9, 64, 64), (777, 3, 3, 9, 64, 64), (64, 1, 2, 2, 64, 64)],
 )
 def test_kernels_on_the_gpu(shape, dtype):
     check_scans("cuda", dtype, *shape)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
@@ -15,7 +16,9 @@ from .cache_layers import MemoryLayer, StaticMemoryLayer
 from .interface import implementation_name
 from .probe import AttentionBlock
 
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What models and ``generate`` call the cache: ``cache`` since transformers 5.24."""
+CACHE_NAMES = (CACHE, "past_key_values", "past_key_value", "layer_past")
 """What the cache is called in the forward of attention blocks."""
 
 

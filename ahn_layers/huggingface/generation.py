@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from .cache import HippocampalCache
-from .decoder import DecoderAttention
+from .decoder import CACHE, DecoderAttention
 from .reading import Reader
 from .region import compiled_region, decoding_backend
 from .step_graph import Step, can_record
@@ -59,13 +59,13 @@ class PrepareCache:
             result = prepare(model, generation_config, model_kwargs, *args, **kwargs)
         finally:
             generation_config.prefill_chunk_size = chunk
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None:
             return result
         for block in blocks:
             block.cache_layer(cache)
         if not getattr(cache, "_is_user_defined", False):
-            model_kwargs["past_key_values"] = cache = HippocampalCache.of(cache)
+            model_kwargs[CACHE] = cache = HippocampalCache.of(cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         if chunk is None and _is_plain_text(model_kwargs):
@@ -112,7 +112,7 @@ class Prefill:
 
     def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> range:
         """Up to where to read before the rest is read in one go; nothing to do for an empty cache."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         size, past = generation_config.prefill_chunk_size, 0 if cache is None else int(cache.get_seq_length())
         if size is None or past == 0 or mask is None:
             return range(0)
@@ -165,7 +165,7 @@ class CompiledCall:
         step = Step(model, self._region)
 
         def run(**inputs: Any) -> Any:
-            cache = inputs.get("past_key_values")
+            cache = inputs.get(CACHE)
             if not can_record(cache):
                 return usual()(**inputs)
             self._steps[cache] = ref(step)  # which lives as long as this function: until generate returns
@@ -200,12 +200,12 @@ class PrepareInputs:
         """Inputs of the next step."""
         known, usual = None, self._usual()
         if usual.func is GenerationMixin.prepare_inputs_for_generation and kwargs.get("next_sequence_length") == 1:
-            step = self.model.get_compiled_call.step_on(kwargs.get("past_key_values"))  # type: ignore[union-attr, operator]
+            step = self.model.get_compiled_call.step_on(kwargs.get(CACHE))  # type: ignore[union-attr, operator]
             known = None if step is None or not _is_plain_text(kwargs) else step.known_inputs
         positions = kwargs.get("position_ids")
         if known is None or ("position_ids" in known) != (positions is not None):
             return usual(input_ids, *args, **kwargs)
-        inputs = known | {"input_ids": input_ids[:, -1:], "past_key_values": kwargs["past_key_values"]}
+        inputs = known | {"input_ids": input_ids[:, -1:], CACHE: kwargs[CACHE]}
         if positions is not None:
             inputs["position_ids"] = positions[..., -1:]
         return inputs

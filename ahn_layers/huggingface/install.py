@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,18 +16,8 @@ from .interface import BASES, implementation_name
 from .probe import AttentionBlock
 
 
-UNKNOWN_VERSION = (5, 24)
-"""The first version of transformers that this one was not made for."""
-
-
 def check_model(model: Any) -> None:
     """Raise unless the model is a decoder of transformers that we can retrofit and that is not retrofitted yet."""
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= UNKNOWN_VERSION:
-        raise RuntimeError(
-            f"transformers {transformers.__version__}: expected a version before "
-            f"{'.'.join(map(str, UNKNOWN_VERSION))}, which passes the cache of a model under another name. "
-            "pip install 'ahn-layers[transformers]' chooses a version that fits."
-        )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"{type(model).__name__} is not a transformers model: pass the model inside a wrapper (PEFT: "

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from ..memory import MemoryStore
 from .cache_layers import LayerCache, MemoryLayer
-from .decoder import DecoderAttention
+from .decoder import CACHE, DecoderAttention
 from .region import compiled_region, run_plainly, twin
 
 WORTH_COMPILING = 4
@@ -66,7 +66,7 @@ class Reader:
             inputs: what else the model is called with: the cache, the padding mask.
             options: the generation config.
         """
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = inputs.get(CACHE), inputs.get("attention_mask")
         blocks = [module for module in self.model.modules() if isinstance(module, DecoderAttention)]
         if (
             length <= max(block.memory.window.capacity for block in blocks)

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers.cache_utils import Cache
 
 from .cache_layers import StaticMemoryLayer
+from .decoder import CACHE
 from .region import twin
 
-_CHANGING = ("input_ids", "position_ids", "past_key_values")
+_CHANGING = ("input_ids", "position_ids", CACHE)
 _CONSTANT = (
     "attention_mask",
     "logits_to_keep",
@@ -59,7 +60,7 @@ class Step:
         signature = [structure, *((u.shape, u.dtype, u.device) if isinstance(u, Tensor) else u for u in leaves)]
         if signature != self._signature:
             self._signature, self._recording, self.known_inputs = signature, None, None
-            self._twin = twin(self.model, inputs["past_key_values"], self.region)
+            self._twin = twin(self.model, inputs[CACHE], self.region)
             return self._twin(**inputs)
         if self._recording is None and self.records:
             self._recording = self._record(leaves, structure)

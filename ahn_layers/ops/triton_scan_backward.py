@@ -1,10 +1,10 @@
 """Triton kernels for the chunked scans, backward.
 
 What the first two steps of the forward pass made is kept: the states before the chunks and, for each token, what it
-writes, ``u``, ``w`` and its row of ``T``. Then the same three steps the other way: what the readings ask of each written
-value, the gradient of the state from the last chunk to the first, and side by side the gradients of queries, keys,
-values and gates. The gradient of the decay since the start of the chunk is ``q . dq - k . dk`` (arXiv 2312.06635,
-section 4), with what else holds it.
+writes, ``u``, ``w`` and its row of ``T``. Then the same three steps the other way: what the readings ask of each
+written value, the gradient of the state from the last chunk to the first, and side by side the gradients of queries,
+keys, values and gates. The gradient of the decay since the start of the chunk is ``q . dq - k . dk``
+(arXiv 2312.06635, section 4), with what else holds it.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -316,9 +316,7 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)  # nobody asks for the gradients of what is kept
 
 
-def _backward(
-    ctx: Any, grad: Tensor | None, grad_after: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_after: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs, kept = ctx.saved_tensors[:6], list(ctx.saved_tensors[6:])
     state, q, k, v = inputs[:4]
     grad = k.new_zeros(*q.shape[:3], v.shape[-1]) if grad is None else grad

@@ -121,8 +121,9 @@ class MemoryStore(nn.Module):
         softcap: float | None = None,
         use_memory: bool = True,
         inplace: bool = False,
+        final: bool = False,
         dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[Float[Tensor, "b h t e"], MemoryState]:
+    ) -> tuple[Float[Tensor, "b h t e"], MemoryState | None]:
         """Attend with new tokens and take them in.
 
         Args:
@@ -136,6 +137,7 @@ class MemoryStore(nn.Module):
             softcap: logits become ``softcap * tanh(logits / softcap)``.
             use_memory: False attends to sinks and window alone. A sequence keeps to one choice.
             inplace: overwrite the tensors of ``state`` once the window is full.
+            final: no tokens will follow, as in training: a state need not be made, None may come in its place.
             dense: the base model's own causal attention ``(q, k, v) -> out``, called instead of ours as long as
                 nothing has left the window and no row is padded, for bit-identical results.
 
@@ -151,7 +153,7 @@ class MemoryStore(nn.Module):
             q, k, v = (u if u.dtype == torch.float64 else u.to(low) for u in (q, k, v))
             options: dict[str, Any] = {"scale": scale, "softcap": softcap, "inplace": inplace, "dense": dense}
             with torch.autocast(device, enabled=False):
-                return self.forward(q, k, v, x, state, valid=valid, use_memory=use_memory, **options)
+                return self.forward(q, k, v, x, state, valid=valid, use_memory=use_memory, final=final, **options)
         check_inputs(self, q, k, v, x, valid, use_memory)
         new = self.arrive(k, v, x if use_memory else None)
         if state is None:
@@ -160,6 +162,10 @@ class MemoryStore(nn.Module):
         attention = {"scale": scale, "softcap": softcap}
         if len(new) == 1 and len(state.slots) == self.window.capacity:
             return self._step(q, new, x, state, valid, inplace, attention)
+        if final and valid is None and state.uniform == 0:
+            if dense is not None and len(new) <= self.window.capacity:
+                return dense(q, k, v), None
+            return self._attend(q, new, x, state, None, attention)[0], None
         if valid is None:
             return self._extend(q, new, x, state, None, attention, dense, inplace)
 
@@ -196,13 +202,29 @@ class MemoryStore(nn.Module):
         inplace: bool,
     ) -> tuple[Tensor, MemoryState]:
         """Any number of new tokens; with ``arrivals``, only the first so many columns of each row are real."""
+        if dense is not None and state.uniform is not None and arrivals is None:
+            total = state.uniform + len(new)
+            if total <= self.window.capacity:
+                after = state.extended(new)
+                resident = after.slots.columns(0, total)
+                return dense(q, resident.k, resident.v), after
+        out, memory = self._attend(q, new, x, state, arrivals, attention)
+        after = state.extended(new, arrivals, inplace=inplace)
+        after.memory = memory
+        return out, after
+
+    def _attend(
+        self,
+        q: Tensor,
+        new: Tokens,
+        x: Tensor | None,
+        state: MemoryState,
+        arrivals: Int[Tensor, " b"] | None,
+        attention: dict[str, float | None],
+    ) -> tuple[Tensor, State | None]:
+        """What new tokens see in sinks, window and memory; and the memory with what they push out."""
         window, count, begins = self.window, len(new), state.uniform == 0 and arrivals is None
         total = None if state.uniform is None or arrivals is not None else state.uniform + count
-        if dense is not None and total is not None and total <= window.capacity:
-            after = state.extended(new)
-            resident = after.slots.columns(0, total)
-            return dense(q, resident.k, resident.v), after
-
         context = join(*state.recent(), new)
         past, rank = len(context) - count, state.next_rank + torch.arange(count, device=q.device)
         # Query i pushes out column i - spare of the context; sinks are never pushed out.
@@ -238,9 +260,7 @@ class MemoryStore(nn.Module):
                     folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
             recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, x[:, first:], folds)
             out = add_to_tail(out, recalled.to(out.dtype))
-        after = state.extended(new, arrivals, inplace=inplace)
-        after.memory = memory
-        return out, after
+        return out, memory
 
     def _step(
         self,

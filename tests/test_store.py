@@ -151,6 +151,20 @@ def test_dense_is_called_until_something_leaves():
     assert len(lengths) == 3, "rows with a padding mask do not go through dense"
 
 
+@pytest.mark.parametrize("valid", [None, torch.arange(T).expand(B, T) > 2])
+@pytest.mark.parametrize("compressor", [None, GatedDeltaNet])
+def test_when_no_tokens_follow_the_output_is_the_same(compressor, valid):
+    store, tokens = make(compressor, 2, 5)
+    expected, end = run(store, tokens, [], valid)
+    out, nothing = run(store, tokens, [], valid, final=True)
+    assert torch.equal(out, expected) and (nothing is None or valid is not None)
+    later, after = run(store, tokens, [], valid, end, final=True)
+    assert torch.equal(later, run(store, tokens, [], valid, end)[0]) and after.seen.tolist() != end.seen.tolist()
+    short = [u[:, :, :6] for u in tokens[:3]]
+    out, _ = store(*short, tokens[3][:, :6], final=True, dense=lambda q, k, v: q.new_full((*q.shape[:3], E), 7.0))
+    assert (out == 7).all(), "within the capacity the base model's own attention"
+
+
 def test_exactly_once():
     """An evicted token reaches the output through the state alone; a later token never does."""
     store, (q, k, v, x) = make(sinks=2, window=5)

@@ -143,7 +143,7 @@ def _attending(attend: Callable[..., Tensor]) -> Iterator[None]:
         _READING.attend = before
 
 
-def _read_layer(region: Callable[..., Any], size: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _read_layer(region: Callable[..., Any], size: int, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """A decoder layer on one piece: through ``region`` if the piece is a full one."""
     given = [*args, *kwargs.values()]
     block = next(u for u in module.children() if isinstance(u, DecoderAttention))

@@ -52,7 +52,7 @@ def compiled_region(**options: Any) -> Callable[..., Any]:
     function = FunctionType(run_plainly.__code__.replace(), run_plainly.__globals__)
     compiled: Callable[..., Any] | None = torch.compile(function, **options)
 
-    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         nonlocal compiled
         if compiled is not None:
             try:
@@ -67,12 +67,12 @@ def compiled_region(**options: Any) -> Callable[..., Any]:
     return run
 
 
-def run_plainly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run_plainly(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """The layer as it is."""
     return type(module).forward(module, *args, **kwargs)
 
 
-def _run_layer(region: Callable[..., Any], module: nn.Module, cache: LayerCache, *args: Any, **kwargs: Any) -> Any:
+def _run_layer(region: Callable[..., Any], module: nn.Module, cache: LayerCache, /, *args: Any, **kwargs: Any) -> Any:
     """The layer, given its own part of the cache alone: so nothing in its arguments tells it from other layers."""
     args = tuple(cache if isinstance(u, Cache) else u for u in args)
     return region(module, *args, **{name: cache if isinstance(u, Cache) else u for name, u in kwargs.items()})

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         parameter.data = parameter.data.bfloat16()
     trainer.save_model(str(options.output))
     (options.output / "training_args.bin").unlink(missing_ok=True)
-    report = describe(options, trainer, metrics, seconds, len(train) * options.length)
+    report = describe(options, trainer, metrics, seconds)
     if trainer.is_world_process_zero():
         (options.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))
@@ -177,9 +177,10 @@ def align(model: Any, train: Crops, options: argparse.Namespace) -> None:
 
 
 def describe(
-    options: argparse.Namespace, trainer: DistillationTrainer, metrics: dict[str, float], seconds: float, tokens: int
+    options: argparse.Namespace, trainer: DistillationTrainer, metrics: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """What a model card needs: data, steps, tokens, losses, hardware, command, date."""
+    sequences = trainer.state.global_step * options.batch * options.accumulate * trainer.args.world_size
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "model": options.model or "SmolLM2-135M-Instruct",
@@ -194,7 +195,7 @@ def describe(
             "transformers": transformers.__version__,
         },
         "steps": trainer.state.global_step,
-        "tokens": tokens,
+        "tokens": sequences * options.length,
         "seconds": round(seconds, 1),
         "metrics": metrics,
         "log": trainer.state.log_history,

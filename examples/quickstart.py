@@ -9,6 +9,7 @@ bytes, peak memory, speed), draws it to a PNG, and lets the retrofitted model co
 
 import argparse
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -232,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ``readings`` by arm, ``table``, ``continuation`` and ``plot``.
     """
     args = parse(argv)
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # its new name came with 5.24
     try:
         text = load_text(args.text)
         model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)

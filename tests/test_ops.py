@@ -77,6 +77,8 @@ def test_shared_columns_have_the_gradients_of_slices(bounds, used):
         found.append(torch.autograd.grad(loss, (u, v)))
     for mine, other in zip([*shared, *found[1]], [*slices, *found[0]], strict=True):
         torch.testing.assert_close(mine, other)
+    u, v = (w.detach().double().requires_grad_() for w in (u, v))
+    assert torch.autograd.gradgradcheck(lambda u, v: sum(share_columns((u, a, b), (v, c, d)), ()), (u, v))
 
 
 def attention_inputs(length, past, sinks, dtype=torch.float64):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 def share_columns(*wanted: tuple[Tensor, int, int]) -> list[tuple[Tensor, Tensor]]:
@@ -30,7 +30,6 @@ class _Share(torch.autograd.Function):
         return *(u.view_as(u) for u in tensors), *parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(ctx.bounds)
         halves = zip(grads[:count], grads[count:], ctx.bounds, ctx.sizes, strict=True)
@@ -42,10 +41,9 @@ def _sum(whole: Tensor | None, part: Tensor | None, bounds: tuple[int, int], siz
     if part is None:
         return whole
     start, stop = bounds
-    if whole is None:
-        total = part.new_zeros(*part.shape[:2], size, *part.shape[3:])
-        total[:, :, start:stop] = part
-        return total
+    if whole is None or torch.is_grad_enabled():  # to be differentiated once more
+        padded = F.pad(part, (*[0] * 2 * (part.ndim - 3), start, size - stop))
+        return padded if whole is None else whole + padded
     total = torch.empty_like(whole)
     for rest in (slice(0, start), slice(stop, size)):
         if rest.start < rest.stop:

@@ -59,8 +59,8 @@ class DecoderAttention(HippocampalAttention):
         if self.mode == "full":
             return self.block(*args, **kwargs)
         x: Tensor = _argument(args, kwargs, self._hidden_at, self._hidden_name)
-        old_name = next((name for name in CACHE_NAMES if name in kwargs), self._cache_name)  # the block renames it
-        layer = self.cache_layer(_argument(args, kwargs, self._cache_at, old_name))
+        name = next((name for name in CACHE_NAMES if name in kwargs), self._cache_name)  # the block knows old names too
+        layer = self.cache_layer(_argument(args, kwargs, self._cache_at, name))
         attend = Attend(type(self.block).__name__, self._runner(layer, x))
         if layer is None:
             out = self.block(*args, attend=attend, **kwargs)

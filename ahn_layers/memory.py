@@ -326,7 +326,8 @@ class MemoryStore(nn.Module):
         compressor, outputs = self.compressor, []
         q, keys = self._memory_side(q, rank, evicted.k)
         size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
-        for start in range(0, len(evicted), size):
+        several = len(evicted) > size  # asked first: compiled code for one segment serves every length
+        for start in range(0, len(evicted), size) if several else (0,):
             part = slice(start, start + size)
             k, v = keys[:, :, part], evicted.v[:, :, part]
             gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}

@@ -25,12 +25,18 @@ from texts import Crops, read_dataset, read_texts, stretches, tokenize
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainingArguments
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import get_last_checkpoint
 
 import ahn_layers
-from ahn_layers import Compressor, HippocampalAttention, adapter_parameters, load_adapter, memory_report, retrofit
-from ahn_layers.distillation import DistillationTrainer, align_layers, freeze_base, sample_window, use_window
+from ahn_layers import Compressor, adapter_parameters, load_adapter, memory_report, retrofit
+from ahn_layers.distillation import (
+    DistillationTrainer,
+    align_layers,
+    compile_layers,
+    freeze_base,
+    sample_window,
+    use_window,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         load_adapter(model, options.start_from)
     parameters = freeze_base(model)
     if device == "cuda" if options.compile is None else options.compile:
-        compile_around_attention(model)
+        compile_layers(model)
     print(memory_report(model).splitlines()[-1])
 
     train, dev = load_data(tokenizer, options)
@@ -86,20 +92,6 @@ def load_data(tokenizer: Any, options: argparse.Namespace) -> tuple[Crops, list[
         return train, []
     held_out = tokenize(tokenizer, read_texts(options.dev), "held-out text")
     return train, stretches(held_out, options.dev_length, options.dev_count)
-
-
-def compile_around_attention(model: Any) -> None:
-    """Compile what surrounds attention and memory, whose shapes change with the window: norms, rotation, MLPs."""
-    torch._dynamo.config.recompile_limit = 32  # the teacher's pass, the student's, evaluation
-    name = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
-    for layer in [m for m in model.modules() if any(isinstance(c, HippocampalAttention) for c in m.children())]:
-        for child in layer.children():
-            part = child
-            if isinstance(child, HippocampalAttention):
-                part, memory = child.block, child.memory.compressor
-                memory.gates, memory.output = torch.compile(memory.gates), torch.compile(memory.output)
-            part.forward = torch.compile(part.forward)
 
 
 def world_size() -> int:
@@ -237,7 +229,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--draw-sinks", type=int, nargs="+", default=[4, 16, 32, 64, 128], help="numbers of sinks to draw from")
     add("--copies", type=float, default=0.5, help="share of sequences with repeated spans")
     add("--gradient-checkpointing", action="store_true")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile norms and MLPs; default: on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the layers; default: on a GPU")
     add("--dtype", help="of the base; default: bfloat16 on a GPU, float32 on a CPU")
     add("--eval-every", type=int, default=0)
     add("--save-every", type=int, default=100)

@@ -1,13 +1,14 @@
 """``torch.compile``: whole graphs without a break, and one graph for all of decoding with a static cache."""
 
 import contextlib
+import copy
 import importlib
 import sys
 
 import pytest
 import torch
 from torch import nn
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 COMPRESSORS = ["DeltaNet", "GatedDeltaNet", "LinearAttention", "Mamba2", None]
 SIZE, HEADS, GROUPS = 8, 4, 2
@@ -154,6 +155,69 @@ def test_gradients_of_a_compiled_model(models):
         gradients.append(torch.autograd.grad(loss, memory))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # norms are float32
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_train_as_they_do_without(checkpointing, models):
+    """Teacher and student, whose first layer gets no gradient; the second window makes code for all the others."""
+    distillation, graphs = importlib.import_module("ahn_layers.distillation"), Graphs()
+    model, ids = models.retrofitted(), models.tokens(2, 9 * models.CAPACITY)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    memory = distillation.freeze_base(model)
+
+    def gradients(window, **options):
+        with distillation.use_window(model, *window):
+            found = distillation.distillation_loss(model, ids, ce_weight=0.5, **options)
+            return torch.autograd.grad(found.loss, memory)
+
+    windows = [(6, 2), (12, 3), (20, 5), (33, 3)]
+    expected = [gradients(window) for window in windows]
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False, recompile_limit=8):  # put back at the end
+        distillation.compile_layers(model, fullgraph=not checkpointing, backend=graphs.backend)
+        counts = []
+        for window, others in zip(windows, expected, strict=True):
+            for one, other in zip(gradients(window), others, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # norms are float32
+            counts.append(graphs.count)
+        assert counts[0] == 3 and counts[1] <= 5 and counts[1:] == counts[1:2] * 3
+        gradients((30, 4), layer_weight=0.3)  # eager: hooks tell layers apart
+        distillation.align_layers(model, ids)
+        assert graphs.count == counts[-1]
+    with pytest.raises(ValueError, match="Linear has no HippocampalAttention: call retrofit"):
+        distillation.compile_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compressor", ["GatedDeltaNet", "Mamba2"])
+def test_compiled_layers_on_the_gpu(compressor, models):
+    """The fused kernels inside compiled code: no further from float32 than the same kernels without."""
+    ahn, distillation = sys.modules["ahn_layers"], importlib.import_module("ahn_layers.distillation")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).cuda().bfloat16()
+    model = ahn.retrofit(base, ahn.Compressor.by_name[compressor], window_size=200, num_sinks=8)
+    memory = distillation.freeze_base(model)
+    for parameter in memory:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    exact = copy.deepcopy(model).float()
+    ids, goal = torch.randint(64, (2, 1500), device="cuda"), torch.randn(2, 1500, 256, device="cuda")
+
+    def gradients(model, window):
+        with distillation.use_window(model, *window):
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+        given = [parameter for _, parameter in ahn.adapter_parameters(model)]
+        return torch.autograd.grad((hidden.float() * goal).sum(), given)
+
+    windows = [(248, 8), (500, 12), (700, 4)]
+    expected = [gradients(exact, window) for window in windows]
+    eager = [gradients(model, window) for window in windows]
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False, recompile_limit=8):
+        distillation.compile_layers(model, fullgraph=True)
+        for window, right, others in zip(windows, expected, eager, strict=True):
+            for found, other, one in zip(gradients(model, window), others, right, strict=True):
+                near, far = (float((u - one).norm() / one.norm()) for u in (other, found))
+                assert far < 1.5 * near + 0.01 and far < 0.1, (window, near, far)
 
 
 def compiling(backend):

@@ -7,6 +7,7 @@ arXiv 2510.07318, section 3.3. These are pieces; the loop is that of transformer
 from typing import TYPE_CHECKING, Any
 
 from .alignment import align_layers
+from .compiling import compile_layers
 from .copying import repeat_spans
 from .loss import sliced_loss
 from .passes import DistillationLoss, arm_losses, distillation_loss, freeze_base, gap_closed, output_head
@@ -20,6 +21,7 @@ __all__ = [
     "DistillationTrainer",
     "align_layers",
     "arm_losses",
+    "compile_layers",
     "distillation_loss",
     "freeze_base",
     "gap_closed",

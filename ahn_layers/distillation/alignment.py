@@ -14,7 +14,7 @@ from .passes import common_capacity, relative_error
 
 
 def align_layers(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tensor, " layers"]:
-    """Add to the memory's gradients those of each layer's own error, from one pass of the teacher.
+    """Add to the memory's gradients those of each layer's own error, from one pass of the teacher, uncompiled.
 
     In the pass with full attention every retrofitted block also runs with its memory, on the same input, and
     ``|memory - full|^2 / |full|^2`` of its output beyond the capacity is differentiated at once. No gradient crosses a
@@ -45,7 +45,7 @@ def align_layers(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
         error.backward()  # type: ignore[no-untyped-call]
         errors.append(error.detach())
 
-    with _hooks(model, learn), torch.no_grad(), full_attention(model):
+    with torch.compiler.set_stance("force_eager"), _hooks(model, learn), torch.no_grad(), full_attention(model):
         model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     return torch.stack(errors)
 

@@ -185,9 +185,10 @@ def run_hidden(
     """The hidden states that enter the output layer, and on request the output of every retrofitted attention block.
 
     The model is called as a whole, so that wrappers around it do their work; its logits are computed for one token.
+    Compiled layers whose blocks are asked for run uncompiled: the hooks on them would be compiled in, anew every time.
     """
     inner, _ = find_retrofitted(model)
-    with _collect(_decoder(inner)) as final:
+    with _collect(_decoder(inner)) as final, torch.compiler.set_stance("force_eager") if with_layers else _as_it_is():
         blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)] if with_layers else []
         with _collect(*blocks) as layers:
             out = model(input_ids=input_ids, use_cache=False, logits_to_keep=1)

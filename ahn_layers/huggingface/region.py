@@ -79,9 +79,12 @@ def _run_layer(region: Callable[..., Any], module: nn.Module, cache: LayerCache,
 
 
 def decoding_backend(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Inductor, after the products with a single row that share it have become one launch each."""
+    """Inductor, after the products with a single row that share it have become one launch each.
+
+    What is left are small operations: those that do not depend on each other share launches too.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     merge_matvecs(graph.graph)
     graph.recompile()
-    return compile_fx(graph, inputs)  # type: ignore[return-value]
+    return compile_fx(graph, inputs, config_patches={"combo_kernels": True})  # type: ignore[return-value]

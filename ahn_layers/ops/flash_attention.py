@@ -176,21 +176,26 @@ class _JointAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.cut, ctx.turned, ctx.inside = cut, q_sinks is not None, sink_k is None
         tensors = (q, q if q_sinks is None else q_sinks, *_sinks(cut, sink_k, sink_v, k, v), k, v)
-        outs, lses, ctx.extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)
-        split = bool(cut.head)
+        outs, lses, extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)
+        split = 1 if cut.head else 0
         pieces = [(outs[0], lses[0])] if split else []
         if len(outs) > split:
             pieces.append(join(outs[split:], lses[split:]))
-        ctx.save_for_backward(*(u for piece in pieces for u in piece), *tensors)
+        ctx.save_for_backward(
+            *tensors, *(u for extra in extras for u in extra), *(u for piece in pieces for u in piece)
+        )
         return pieces[0][0] if len(pieces) == 1 else torch.cat([out for out, _ in pieces], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cut, saved = ctx.cut, ctx.saved_tensors
-        pieces, tensors = saved[:-6], saved[-6:]
+        tensors, rest = saved[:6], saved[6:]
         q, _, sink_k, sink_v, k, v = tensors
+        parts = cut.parts(*tensors)
+        extras, pieces = rest[: 2 * len(parts)], rest[2 * len(parts) :]
         found = []
-        for number, (part, extra) in enumerate(zip(cut.parts(*tensors), ctx.extras, strict=True)):
+        for number, part in enumerate(parts):
+            extra = extras[2 * number : 2 * number + 2]
             first = cut.head and not number
             piece = slice(0, cut.head) if first else slice(cut.head, None)
             out, lse = pieces[:2] if first else pieces[-2:]
@@ -251,10 +256,10 @@ def join(
 
 def _flash(part: Part, scale: float) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     q, k, v, back = part
-    out, lse, seed, unused, _ = torch.ops.aten._flash_attention_forward(
+    found = torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, back is not None, False, scale=scale, **_sides(back)
     )
-    return out, lse, (seed, unused)
+    return found[0], found[1], found[2:4]
 
 
 def _flash_backward(

@@ -117,16 +117,17 @@ def _join_parts(
 def parts_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, int], int, int]:
     """How the slots are cut for the GPU: constants of the kernel, slots in a part, number of parts.
 
-    One program on every multiprocessor, or two where rows are too many to be cut evenly.
+    One program on every multiprocessor; two where rows are too many to be cut evenly, or tokens so small that a program
+    waits for its first ones as long as for all the others.
     """
     (b, h, _, d), (groups, slots, e) = q.shape, v.shape[1:]
     d_pad, e_pad = (max(16, triton.next_power_of_2(u)) for u in (d, e))
-    block = min(128, max(16, _SHARED // max(d_pad, e_pad)))
+    block = min(64, max(16, _SHARED // max(d_pad, e_pad)))
     if q.element_size() > 2:
         block //= 2
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 5
     rows = b * groups
-    parts = max(1, programs * (1 if rows <= 16 else 2) // rows)
+    parts = max(1, programs * (2 if rows > 16 or max(d_pad, e_pad) <= 64 else 1) // rows)
     size = triton.cdiv(triton.cdiv(slots, parts), block) * block
     repeats = h // groups
     options = {

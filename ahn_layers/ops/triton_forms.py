@@ -18,3 +18,13 @@ def in_triton(*tensors: Tensor | None) -> bool:
     """Whether a kernel without a backward pass can run on these tensors."""
     given = [u for u in tensors if u is not None]
     return has_triton(given[0]) and not (torch.is_grad_enabled() and any(u.requires_grad for u in given))
+
+
+def early_launch(u: Tensor) -> dict[str, bool]:
+    """Options of a kernel that may start while the one before it ends: programmatic dependent launch, since Hopper.
+
+    If ``EARLY``, a kernel lets the next one start (``gdc_launch_dependents``), and waits for the one before
+    (``gdc_wait``) in each of its programs; until then it reads parameters alone, which no kernel writes.
+    """
+    able = u.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(u.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}

@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_decode import _attend, _join, parts_of
+from .triton_forms import early_launch
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
+_FINISH_TILE, _FINISH_WARPS = 16, 1
+"""Channels of the output that a program of the second launch makes, and its warps."""
 
 
 @triton.jit
@@ -40,7 +43,10 @@ def _attend_and_fold(
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr,
     KEYED: tl.constexpr, DECAYS: tl.constexpr, RATED: tl.constexpr, WEIGHED: tl.constexpr, DELTA: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < attending:
         row, part = program // parts, program % parts
@@ -99,43 +105,34 @@ def _finish(
     n0_b, n0_s, n1_b, n1_s, g0_b, g0_s, g0_c, g1_b, g1_s, g1_c,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, GATES: tl.constexpr, S: tl.constexpr,
-    RECALLS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr,
+    RECALLS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, g, d, e = head // H, head % H, head % H // R, tl.arange(0, D_PAD), tile * TILE + tl.arange(0, TILE)
-    now = tl.load(now_ptr + b)
     q = tl.load(q_ptr + b * q_b + h * q_h + d, mask=d < D, other=0.0)
     k = tl.load(k_ptr + b * k_b + g * k_g + d, mask=d < D, other=0.0)
     v = tl.load(v_ptr + b * v_b + g * v_g + e, mask=e < E, other=0.0)
+    logit = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scale
     if RECALLS:
         i = tl.arange(0, E_PAD)
-        r = tl.load(reading_ptr + head * E + i, mask=i < E, other=0.0)
         inside = (i[:, None] < E) & (e[None, :] < E)
-        matrix = tl.load(matrix_ptr + (h * E + i[:, None]) * E + e[None, :], mask=inside, other=0.0)
-    logit = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scale
-    out = _join(
-        max_ptr,
-        sum_ptr,
-        part_ptr,
-        head,
-        e,
-        parts,
-        logit,
-        tl.full((), 1.0, tl.float32),
-        v.to(tl.float32),
-        R,
-        E,
-        TILE,
-        PARTS,
-    )
-    if RECALLS:
-        r *= tl.rsqrt(tl.sum(r * r, 0) / E + eps)
+        matrix = tl.load(matrix_ptr + (h * E + i[:, None]) * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
         if SCALED:
-            r *= tl.load(weight_ptr + i, mask=i < E, other=0.0).to(tl.float32)
+            matrix *= tl.load(weight_ptr + i, mask=i < E, other=0.0).to(tl.float32)[:, None]
         if GATED:
             gate = tl.load(gate_ptr + head).to(tl.float32)
-            r *= gate / (1 + tl.exp(-gate))
-        out += tl.sum(matrix.to(tl.float32) * r[:, None], 0)
+            matrix *= gate / (1 + tl.exp(-gate))
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # for the first kernel, which has waited for all the others
+    now = tl.load(now_ptr + b)
+    one = tl.full((), 1.0, tl.float32)
+    if RECALLS:
+        r = tl.load(reading_ptr + head * E + i, mask=i < E, other=0.0)
+    out = _join(max_ptr, sum_ptr, part_ptr, head, e, parts, logit, one, v.to(tl.float32), R, E, TILE, PARTS)
+    if RECALLS:
+        out += tl.sum(matrix * (r * tl.rsqrt(tl.sum(r * r, 0) / E + eps))[:, None], 0)
     tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
     slot = _slot(now - 1, slots, num_sinks)
     if h % R == 0:
@@ -198,6 +195,7 @@ def decode_step(
     largest, total = q.new_empty(2, b * groups, parts, repeats, dtype=torch.float32)
     partial = q.new_empty(b * groups, parts, repeats, e, dtype=torch.float32)
     reading, out, now = q.new_empty(b, h, 1, e, dtype=torch.float32), q.new_empty(b, h, 1, e), torch.empty_like(seen)
+    early = early_launch(q)
     attending, held = b * groups * parts, [*gates, *[k_slots[..., 0]] * (2 - len(gates))]
     new = [*new_gates, *[k[..., 0]] * (2 - len(gates))]
     _attend_and_fold[(attending + b * states * triton.cdiv(e, tile),)](
@@ -206,16 +204,17 @@ def decode_step(
         size, parts, attending, eps, read_scale, *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2],
         *k_slots.stride()[:3], *v_slots.stride()[:3], *held[decay].stride(), *held[strength].stride(),
         TURNED=facing > 0, S=states, TILE=tile, KEYED=key is not None, DECAYS=decay >= 0, RATED=rate is not None,
-        WEIGHED=strength >= 0, DELTA=delta, **options,
+        WEIGHED=strength >= 0, DELTA=delta, EARLY=early["EARLY"], **options,
     )  # fmt: skip
-    _finish[(b * h, triton.cdiv(e, 16))](
+    _finish[(b * h, triton.cdiv(e, _FINISH_TILE))](
         q, k, v, k_slots, v_slots, seen, now, largest, total, partial, reading, reading if weight is None else weight,
         reading if gate is None else gate, reading if matrix is None else matrix, out, *new, *held,
         slots, num_sinks, scale, parts, norm_eps, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *k_slots.stride()[:3], *v_slots.stride()[:3], *new[0].stride()[:2], *new[1].stride()[:2],
         *held[0].stride(), *held[1].stride(), H=h, R=repeats, D=options["D"], D_PAD=options["D_PAD"], E=e,
-        E_PAD=options["E_PAD"], TILE=16, PARTS=128, GATES=len(gates), S=states, RECALLS=matrix is not None,
-        SCALED=weight is not None, GATED=gate is not None, num_warps=4,
+        E_PAD=options["E_PAD"], TILE=_FINISH_TILE, PARTS=min(128, triton.next_power_of_2(parts)), GATES=len(gates),
+        S=states, RECALLS=matrix is not None, SCALED=weight is not None, GATED=gate is not None,
+        num_warps=_FINISH_WARPS, **early,
     )  # fmt: skip
     return out, reading
 

@@ -194,7 +194,7 @@ def test_compiled_layers_train_as_they_do_without(checkpointing, models):
 def test_compiled_layers_on_the_gpu(compressor, models):
     """The fused kernels inside compiled code: no further from float32 than the same kernels without."""
     ahn, distillation = sys.modules["ahn_layers"], importlib.import_module("ahn_layers.distillation")
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).cuda().bfloat16()
     model = ahn.retrofit(base, ahn.Compressor.by_name[compressor], window_size=200, num_sinks=8)
     memory = distillation.freeze_base(model)
@@ -205,8 +205,9 @@ def test_compiled_layers_on_the_gpu(compressor, models):
 
     def gradients(model, window):
         with distillation.use_window(model, *window):
-            hidden = model.model(ids, use_cache=False).last_hidden_state
-        given = [parameter for _, parameter in ahn.adapter_parameters(model)]
+            x = model.get_input_embeddings()(ids).detach().requires_grad_()
+            hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        given = [x, *(parameter for _, parameter in ahn.adapter_parameters(model))]
         return torch.autograd.grad((hidden.float() * goal).sum(), given)
 
     windows = [(248, 8), (500, 12), (700, 4)]

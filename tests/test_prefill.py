@@ -45,6 +45,21 @@ def test_generate_reads_long_prompts_in_chunks(model, monkeypatch, pads):
     assert seen[:2] == [30, 20], "a size that the caller asks for is kept"
 
 
+def test_rows_share_a_chunk(model, monkeypatch):
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 48)
+    monkeypatch.setattr(generation, "SHORTEST_CHUNK", 10)
+    ids, options = torch.randint(1, 64, (8, 50)), {"max_new_tokens": 2, "do_sample": False}
+    expected = model.generate(ids, prefill_chunk_size=50, **options)
+    seen = lengths_of_calls(model)
+    for rows, sizes in ((1, [48, 2]), (2, [24, 24, 2]), (4, [12] * 4 + [2]), (8, [10] * 5)):
+        seen.clear()
+        assert torch.equal(model.generate(ids[:rows], **options), expected[:rows])
+        assert seen == [*sizes, 1]
+    seen.clear()
+    model.generate(ids[:2], num_beams=2, **options)
+    assert seen[:5] == [12] * 4 + [2]
+
+
 def test_full_attention_and_embeddings_are_not_cut(model, monkeypatch):
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
     ids = torch.randint(1, 64, (1, 50))

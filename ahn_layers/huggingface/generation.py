@@ -16,9 +16,11 @@ from .region import compiled_region, decoding_backend
 from .step_graph import Step, can_record
 
 PREFILL_CHUNK = 4096
-"""Tokens that ``generate`` reads at a time, unless the caller asks for another size."""
+"""Tokens that ``generate`` reads at a time, of all rows together, unless the caller asks for another size."""
 GPU_PREFILL_CHUNK = 8192
 """The same on a GPU, which wants more work in each launch."""
+SHORTEST_CHUNK = 256
+"""Tokens of each row that are read at a time at least, however many rows there are."""
 
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
@@ -34,8 +36,8 @@ class ChosenSize(int):
 class PrepareCache:
     """Stands in for ``model._prepare_cache_for_generation``: the cache of ``generate`` gets our layers from the start.
 
-    A prompt that may outgrow the window is read in chunks of ``PREFILL_CHUNK`` tokens, so that not only the cache but
-    the activations too stay bounded.
+    A prompt that may outgrow the window is read in chunks of ``PREFILL_CHUNK`` tokens, which rows share, so that not
+    only the cache but the activations too stay bounded.
 
     An object and not a function, so that the model can still be pickled and copied.
 
@@ -46,17 +48,20 @@ class PrepareCache:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """Make the cache as the model would, then put our layers in."""
         model: Any = self.model
-        prepare = type(model)._prepare_cache_for_generation
+        prepare = partial(type(model)._prepare_cache_for_generation, model)
+        args = (mode, batch_size, *args)
         blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
         if _are_off(blocks):
-            return prepare(model, generation_config, model_kwargs, *args, **kwargs)
+            return prepare(generation_config, model_kwargs, *args, **kwargs)
         chunk = generation_config.prefill_chunk_size
         generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
         try:
-            result = prepare(model, generation_config, model_kwargs, *args, **kwargs)
+            result = prepare(generation_config, model_kwargs, *args, **kwargs)
         finally:
             generation_config.prefill_chunk_size = chunk
         cache = model_kwargs.get(CACHE)
@@ -69,8 +74,10 @@ class PrepareCache:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         if chunk is None and _is_plain_text(model_kwargs):
-            on_gpu = model.device.type == "cuda"
-            generation_config.prefill_chunk_size = ChosenSize(GPU_PREFILL_CHUNK if on_gpu else PREFILL_CHUNK)
+            size = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            share = max(SHORTEST_CHUNK, size // (batch_size * copies))
+            generation_config.prefill_chunk_size = ChosenSize(min(size, share))
         return result
 
 

@@ -269,7 +269,11 @@ def cold(options: argparse.Namespace) -> Results:
             subprocess.run([*command, "--output", found], env=os.environ | caches, check=True, capture_output=True)
             seconds = time.perf_counter() - start
             inside = json.loads((found / "results.json").read_text())["first"]
-            results[name] = {"process, s": seconds, "model, s": inside["model, s"], "generate, s": inside["generate, s"]}
+            results[name] = {
+                "process, s": seconds,
+                "model, s": inside["model, s"],
+                "generate, s": inside["generate, s"],
+            }
     return results
 
 

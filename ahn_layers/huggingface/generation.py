@@ -49,7 +49,13 @@ class PrepareCache:
         self.model = model
 
     def __call__(
-        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Make the cache as the model would, then put our layers in."""
         model: Any = self.model

@@ -192,7 +192,7 @@ def test_compiled_layers_train_as_they_do_without(checkpointing, models):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compressor", ["GatedDeltaNet", "Mamba2"])
 def test_compiled_layers_on_the_gpu(compressor, models):
-    """The fused kernels inside compiled code: about as far from float32 as without; odd lengths run uncompiled."""
+    """The fused kernels inside compiled code: about as far from float32 as without, for odd lengths too."""
     ahn, distillation = sys.modules["ahn_layers"], importlib.import_module("ahn_layers.distillation")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).cuda().bfloat16()

@@ -1,18 +1,14 @@
 """Training with compiled layers: one piece of code for all layers and all windows."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention import HippocampalAttention
 
 _VARIANTS = 32
 """Of one layer's code: teacher and student, the window alone, sizes known and unknown, with and without gradients."""
-_MULTIPLE = 8
-"""Tokens: lengths and capacities that are multiples of it have been compared on a GPU."""
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
@@ -21,9 +17,6 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     A training step of eager layers waits for Python more than for the GPU. Layers of one kind share their compiled
     code, except that the first one, whose input has no gradient if the base is frozen, has its own. Code for a second
     window serves windows of any size. All this is compiled when the first batches come, which should be of one shape.
-
-    On a GPU, batches run uncompiled whose length or whose window's capacity is no multiple of 8: for such a length a
-    gradient of the compiled code was wrong (torch 2.11, triton 3.6), for multiples of 8 they are those of eager layers.
 
     ``torch.compiler.set_stance("force_eager")`` goes back to eager layers for a while, as for an evaluation. With
     ``layer_weight`` layers run uncompiled. For the whole process, the compiler stops taking integers in modules for
@@ -42,18 +35,4 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # sizes of windows, which training draws
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     for layer in layers:
-        layer.forward = _forward(layer, **options)  # type: ignore[method-assign]
-
-
-def _forward(layer: nn.Module, **options: Any) -> Callable[..., Any]:
-    plain, compiled = layer.forward, torch.compile(layer.forward, **options)
-    blocks = [child for child in layer.children() if isinstance(child, HippocampalAttention)]
-
-    @wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = next(u for u in (*args, *kwargs.values()) if isinstance(u, Tensor))
-        sizes = [x.shape[1], *(block.memory.window.capacity for block in blocks)]
-        run = plain if x.is_cuda and any(size % _MULTIPLE for size in sizes) else compiled
-        return run(*args, **kwargs)
-
-    return forward
+        layer.forward = torch.compile(layer.forward, **options)  # type: ignore[method-assign]

@@ -199,7 +199,7 @@ class _JointAttention(torch.autograd.Function):
             first = cut.head and not number
             piece = slice(0, cut.head) if first else slice(cut.head, None)
             out, lse = pieces[:2] if first else pieces[-2:]
-            found.append(_flash_backward(grad[:, piece].contiguous(), part, out, lse, extra, cut.scale))
+            found.append(_flash_backward(grad[:, piece], part, out, lse, extra, cut.scale))
         head = [found.pop(0)] if cut.head else []
         window = found[:1] or [tuple(u[:, :0] for u in (q, k, v))]
         dq = [u[0] for u in head] + [u[0] for u in window]
@@ -266,11 +266,42 @@ def _flash_backward(
     grad: Tensor, part: Part, out: Tensor, lse: Tensor, extra: tuple[Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, back = part
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+    return flash_backward(grad, q, k, v, out, lse, list(extra), back, scale)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("ahn_layers::flash_backward", mutates_args=())
+def flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: list[Tensor], back: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of FlashAttention, as PyTorch has it, by queries, keys and values.
+
+    An operation of its own, since PyTorch's reads the log-sum-exp as if it had no gaps between its rows, and a compiler
+    may leave some.
+
+    Args:
+        grad: of the output, ``(b, t, h, d)``.
+        q: ``(b, t, h, d)``.
+        k: ``(b, c, g, d)``.
+        v: ``(b, c, g, d)``.
+        out: ``(b, t, h, d)``.
+        lse: ``(b, h, t)``.
+        extra: the state of the random generator, which nothing draws from.
+        back: how many tokens back a query sees, itself included, None for all.
+        scale: logit factor.
+    """
+    grad, out, lse = (u.contiguous() for u in (grad, out, lse))
+    grads = torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, back is not None, *extra, scale=scale,
         **_sides(back),
     )  # fmt: skip
-    return grads
+    dq, dk, dv = (u.contiguous() for u in grads)
+    return dq, dk, dv
+
+
+@flash_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _sides(back: int | None) -> dict[str, int]:

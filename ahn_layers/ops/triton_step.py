@@ -3,7 +3,7 @@
 1. *Attend and fold*: some programs attend to a part of the slots each, all but the one whose token leaves; others fold
    that token into a tile of the memory and read it. Neither waits for the other: the memory costs no time of its own.
 2. *Finish*: the new token joins the parts of the attention and takes its slot; what was read is normalised, gated,
-   multiplied and added.
+   multiplied and added. Since Hopper it starts while the first one ends.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False

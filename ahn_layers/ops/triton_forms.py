@@ -23,8 +23,8 @@ def in_triton(*tensors: Tensor | None) -> bool:
 def early_launch(u: Tensor) -> dict[str, bool]:
     """Options of a kernel that may start while the one before it ends: programmatic dependent launch, since Hopper.
 
-    If ``EARLY``, a kernel lets the next one start (``gdc_launch_dependents``), and waits for the one before
-    (``gdc_wait``) in each of its programs; until then it reads parameters alone, which no kernel writes.
+    If ``EARLY``, a kernel lets the next one start (``gdc_launch_dependents``). One that is launched with these options
+    waits for the one before it (``gdc_wait``) in each of its programs; until then it reads nothing still written.
     """
     able = u.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(u.device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.start_from:
         load_adapter(model, options.start_from)
     parameters = freeze_base(model)
-    if device == "cuda" if options.compile is None else options.compile:
+    half = dtype in (torch.bfloat16, torch.float16)
+    if (device == "cuda" and half) if options.compile is None else options.compile:
         compile_layers(model)
     print(memory_report(model).splitlines()[-1])
 
@@ -229,7 +230,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--draw-sinks", type=int, nargs="+", default=[4, 16, 32, 64, 128], help="numbers of sinks to draw from")
     add("--copies", type=float, default=0.5, help="share of sequences with repeated spans")
     add("--gradient-checkpointing", action="store_true")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the layers; default: on a GPU")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the layers; default: in half precision on a GPU",
+    )
     add("--dtype", help="of the base; default: bfloat16 on a GPU, float32 on a CPU")
     add("--eval-every", type=int, default=0)
     add("--save-every", type=int, default=100)

@@ -1,9 +1,5 @@
 """Self-distillation: the loss against its definition, gradients, what may change and what may not."""
 
-import os
-import signal
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,27 +9,19 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    TrainerCallback,
-    TrainingArguments,
 )
 
 from ahn_layers import (
     GatedDeltaNet,
     adapter_parameters,
     full_attention,
-    load_adapter,
     retrofit,
-    save_adapter,
     window_only,
 )
 from ahn_layers.distillation import (
-    DistillationTrainer,
     align_layers,
     arm_losses,
     distillation_loss,
-    freeze_base,
     gap_closed,
     repeat_spans,
     sample_window,
@@ -42,30 +30,7 @@ from ahn_layers.distillation import (
 )
 from ahn_layers.distillation.windows import CAPACITIES, SINKS
 
-VOCAB, CAPACITY = 61, 16
-
-
-def small(dtype=torch.float32, trained=True, **config):
-    """A tiny retrofitted model whose memory already says something."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, **sizes, **config)).to(dtype)
-    model = retrofit(base, GatedDeltaNet, window_size=12, num_sinks=4)
-    freeze_base(model)
-    if trained:
-        with torch.no_grad():
-            for _, parameter in adapter_parameters(model):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def text(rows=2, length=48, seed=1):
-    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in adapter_parameters(model)}
-
+from .distilling import CAPACITY, gradients, small, text
 
 # windows
 
@@ -308,140 +273,6 @@ def test_spans_at_any_length(length):
     for seed in range(20):
         changed = repeat_spans(torch.arange(length), torch.Generator().manual_seed(seed))
         assert len(changed) == length and (length >= 128) == bool((changed != torch.arange(length)).any())
-
-
-# the trainer
-
-
-class Texts(torch.utils.data.Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        return {"input_ids": text(1, 40, seed=100 + index)[0]}
-
-
-def trainer(folder: Path, model=None, callbacks=(), **changes):
-    settings = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "save_steps": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "seed": 5,
-        "per_device_eval_batch_size": 1,
-    }  # fmt: skip
-    eval_dataset = [Texts()[i] for i in range(3)]
-    return DistillationTrainer(
-        model or small(trained=False), TrainingArguments(**(settings | changes)), sinks=(2, 4), shortest=0.0,
-        train_dataset=Texts(), eval_dataset=eval_dataset, callbacks=list(callbacks),
-    )  # fmt: skip
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in adapter_parameters(model)}
-
-
-def losses(run):
-    return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_is_exact(tmp_path, accumulate):
-    whole = trainer(tmp_path / "whole", gradient_accumulation_steps=accumulate)
-    whole.train()
-    again = trainer(tmp_path / "again", gradient_accumulation_steps=accumulate)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert losses(again)[6] == losses(whole)[6]
-    for name, value in weights(whole.model).items():
-        assert torch.equal(value, weights(again.model)[name]), name
-
-
-def test_checkpoints_hold_the_memory_alone(tmp_path):
-    run = trainer(tmp_path)
-    run.train()
-    files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
-    assert "adapter.safetensors" in files and not any("model" in name for name in files)
-    memory = sum(p.numel() * 4 for _, p in adapter_parameters(run.model))
-    assert (tmp_path / "checkpoint-6" / "adapter.safetensors").stat().st_size < 1.2 * memory + 10_000
-
-
-def test_three_arms_are_reported(tmp_path):
-    run = trainer(tmp_path, small())
-    metrics = run.evaluate()
-    ids = torch.stack([Texts()[i]["input_ids"] for i in range(3)])
-    expected = {arm: float(loss.mean()) for arm, loss in arm_losses(run.model, ids).items()}
-    for arm, value in expected.items():
-        assert metrics[f"eval_{arm}"] == pytest.approx(value, rel=1e-5)
-    assert metrics["eval_gap_closed"] == pytest.approx(gap_closed(**expected), rel=1e-2)
-
-
-class Interrupt(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_an_interruption_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    run = trainer(tmp_path / "stopped", callbacks=[Interrupt()])
-    run.train()
-    assert run.state.global_step == 2 and signal.getsignal(signal.SIGINT) is before
-    assert (tmp_path / "stopped" / "checkpoint-2" / "adapter.safetensors").exists()
-    again = trainer(tmp_path / "again")
-    again.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
-    whole = trainer(tmp_path / "whole")
-    whole.train()
-    for name, value in weights(whole.model).items():
-        assert torch.equal(value, weights(again.model)[name]), name
-
-
-def test_a_model_without_a_memory_cannot_be_trained(tmp_path):
-    with pytest.raises(ValueError, match="no memory"):
-        trainer(tmp_path, LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1,
-                                                       num_hidden_layers=1, intermediate_size=8)))  # fmt: skip
-
-
-# several processes
-
-
-def sharded(rank: int, folder: str, device: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    backend = "gloo" if device == "cpu" else "nccl"
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = small(torch.float64).to(device)
-    mesh = torch.distributed.device_mesh.init_device_mesh(device, (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    with use_window(model, 7, 2):
-        distillation_loss(model, text(4)[2 * rank : 2 * rank + 2].to(device), ce_weight=0.5).loss.backward()
-    found = {name: p.grad.full_tensor().cpu() for name, p in adapter_parameters(model)}
-    save_adapter(model, f"{folder}/adapter")
-    with torch.no_grad():
-        for _, parameter in adapter_parameters(model):
-            parameter.zero_()
-    load_adapter(model, f"{folder}/adapter")
-    loaded = {name: p.full_tensor().cpu() for name, p in adapter_parameters(model)}
-    if rank == 0:
-        torch.save((found, loaded), f"{folder}/result.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_two_processes_with_fsdp2_are_one(device, tmp_path):
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    torch.multiprocessing.spawn(sharded, (str(tmp_path), device), nprocs=2)
-    model = small(torch.float64).to(device)
-    with use_window(model, 7, 2):
-        distillation_loss(model, text(4).to(device), ce_weight=0.5).loss.backward()
-    both, loaded = torch.load(tmp_path / "result.pt")
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(both[name], gradient.cpu(), rtol=1e-9, atol=1e-12)
-    for name, value in weights(model).items():  # an adapter went out of the sharded model and back into it
-        assert torch.equal(loaded[name], value.cpu()), name
 
 
 SMALL = {

@@ -17,6 +17,8 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     A training step of eager layers waits for Python more than for the GPU. Layers of one kind share their compiled
     code, except that the first one, whose input has no gradient if the base is frozen, has its own. Code for a second
     window serves windows of any size. All this is compiled when the first batches come, which should be of one shape.
+    Meant for half precision on a GPU: for other dtypes, and on a CPU, PyTorch 2.13's Inductor fails on windows whose
+    sizes it does not know.
 
     ``torch.compiler.set_stance("force_eager")`` goes back to eager layers for a while, as for an evaluation. With
     ``layer_weight`` layers run uncompiled. For the whole process, the compiler stops taking integers in modules for

@@ -92,17 +92,27 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Losses of the three arms, averaged over all tokens beyond the window's capacity."""
+        """Losses of the three arms, averaged over all tokens beyond the window's capacity.
+
+        Raises:
+            ValueError: if no sequence has a token beyond the capacity.
+        """
         was_training = self.model.training
         model = self.model_wrapped.eval()
         totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in self.get_eval_dataloader(eval_dataset):
             ids = batch["input_ids"].to(self.args.device)
             losses = arm_losses(model, ids, start=common_capacity(model), slice_size=self.slice_size)
-            sums = [losses[arm].double().sum() for arm in ("full", "window", "memory")]
-            totals += torch.stack([*sums, sums[0].new_tensor(losses["full"].numel())])
-        totals = self.accelerator.reduce(totals, "sum")
+            sums = [losses[arm].double().sum(dim=1) for arm in ("full", "window", "memory")]
+            sums.append(torch.full_like(sums[0], losses["full"].shape[1]))
+            # of all processes, without the sequences that only make their numbers even
+            totals += self.accelerator.gather_for_metrics(torch.stack(sums, dim=1)).sum(dim=0)
         model.train(was_training)
+        if not totals[3]:
+            raise ValueError(
+                f"no sequence goes on for two tokens beyond the capacity of {common_capacity(model)} tokens: there is "
+                "nothing to compare. Evaluate on longer sequences, or retrofit with a smaller window."
+            )
         full, window, memory = (totals[:3] / totals[3]).tolist()
         values = {"full": full, "window": window, "memory": memory, "gap_closed": gap_closed(full, window, memory)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}

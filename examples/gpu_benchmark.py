@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -232,12 +233,13 @@ def time_tokens(
 
     start, *_, end = run(ids[:, :64], 16)
     forget_peak(device)
-    stamps = run(
-        ids, options.new_tokens
-    )  # generate itself waits for every token, so the host runs ahead by one at most
+    # generate itself waits for every token, so the host runs ahead by one at most
+    stamps = run(ids, options.new_tokens)
+    steady = stamps[4:]
     found = {
-        "ms": 1e3 * (stamps[-1] - stamps[4]) / (len(stamps) - 5), "prompt, s": stamps[2] - stamps[0],
-        "compile, s": end - start, "peak, GB": peak(device),
+        "ms": 1e3 * (steady[-1] - steady[0]) / (len(steady) - 1),
+        "median, ms": 1e3 * median(b - a for a, b in pairwise(steady)),
+        "prompt, s": stamps[2] - stamps[0], "compile, s": end - start, "peak, GB": peak(device),
     }  # fmt: skip
     print(f"decode, {length:,} tokens, batch {batch}, {implementation or 'eager'}: {found}", flush=True)
     return found

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
@@ -137,7 +138,8 @@ class Prefill:
 class CompiledCall:
     """Stands in for ``model.get_compiled_call``: on a CUDA GPU a decoding step is one CUDA graph.
 
-    Whoever passes a ``compile_config``, and every other device, gets what transformers makes of it.
+    Whoever passes a ``compile_config``, and every other device, gets what transformers makes of it; a model on several
+    devices runs as it is.
 
     Args:
         model: the retrofitted model.
@@ -158,8 +160,11 @@ class CompiledCall:
 
     def serves(self, compile_config: Any) -> bool:
         """Whether steps are recorded: on one CUDA GPU, unless the caller says how to compile."""
-        devices = {u.device for u in self.model.parameters()}
+        devices = self._devices()
         return compile_config is None and len(devices) == 1 and devices.pop().type == "cuda"
+
+    def _devices(self) -> set[torch.device]:
+        return {u.device for u in self.model.parameters()}
 
     def step_on(self, cache: Any) -> Step | None:
         """The step of the ``generate`` that is decoding on this cache, if there is one."""
@@ -171,8 +176,9 @@ class CompiledCall:
         model: Any = self.model
         usual = partial(type(model).get_compiled_call, model, compile_config)
         if not self.serves(compile_config):
-            compiled: Callable[..., Any] = usual()
-            return compiled
+            as_it_is = compile_config is None and len(self._devices()) > 1
+            call: Callable[..., Any] = model.__call__ if as_it_is else usual()
+            return call
         if self._region is None:
             self._region = compiled_region(dynamic=False, backend=decoding_backend)
         step = Step(model, self._region)

@@ -96,7 +96,10 @@ class Recording:
         static = [u.clone() if isinstance(u, Tensor) else u for u in leaves]
         self._inputs = [u for u in static if isinstance(u, Tensor)]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device_of(self._inputs[0]),
+            torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+        ):
             self._outputs = function(**tree_unflatten(static, structure))
 
     def __call__(self, leaves: list[Any]) -> Any:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_forms import on_its_gpu
+
 _LEAST = tl.constexpr(-1e30)
 """Instead of the largest logit where there is none: minus infinity has no difference from itself."""
 _SHARED = 1 << 13
@@ -138,6 +140,7 @@ def parts_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, int], int, int]
 
 
 @torch.library.custom_op("ahn_layers::slot_attention", mutates_args=())
+@on_its_gpu
 def slot_attention(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_sinks: int, scale: float
 ) -> Tensor:
@@ -198,6 +201,7 @@ def _fold_and_read(
 
 
 @torch.library.custom_op("ahn_layers::fold_and_read", mutates_args=())
+@on_its_gpu
 def fold_and_read(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,17 @@
 """Where the Triton forms of the operations run."""
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 _INSTALLED = find_spec("triton") is not None
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def has_triton(u: Tensor) -> bool:
@@ -28,3 +33,19 @@ def early_launch(u: Tensor) -> dict[str, bool]:
     """
     able = u.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(u.device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
+
+
+def on_its_gpu(launch: Callable[P, R]) -> Callable[P, R]:
+    """A function that starts kernels, with the GPU of its first argument as the current one.
+
+    Triton starts kernels on the current GPU, wherever their tensors are: with several GPUs they would read and write
+    out of turn.
+    """
+
+    @wraps(launch)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0][0] if isinstance(args[0], tuple) else args[0]
+        with torch.cuda.device_of(first):
+            return launch(*args, **kwargs)
+
+    return run

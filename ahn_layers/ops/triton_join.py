@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_forms import on_its_gpu
+
 _ROWS = 32
 MOST = 4
 """Parts that can be joined."""
@@ -65,6 +67,7 @@ def _join(
     tl.store(lse_ptr + (b * heads + h) * length + t, lse, mask=here)
 
 
+@on_its_gpu
 def join(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], backwards: int | None) -> tuple[Tensor, Tensor]:
     """See ``flash_attention.join``: two to four parts, the last dimension contiguous.
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_forms import on_its_gpu
+
 _BLOCK = 4096
 
 
@@ -59,6 +61,7 @@ def _compare(
             tl.store(grad_ptr + row * size + first + c, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_gpu
 def compare(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, kl_weight: float, ce_weight: float, *, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:

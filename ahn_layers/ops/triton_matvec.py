@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_forms import early_launch
+from .triton_forms import early_launch, on_its_gpu
 
 MOST = 8
 """Matrices in one launch."""
@@ -90,6 +90,7 @@ def _matvec(
 
 
 @torch.library.custom_op("ahn_layers::matvec", mutates_args=())
+@on_its_gpu
 def matvec(
     x: Tensor,
     weights: list[Tensor],

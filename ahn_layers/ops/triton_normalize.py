@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_forms import on_its_gpu
+
 _ROWS = 32
 
 
@@ -48,12 +50,14 @@ def _launch_l2(u: Tensor, grad: Tensor | None, scale: float, eps: float) -> Tens
 
 
 @torch.library.custom_op("ahn_layers::l2_normalize", mutates_args=())
+@on_its_gpu
 def l2_normalize(u: Tensor, scale: float, eps: float) -> Tensor:
     """``scale * u / sqrt(sum(u^2) + eps)`` over the last dimension of ``(B, H, T, D)``, contiguous."""
     return _launch_l2(u, None, scale, eps)
 
 
 @torch.library.custom_op("ahn_layers::l2_normalize_backward", mutates_args=())
+@on_its_gpu
 def l2_normalize_backward(grad: Tensor, u: Tensor, scale: float, eps: float) -> Tensor:
     """The gradient of ``l2_normalize``."""
     return _launch_l2(u, grad.to(u.dtype), scale, eps)
@@ -126,12 +130,14 @@ def _launch_gated(
 
 
 @torch.library.custom_op("ahn_layers::gated_rms_norm", mutates_args=())
+@on_its_gpu
 def gated_rms_norm(r: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
     """``r / sqrt(mean(r^2) + eps) * weight * silu(gate)``, of ``(B, H, T, E)`` and a float32 gate ``(B, H, T)``."""
     return _launch_gated(r, weight, gate, None, eps)[0]
 
 
 @torch.library.custom_op("ahn_layers::gated_rms_norm_backward", mutates_args=())
+@on_its_gpu
 def gated_rms_norm_backward(
     grad: Tensor, r: Tensor, weight: Tensor, gate: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

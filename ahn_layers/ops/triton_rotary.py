@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_forms import on_its_gpu
+
 _ROWS = 32
 
 
@@ -40,6 +42,7 @@ def _turn(
 
 
 @torch.library.custom_op("ahn_layers::turn", mutates_args=())
+@on_its_gpu
 def turn(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, start: int) -> Tensor:
     """The rotation by ``-angle``; see ``rotary.turn_back``.
 

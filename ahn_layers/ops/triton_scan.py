@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_forms import on_its_gpu
+
 CHUNK = 64
 EXACT = "tf32x3"
 
@@ -230,6 +232,7 @@ class Scan:
 
 
 @torch.library.custom_op("ahn_layers::chunked_scan", mutates_args=())
+@on_its_gpu
 def chunked_scan(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_forms import on_its_gpu
 from .triton_scan import CHUNK, Scan, load_rows
 
 
@@ -217,6 +218,7 @@ def _grads_of_system(
 
 
 @torch.library.custom_op("ahn_layers::chunked_scan_backward", mutates_args=())
+@on_its_gpu
 def chunked_scan_backward(
     grad: Tensor, grad_after: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
     beta: Tensor | None, kept: list[Tensor],
@@ -286,6 +288,7 @@ def _(
 
 
 @torch.library.custom_op("ahn_layers::trained_scan", mutates_args=())
+@on_its_gpu
 def trained_scan(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_decode import _attend, _join, parts_of
-from .triton_forms import early_launch
+from .triton_forms import early_launch, on_its_gpu
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
@@ -150,6 +150,7 @@ def _finish(
 
 
 @torch.library.custom_op("ahn_layers::decode_step", mutates_args=("k_slots", "v_slots", "gates", "seen", "memory"))
+@on_its_gpu
 def decode_step(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, new_gates: list[Tensor], k_slots: Tensor, v_slots: Tensor,
     gates: list[Tensor], seen: Tensor, num_sinks: int, facing: int, scale: float, memory: Tensor, asking: Tensor | None,

@@ -82,7 +82,7 @@ def close(actual, expected):
 
 COPIES = {
     "clone": lambda cache: cache.clone(),
-    "to the same device": lambda cache: cache.to("cpu"),
+    "clone to the same device": lambda cache: cache.clone("cpu"),
     "reorder": lambda cache: cache.reorder(torch.arange(2)),
     "deepcopy": copy.deepcopy,
     "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
@@ -117,9 +117,9 @@ def test_copies_in_models_with_windows_of_their_own(name, tmp_path):
         assert same(parent, before)
 
 
-def test_to_moves_everything(model):
+def test_a_clone_elsewhere_holds_everything(model):
     cache = read(model, tokens(2, LONG))
-    moved = cache.to("meta")
+    moved = cache.clone("meta")
     assert {u.device.type for u in tensors(moved).values()} == {"meta"}
     assert tensors(moved).keys() == tensors(cache).keys() and moved.get_seq_length() == LONG
     assert {u.device.type for u in tensors(cache).values()} == {"cpu"}

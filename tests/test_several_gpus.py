@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
+from accelerate.hooks import attach_align_device_hook_on_blocks
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from .test_compile import models  # noqa: F401 - a fixture: the library without checks of shapes, which cannot be traced
@@ -50,7 +51,7 @@ def retrofitted(place):
 def on_two(model):
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     places |= {f"model.layers.{i}": i * 2 // LAYERS for i in range(LAYERS)}
-    return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)  # as from_pretrained does
+    return dispatch_model(model, places)
 
 
 def padded(rows=2, length=300):
@@ -58,6 +59,18 @@ def padded(rows=2, length=300):
     mask = torch.ones_like(ids)
     mask[0, :37] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_hooks_that_move_what_a_layer_gets(skips):
+    """What ``device_map`` puts around layers, here from the CPU to the CPU; a cache must not be copied on the way."""
+    model, inputs = retrofitted(lambda model: model), padded()
+    options = [{"max_new_tokens": 6, "do_sample": False, **u} for u in ({}, {"cache_implementation": "static"})]
+    expected = [model.generate(**inputs, **u) for u in options]
+    keys = model._skip_keys_device_placement if skips else None
+    attach_align_device_hook_on_blocks(model, {name: "cpu" for name, _ in model.named_modules()}, skip_keys=keys)
+    for u, tokens in zip(options, expected, strict=True):
+        assert torch.equal(model.generate(**inputs, **u), tokens)
 
 
 def test_a_model_on_several_devices_decodes_as_it_is():

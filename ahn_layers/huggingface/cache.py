@@ -53,13 +53,16 @@ class HippocampalCache(DynamicCache):
         """Bytes held by all layers."""
         return sum(u.numel() * u.element_size() for layer in self.layers for u in _tensors(layer).values())
 
-    def clone(self) -> "HippocampalCache":
-        """A copy that shares nothing: continue one prefix in several ways."""
-        return self._rebuilt(lambda tensors: {name: u.detach().clone() for name, u in tensors.items()})
+    def clone(self, device: torch.device | str | None = None) -> "HippocampalCache":
+        """A copy that shares nothing: continue one prefix in several ways.
 
-    def to(self, device: torch.device | str) -> "HippocampalCache":
-        """A copy on another device."""
-        return self._rebuilt(lambda tensors: {name: u.to(device, copy=True) for name, u in tensors.items()})
+        There is no ``to``, as no cache of transformers has one: what moves the arguments of a layer to its device, as
+        accelerate does, would call it, and each layer would fill a copy of its own.
+
+        Args:
+            device: where the copy is; by default each layer stays where it is.
+        """
+        return self._rebuilt(lambda tensors: {name: u.detach().to(device, copy=True) for name, u in tensors.items()})
 
     def reorder(self, index: Tensor) -> "HippocampalCache":
         """A copy with the rows at ``index``, in that order."""

@@ -1,4 +1,4 @@
-"""A model on the second GPU, and one on two: kernels start where their tensors are. Needs two GPUs."""
+"""A model on the second GPU, one on two, one whose weights are elsewhere. Most of it needs two GPUs."""
 
 import ast
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
@@ -71,6 +71,19 @@ def test_hooks_that_move_what_a_layer_gets(skips):
     attach_align_device_hook_on_blocks(model, {name: "cpu" for name, _ in model.named_modules()}, skip_keys=keys)
     for u, tokens in zip(options, expected, strict=True):
         assert torch.equal(model.generate(**inputs, **u), tokens)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_weights_that_come_when_they_are_used(offload, tmp_path):
+    options = {"execution_device": torch.device("cpu")} | ({"offload_dir": tmp_path} if offload is disk_offload else {})
+    one, other = retrofitted(lambda model: model), retrofitted(lambda model: offload(model, **options))
+    assert other.device.type == "meta" and other.model.layers[0].self_attn.memory.compressor.A_log.device.type == "cpu"
+    inputs = padded()
+    with torch.no_grad():
+        assert torch.equal(one(**inputs).logits, other(**inputs).logits)
+    for more in ({}, {"cache_implementation": "static"}):
+        more |= {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(one.generate(**inputs, **more), other.generate(**inputs, **more))
 
 
 def test_a_model_on_several_devices_decodes_as_it_is():

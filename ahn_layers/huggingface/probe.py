@@ -192,7 +192,7 @@ def _run(model: Any, start: int) -> tuple[list[Call], dict[nn.Module, Tensor]]:
             hidden[module] = x
 
     calls: list[Call] = []
-    tokens = torch.arange(3, device=model.device).unsqueeze(0)
+    tokens = torch.arange(3, device=_device(model)).unsqueeze(0)
     arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     if start:
         arguments["position_ids"] = tokens + start
@@ -207,6 +207,14 @@ def _run(model: Any, start: int) -> tuple[list[Call], dict[nn.Module, Tensor]]:
         for hook in hooks:
             hook.remove()
     return calls, hidden
+
+
+def _device(model: Any) -> Any:
+    """Where the model takes its inputs: accelerate's hooks know it, if they hold weights elsewhere meanwhile."""
+    hooks = [m._hf_hook for m in model.modules() if hasattr(m, "_hf_hook")]
+    places = [getattr(hook, "execution_device", None) for one in hooks for hook in getattr(one, "hooks", [one])]
+    known = [place for place in places if place is not None]
+    return known[0] if model.device.type == "meta" and known else model.device
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def check_state(store: "MemoryStore", state: MemoryState, new: Tokens, use_memor
         if (mine.dtype, mine.device) != (its.dtype, its.device):
             raise ValueError(
                 f"the state is {its.dtype} on {its.device}, {name} is {mine.dtype} on {mine.device}: move the state "
-                "with state.to(device); a state of another dtype has to be computed anew."
+                "with state.to(device), a cache with cache.clone(device); one of another dtype has to be computed anew."
             )
         if (mine.shape[1], mine.shape[3]) != (its.shape[1], its.shape[3]):
             raise ValueError(

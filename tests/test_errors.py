@@ -614,8 +614,11 @@ def test_generate_with_an_offloaded_cache_is_refused(kind):
 
 def test_a_cache_on_another_device_is_refused():
     model, ids = retrofitted(), tokens(1, LONG)
-    cache = HippocampalCache.of(filled(model, ids)).to("meta")
-    with torch.no_grad(), refused(ValueError, "torch.float64 on meta, k is torch.float64 on cpu", "state.to(device)"):
+    cache = HippocampalCache.of(filled(model, ids)).clone("meta")
+    with (
+        torch.no_grad(),
+        refused(ValueError, "torch.float64 on meta, k is torch.float64 on cpu", "cache.clone(device)"),
+    ):
         model(ids[:, :1], past_key_values=cache)
 
 

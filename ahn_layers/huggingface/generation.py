@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from .cache import HippocampalCache
 from .decoder import CACHE, DecoderAttention
 from .reading import Reader
-from .region import compiled_region, decoding_backend
+from .region import compiled_region, decoding_backend, only_device
 from .step_graph import Step, can_record
 
 PREFILL_CHUNK = 4096
@@ -160,11 +159,8 @@ class CompiledCall:
 
     def serves(self, compile_config: Any) -> bool:
         """Whether steps are recorded: on one CUDA GPU, unless the caller says how to compile."""
-        devices = self._devices()
-        return compile_config is None and len(devices) == 1 and devices.pop().type == "cuda"
-
-    def _devices(self) -> set[torch.device]:
-        return {u.device for u in self.model.parameters()}
+        device = only_device(self.model)
+        return compile_config is None and device is not None and device.type == "cuda"
 
     def step_on(self, cache: Any) -> Step | None:
         """The step of the ``generate`` that is decoding on this cache, if there is one."""
@@ -176,7 +172,7 @@ class CompiledCall:
         model: Any = self.model
         usual = partial(type(model).get_compiled_call, model, compile_config)
         if not self.serves(compile_config):
-            as_it_is = compile_config is None and len(self._devices()) > 1
+            as_it_is = compile_config is None and only_device(model) is None
             call: Callable[..., Any] = model.__call__ if as_it_is else usual()
             return call
         if self._region is None:

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from ..memory import MemoryStore
 from .cache_layers import LayerCache, MemoryLayer
 from .decoder import CACHE, DecoderAttention
-from .region import compiled_region, run_plainly, twin
+from .region import compiled_region, only_device, run_plainly, twin
 
 WORTH_COMPILING = 4
 """Full pieces that a prompt must have for its layers to be compiled."""
@@ -48,11 +48,10 @@ class Reader:
 
     def serves(self) -> bool:
         """Whether there is something to gain on the model's device: in half precision, on one CUDA GPU."""
-        parameters = list(self.model.parameters())
-        device = parameters[0].device
+        device = only_device(self.model)
         return (
-            device.type == "cuda"
-            and all(u.device == device for u in parameters)
+            device is not None
+            and device.type == "cuda"
             and self.model.dtype in (torch.bfloat16, torch.float16)
             and not torch.is_autocast_enabled("cuda")
         )

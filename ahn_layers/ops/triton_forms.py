@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 _INSTALLED = find_spec("triton") is not None
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def has_triton(u: Tensor) -> bool:
@@ -35,7 +35,7 @@ def early_launch(u: Tensor) -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
-def on_its_gpu(launch: Callable[P, R]) -> Callable[P, R]:
+def on_its_gpu(launch: Callable[_P, _R]) -> Callable[_P, _R]:
     """A function that starts kernels, with the GPU of its first argument as the current one.
 
     Triton starts kernels on the current GPU, wherever their tensors are: with several GPUs they would read and write
@@ -43,7 +43,7 @@ def on_its_gpu(launch: Callable[P, R]) -> Callable[P, R]:
     """
 
     @wraps(launch)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         first = args[0][0] if isinstance(args[0], tuple) else args[0]
         with torch.cuda.device_of(first):
             return launch(*args, **kwargs)

@@ -477,6 +477,13 @@ def restored(model, ids, cache):
     base()(ids, past_key_values=cache)
 
 
+def hiding(new, column):
+    """A mask that says that a token of the second row was padding, long after it has been folded."""
+    mask = torch.ones(2, LONG + new.shape[1], dtype=torch.long)
+    mask[1, column] = 0
+    return mask
+
+
 def attend(model, cache, length, **options):
     """Call the first attention block alone: the models themselves stumble over some arguments before."""
     x, ones = torch.randn(2, length, 32, dtype=torch.float64), torch.ones(1, length, 8, dtype=torch.float64)
@@ -495,13 +502,17 @@ MODEL_CALLS = {
         passing(attention_mask=torch.ones(2, 1, 1, LONG + 3).bool()), "attention_mask has shape", "Pass a 2-D mask",
     ),
     "output_attentions": (passing(output_attentions=True), "output_attentions", "leave output_attentions off"),
-    "packed": (
-        passing(cu_seq_lens_q=torch.tensor([0, 3])), "cu_seq_lens_q", "packed sequences are not supported",
-        "attention_mask",
+    "packed": (passing(cu_seq_lens_q=torch.tensor([0, 2])), "cu_seq_lens=[0, 2] for 2 rows", "expected one row"),
+    "seq_idx": (passing(seq_idx=torch.arange(4)[None]), "seq_idx has shape (1, 4)", "expected (2, "),
+    "a mask that is too short": (
+        passing(attention_mask=torch.ones(2, LONG).long()), f"attention_mask has shape (2, {LONG})", f"expected (2, {LONG}",
+        f"the {LONG} tokens in the cache",
     ),
-    "seq_idx": (passing(seq_idx=torch.zeros(2, 3)), "seq_idx", "pad the rows"),
+    "a mask over folded tokens": (
+        lambda m, ids, cache: m(ids, cache=cache, attention_mask=hiding(ids, column=9)), "hides tokens of rows [1]",
+        "cannot be undone", "clone",
+    ),
     "a bias": (passing(position_bias=torch.zeros(1)), "position_bias", "not supported"),
-    "another tensor": (passing(my_tensor=torch.zeros(1)), "unknown tensor argument 'my_tensor'", "would be ignored"),
     "both directions": (
         lambda m, ids, cache: attend(m, cache, ids.shape[1], is_causal=False), "is_causal=False", "expected causal",
     ),
@@ -544,13 +555,6 @@ def test_calls_that_a_model_refuses(case, length):
         out = model(new, past_key_values=cache).logits
         expected = model(new, past_key_values=filled(model, ids[:, :LONG])).logits
     assert torch.equal(out, expected)
-
-
-def test_packed_sequences_are_refused():
-    model, ids = retrofitted(), tokens(1, LONG)
-    packed = torch.cat((torch.arange(10), torch.arange(LONG - 10)))[None]
-    with refused(ValueError, "packed sequences, whose position_ids start again", "Pad the rows", "2-D attention_mask"):
-        model(ids, position_ids=packed, use_cache=False)
 
 
 def offloaded():

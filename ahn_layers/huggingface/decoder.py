@@ -4,17 +4,21 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
 from .cache import memory_layer
-from .cache_layers import MemoryLayer, StaticMemoryLayer
+from .cache_layers import MemoryLayer
 from .interface import implementation_name
+from .packing import attend_each
 from .probe import AttentionBlock
+from .static_layer import StaticMemoryLayer
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What models and ``generate`` call the cache: ``cache`` since transformers 5.24."""
@@ -107,11 +111,15 @@ class DecoderAttention(HippocampalAttention):
     def _runner(self, layer: MemoryLayer | None, x: Tensor) -> Callable[..., Tensor]:
         use_memory = self.mode == "memory"
 
-        def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        def alone(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+            return self.memory(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
+
+        def run(q: Tensor, k: Tensor, v: Tensor, *, texts: Tensor | None = None, **options: Any) -> Tensor:
             hidden = x.to(q.device)
+            if texts is not None:
+                return _attend_texts(partial(alone, options), texts, q, k, v, hidden)
             if layer is None:
-                out: Tensor = self.memory(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
-                return out
+                return alone(options, q, k, v, hidden)
             return layer.run(self.memory, q, k, v, hidden, use_memory=use_memory, **options)
 
         return run
@@ -125,6 +133,12 @@ class DecoderAttention(HippocampalAttention):
                 stacklevel=2,
             )
             self._warn_after = None
+
+
+@torch.compiler.disable
+def _attend_texts(*args: Any) -> Tensor:
+    """How many texts there are, and where, is not known to a compiler."""
+    return attend_each(*args)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str) -> Any:

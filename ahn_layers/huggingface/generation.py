@@ -8,12 +8,17 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 
-from .cache import HippocampalCache
+from .cache import HippocampalCache, fill
+from .call import note_padding, reconcile
 from .decoder import CACHE, DecoderAttention
+from .finished import StoppingCriteria, finished_rows, watch
 from .reading import Reader
 from .region import compiled_region, decoding_backend, only_device
+from .rotations import longest_fixed_rotation
 from .step_graph import Step, can_record
+from .transaction import settle
 
 PREFILL_CHUNK = 4096
 """Tokens that ``generate`` reads at a time, of all rows together, unless the caller asks for another size."""
@@ -25,7 +30,13 @@ SHORTEST_CHUNK = 256
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
 
-REPLACED = ("_prepare_cache_for_generation", "_prefill", "prepare_inputs_for_generation", "get_compiled_call")
+REPLACED = (
+    "_prepare_cache_for_generation",
+    "_prefill",
+    "prepare_inputs_for_generation",
+    "get_compiled_call",
+    "_get_stopping_criteria",
+)
 """Methods of ``generate`` that a retrofitted model has its own of."""
 
 
@@ -64,6 +75,7 @@ class PrepareCache:
         blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
         if _are_off(blocks):
             return prepare(generation_config, model_kwargs, *args, **kwargs)
+        settle(model_kwargs.get(CACHE))
         chunk = generation_config.prefill_chunk_size
         generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
         try:
@@ -73,15 +85,19 @@ class PrepareCache:
         cache = model_kwargs.get(CACHE)
         if cache is None:
             return result
+        if isinstance(cache, HippocampalCache):
+            fill(cache, model.config.get_text_config(decoder=True))
         for block in blocks:
-            block.cache_layer(cache)
+            if cache.layer_class_to_replicate is not None or block.layer_idx < len(cache.layers):
+                block.cache_layer(cache)  # an early exit uses fewer layers
         if not getattr(cache, "_is_user_defined", False):
             model_kwargs[CACHE] = cache = HippocampalCache.of(cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        watch(generation_config, cache, mode, batch_size * copies)
         if chunk is None and _is_plain_text(model_kwargs):
             size = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
-            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             share = max(SHORTEST_CHUNK, size // (batch_size * copies))
             generation_config.prefill_chunk_size = ChosenSize(min(size, share))
         return result
@@ -95,6 +111,8 @@ class Prefill:
 
     A prompt that outgrows the window is read by a ``Reader``, unless the caller asked for a size of pieces.
 
+    Rotations that depend on the length of the text (longrope, dynamic NTK) need the whole prompt at once.
+
     Args:
         model: the retrofitted model.
     """
@@ -106,11 +124,18 @@ class Prefill:
     def __call__(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Read the prompt as the model would."""
+        """Read the prompt as the model would.
+
+        Raises:
+            ValueError: if there is nothing to read, or pieces would change the result.
+        """
         model: Any = self.model
         before, size = generation_config.disable_compile, generation_config.prefill_chunk_size
         reads = model
         if not _are_off([module for module in model.modules() if isinstance(module, DecoderAttention)]):
+            size = generation_config.prefill_chunk_size = _size_of_pieces(
+                model, input_ids, generation_config, model_kwargs
+            )
             if isinstance(size, ChosenSize):
                 reads = self.reader.reading_model(input_ids.shape[1], size, model_kwargs, generation_config)
             generation_config.disable_compile = True
@@ -132,6 +157,37 @@ class Prefill:
         generation_config.prefill_chunk_size = None
         whole = mask.shape[1] == input_ids.shape[1]  # else the ids are the new ones only
         return range(past + size, input_ids.shape[1], size) if whole else range(0)
+
+
+def _size_of_pieces(
+    model: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> int | None:
+    """Tokens of the prompt to read at a time, None for all at once.
+
+    Raises:
+        ValueError: if there is nothing to read, or the size asked for would change how the prompt is rotated.
+    """
+    cache, mask, size = model_kwargs.get(CACHE), model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
+    past = 0 if cache is None else int(cache.get_seq_length())
+    columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+    new = input_ids.shape[1] - past if columns == input_ids.shape[1] else input_ids.shape[1]
+    if model_kwargs.get("inputs_embeds") is not None:
+        return size  # type: ignore[no-any-return]
+    if past and new <= 0:
+        raise ValueError(
+            f"the cache holds {past} tokens and the prompt has {input_ids.shape[1]}: there is nothing new to read. "
+            "Pass the whole text with at least one token that is not in the cache, or take the last one back with "
+            "cache.crop(-1)."
+        )
+    fixed = longest_fixed_rotation(model)
+    if size is None or fixed is None or past + new <= fixed or size >= new:
+        return size  # type: ignore[no-any-return]
+    if isinstance(size, ChosenSize):
+        return None
+    raise ValueError(
+        f"prefill_chunk_size={size}: this model rotates texts of more than {fixed} tokens in another way, so a prompt "
+        f"of {past + new} tokens has to be read at once. Leave prefill_chunk_size unset."
+    )
 
 
 class CompiledCall:
@@ -213,8 +269,15 @@ class PrepareInputs:
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Inputs of the next step."""
-        known, usual = None, self._usual()
-        if usual.func is GenerationMixin.prepare_inputs_for_generation and kwargs.get("next_sequence_length") == 1:
+        known, usual, cache = None, self._usual(), kwargs.get(CACHE)
+        rows = finished_rows(cache)
+        if rows is not None:
+            columns = int(cache.get_seq_length()) + (kwargs.get("next_sequence_length") or 1)
+            mask = rows.mask(kwargs.get("attention_mask"), input_ids.shape[1], columns)
+            kwargs["attention_mask"] = mask
+        if isinstance(cache, Cache) and cache.is_compileable:
+            _reconcile_early(cache, input_ids, kwargs)
+        if rows is None and usual.func is GenerationMixin.prepare_inputs_for_generation and kwargs.get("next_sequence_length") == 1:
             step = self.model.get_compiled_call.step_on(kwargs.get(CACHE))  # type: ignore[union-attr, operator]
             known = None if step is None or not _is_plain_text(kwargs) else step.known_inputs
         positions = kwargs.get("position_ids")
@@ -224,6 +287,18 @@ class PrepareInputs:
         if positions is not None:
             inputs["position_ids"] = positions[..., -1:]
         return inputs
+
+
+def _reconcile_early(cache: Cache, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+    """For a static cache ``generate`` makes the mask before the call: compare the padding while it can be seen."""
+    mask, count = kwargs.get("attention_mask"), kwargs.get("next_sequence_length")
+    if mask is None or mask.ndim != 2:
+        return
+    past = int(cache.get_seq_length())
+    count = min(input_ids.shape[1], mask.shape[1]) if count is None else count
+    real = reconcile(cache, mask, len(mask), count)
+    if real is not None:
+        note_padding(cache, real, past)
 
 
 def _are_off(blocks: list[DecoderAttention]) -> bool:

@@ -10,7 +10,9 @@ from ..attention import HippocampalAttention
 from ..compressor import Compressor
 from ..memory import MemoryPositions, MemoryStore
 from ..window import Window
+from .call import CloseCall, OpenCall
 from .decoder import DecoderAttention
+from .finished import StoppingCriteria
 from .generation import CompiledCall, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES, implementation_name
 from .probe import AttentionBlock
@@ -128,6 +130,10 @@ def replace_blocks(
         parent: nn.Module = model.get_submodule(parent_name)
         wrapped = DecoderAttention(block, store, base=base, owned=owned)
         setattr(parent, name, wrapped)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder.register_forward_pre_hook(OpenCall(len(chosen) == len(blocks)), with_kwargs=True)
+    decoder.register_forward_hook(CloseCall(), with_kwargs=True, always_call=True)
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
+    model._get_stopping_criteria = StoppingCriteria(model)
     return implementation_name(base, owned)

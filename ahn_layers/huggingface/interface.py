@@ -5,6 +5,8 @@ implementation it had before, and ``owned`` says whose masks are ours: ``full`` 
 every layer of that kind is retrofitted, so that no other layer needs the dense mask.
 """
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,18 +22,13 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Attend
+from .call import running
 
 BASES = ("sdpa", "eager")
 """Base implementations that a retrofit can stand on."""
 
-_HARMLESS = {
-    "cache_position",
-    "num_items_in_batch",
-    "position_embeddings",
-    "position_ids",
-    "rotary_emb",
-}
-"""Tensor arguments that reach the attention function and that attention does not depend on."""
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+"""Arguments that say where packed texts begin."""
 
 _REMEDIES = {
     "s_aux": "learned sink logits are not supported: leave these layers out with layers=[...]",
@@ -39,9 +36,9 @@ _REMEDIES = {
     "encoder_hidden_states": "cross-attention is not supported",
     "output_attentions": "attention weights over tokens that were folded do not exist: leave output_attentions off",
     "head_mask": "head masks are not supported",
-    "cu_seq_lens_q": "packed sequences are not supported: pad the rows and pass an attention_mask",
-    "cu_seq_lens_k": "packed sequences are not supported: pad the rows and pass an attention_mask",
-    "seq_idx": "packed sequences are not supported: pad the rows and pass an attention_mask",
+    "cu_seq_lens_q": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
+    "cu_seq_lens_k": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
+    "seq_idx": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
     "cache": "paged caches (continuous batching) are not supported: call generate",
 }
 
@@ -71,15 +68,18 @@ def attention(
     plain = base_attention(base, module)
     if attend is None:
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    refuse_unsupported(dropout, kwargs)
+    valid, texts = _read_mask(attention_mask, query.shape[2])
+    if texts is not None:
+        kwargs = {name: value for name, value in kwargs.items() if name not in _PACKED}
+    refuse_unsupported(dropout, kwargs, plain)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"))
         return plain(module, q, k, v, causal, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
 
     softcap = kwargs.get("softcap")
-    valid = _validity(attention_mask, query.shape[2])
-    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense)
+    packed = {} if texts is None else {"texts": texts}
+    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense, **packed)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -88,11 +88,17 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     kind, length = "full" if kwargs.get("local_size") is None else "local", kwargs["q_length"]
     plain = kwargs["mask_function"] is causal_mask_function if kind == "full" else not kwargs.get("use_vmap")
     overlaid = kind == "local" and length > 1 and not kwargs.get("allow_is_causal_skip", True)
+    call = None if torch.compiler.is_compiling() else running()
+    texts = None if call is None else call.texts
     if kind not in owned.split("+"):
         native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
-        if native is not None and plain and not overlaid:
-            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # so that retrofitted layers may read it
+        if native is not None and texts is not None:
+            native.texts = texts  # type: ignore[attr-defined]  # so that retrofitted layers may read it
+        elif native is not None and plain and not overlaid:
+            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # likewise
         return native
+    if texts is not None:
+        return texts[:, None, None, :]
     if not torch.compiler.is_compiling() and (not plain or overlaid):
         raise ValueError(
             "a mask other than causal and padding was asked for (packed sequences, whose position_ids start again "
@@ -119,8 +125,17 @@ def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
     raise ValueError(f"{type(module).__name__} has no eager_attention_forward beside it: load the model with 'sdpa'.")
 
 
-def refuse_unsupported(dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raise for everything that would change the result and that the memory cannot honour."""
+def refuse_unsupported(
+    dropout: float, kwargs: dict[str, Any], plain: Callable[..., Any] | None = None
+) -> None:
+    """Raise for everything that would change the result and that the memory cannot honour.
+
+    Args:
+        dropout: of the attention weights.
+        kwargs: what else the attention function was given.
+        plain: the base model's attention function. A tensor that it does not name makes no difference to it either:
+            arguments of the whole model, such as labels of the loss, come by here.
+    """
     if dropout:
         raise ValueError(
             f"attention dropout={dropout}: expected 0, since a token that is dropped here is folded later all the same."
@@ -128,25 +143,36 @@ def refuse_unsupported(dropout: float, kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal=False: expected causal attention, tokens are folded in their order.")
+    known = plain is None or torch.compiler.is_compiling()
     for name, value in kwargs.items():
         if name in _REMEDIES and value is not None and value is not False:
             raise ValueError(f"{name} was passed to a retrofitted layer: {_REMEDIES[name]}.")
-        if isinstance(value, Tensor) and name not in _HARMLESS:
+        if not known and isinstance(value, Tensor) and name in _named(plain):  # type: ignore[arg-type]
             raise ValueError(f"unknown tensor argument {name!r} reached a retrofitted layer: it would be ignored.")
 
 
-def _validity(attention_mask: Any, length: int) -> Tensor | None:
-    """Which new tokens are real, from our own mask or from the diagonal of a native one."""
+@functools.cache
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _read_mask(attention_mask: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which new tokens are real, and the text of each, from our own mask or from the diagonal of a native one."""
     if attention_mask is None:
-        return None
+        return None, None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
         raise ValueError(f"attention_mask is {type(attention_mask).__name__}: expected a 2-D padding mask, or none.")
+    texts = getattr(attention_mask, "texts", None)
+    if texts is not None:
+        return None, texts
     rows, keys = attention_mask.shape[2:]
     if rows == 1 and keys == length and attention_mask.dtype == torch.bool:
-        return attention_mask[:, 0, 0]
+        return attention_mask[:, 0, 0], None
+    if rows == 1 and keys == length and attention_mask.dtype == torch.long:
+        return None, attention_mask[:, 0, 0]
     if rows == length and (torch.compiler.is_compiling() or getattr(attention_mask, "is_causal_and_padding", False)):
         diagonal = attention_mask.diagonal(keys - length, dim1=2, dim2=3).squeeze(1)
-        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        return (diagonal if diagonal.dtype == torch.bool else diagonal == 0), None
     raise ValueError(
         f"attention_mask has shape {tuple(attention_mask.shape)}, {attention_mask.dtype}: the memory honours causality "
         "and padding only. Pass a 2-D mask (batch, tokens)."

@@ -8,8 +8,11 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 
 from .cache import HippocampalCache
+from .call import running
+from .config_view import original
 from .decoder import CACHE, DecoderAttention
 from .reading import Reader
 from .region import compiled_region, decoding_backend, only_device
@@ -25,8 +28,14 @@ SHORTEST_CHUNK = 256
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
 
-REPLACED = ("_prepare_cache_for_generation", "_prefill", "prepare_inputs_for_generation", "get_compiled_call")
-"""Methods of ``generate`` that a retrofitted model has its own of."""
+REPLACED = (
+    "_prepare_cache_for_generation",
+    "_prefill",
+    "prepare_inputs_for_generation",
+    "get_compiled_call",
+    "create_masks_for_generate",
+)
+"""Methods of ``generate`` that ``retrofit`` replaces."""
 
 
 class ChosenSize(int):
@@ -187,6 +196,27 @@ class CompiledCall:
             return step(**inputs)
 
         return run
+
+
+class CreateMasks:
+    """Stands in for ``model.create_masks_for_generate``: masks for a static cache are made before the model is called.
+
+    Args:
+        model: the retrofitted model.
+        config: a view of its config, whose text config names our functions.
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        self.model = model
+        self.config = config
+
+    def __call__(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """The masks that the model would make, from the view of its config."""
+        model: Any = self.model
+        own = inspect.getattr_static(type(model), "create_masks_for_generate", None)
+        make = create_masks_for_generate if own is None else own.__get__(model, type(model))
+        with running(model.hippocampus):
+            return make(self.config if original(config) is original(self.config) else config, *args, **kwargs)
 
 
 class PrepareInputs:

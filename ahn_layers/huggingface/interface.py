@@ -20,9 +20,13 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Attend
+from .call import is_running
+from .config_view import PREFIX
 
 BASES = ("sdpa", "eager")
 """Base implementations that a retrofit can stand on."""
+OWNED = ("none", "full", "local", "full+local")
+"""Whose masks can be ours."""
 
 _HARMLESS = {
     "cache_position",
@@ -46,12 +50,13 @@ _REMEDIES = {
 }
 
 
-def implementation_name(base: str, owned: str) -> str:
-    """Register the two functions for this base and ownership, and return their name."""
-    name = f"hippocampal:{base}:{owned}"
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base=base))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask, base=base, owned=owned))
-    return name
+def register_functions() -> None:
+    """Make our functions known to transformers, by every name that a retrofitted model may use."""
+    for base in BASES:
+        for owned in OWNED:
+            name = f"{PREFIX}{base}:{owned}"
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base=base))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask, base=base, owned=owned))
 
 
 def attention(
@@ -85,10 +90,10 @@ def attention(
 
 def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     """Mask of one kind of layer: for ours ``(B, 1, 1, T)``, True at real new tokens, or None without padding."""
-    kind, length = "full" if kwargs.get("local_size") is None else "local", kwargs["q_length"]
+    kind, length = mask_kind(kwargs), kwargs["q_length"]
     plain = kwargs["mask_function"] is causal_mask_function if kind == "full" else not kwargs.get("use_vmap")
     overlaid = kind == "local" and length > 1 and not kwargs.get("allow_is_causal_skip", True)
-    if kind not in owned.split("+"):
+    if kind not in owned.split("+") or not is_running(kwargs["config"]):
         native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
         if native is not None and plain and not overlaid:
             native.is_causal_and_padding = True  # type: ignore[attr-defined]  # so that retrofitted layers may read it
@@ -106,6 +111,13 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(new.all()):
         return None
     return new[:, None, None, :]
+
+
+def mask_kind(call: dict[str, Any]) -> str:
+    """What a mask function of transformers is asked for: ``full``, ``local`` or ``bidirectional``."""
+    if call.get("allow_is_bidirectional_skip") is not None:
+        return "bidirectional"
+    return "full" if call.get("local_size") is None else "local"
 
 
 def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -14,7 +14,7 @@ from ..memory import MemoryStore
 from ..record import Mode, Retrofitted
 from .cache import memory_layer
 from .cache_layers import MemoryLayer, StaticMemoryLayer
-from .config_view import ConfigView, base_name, configs_of
+from .config_view import base_name, configs_of
 from .interface import BASES
 from .probe import AttentionBlock
 
@@ -42,6 +42,7 @@ class DecoderAttention(HippocampalAttention):
         self.layer_idx = found.layer_idx
         names = list(inspect.signature(type(found.module).forward).parameters)[1:]
         self._hidden_at = names.index("hidden_states") if "hidden_states" in names else 0
+        self._config_name = next(iter(configs_of(found.module)))
         self._hidden_name = names[self._hidden_at]
         self._cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
         self._cache_at = names.index(self._cache_name) if self._cache_name in names else len(names)
@@ -117,13 +118,12 @@ class DecoderAttention(HippocampalAttention):
         return run
 
     def _check_base(self) -> None:
-        for config in configs_of(self.block).values():
-            base = base_name(config._attn_implementation)
-            if isinstance(config, ConfigView) and base not in BASES:
-                raise ValueError(
-                    f"attn_implementation={base!r} was set after the retrofit: expected one of {BASES}. Call "
-                    "model.set_attn_implementation('sdpa')."
-                )
+        base = base_name(getattr(self.block, self._config_name)._attn_implementation)
+        if base not in BASES:
+            raise ValueError(
+                f"attn_implementation={base!r} was set after the retrofit: expected one of {BASES}. Call "
+                "model.set_attn_implementation('sdpa')."
+            )
 
     def _warn_if_far(self, length: int) -> None:
         if self._warn_after is not None and length > self._warn_after:

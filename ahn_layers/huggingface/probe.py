@@ -72,11 +72,19 @@ class Probed:
         return lambda config: any(config is u for u in configs)
 
     def owned(self, chosen: list[AttentionBlock]) -> str:
-        """Whose masks only the chosen blocks received: ``full``, ``local``, ``full+local`` or ``none``."""
+        """Whose masks are ours: ``full``, ``local`` (sliding windows), ``full+local`` or ``none``.
+
+        Those that only the chosen blocks received; and if all blocks are chosen, those that the model does not make
+        itself: ``generate`` may make them for it.
+        """
         owners = [block.module for block in chosen]
-        kinds = {"full": ["full"], "local": ["sliding", "chunked"]}
-        receivers = {name: [u for m in self.masks if m.kind in kinds[name] for u in m.receivers] for name in kinds}
-        owned = [name for name, got in receivers.items() if got and all(any(u is o for o in owners) for u in got)]
+        owned = []
+        for name, kinds in {"full": ["full"], "local": ["sliding", "chunked"]}.items():
+            made = [mask for mask in self.masks if mask.kind in kinds]
+            receivers = [module for mask in made for module in mask.receivers]
+            alone = all(any(u is owner for owner in owners) for u in receivers)
+            if alone and (receivers or (not made and len(chosen) == len(self.blocks))):
+                owned.append(name)
         return "+".join(owned) or "none"
 
 

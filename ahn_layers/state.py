@@ -175,8 +175,8 @@ class MemoryState:
         late = ranks.any(dim=1) & (self.seen > self.window.capacity)
         if bool(late.any()):
             raise ValueError(
-                f"rows {late.nonzero().flatten().tolist()} have folded tokens into their memory: what arrived cannot be "
-                "taken back. Keep a clone of the state from before."
+                f"rows {late.nonzero().flatten().tolist()} have folded tokens into their memory: what arrived cannot "
+                "be taken back. Keep a clone of the state from before."
             )
         held = len(self.slots)
         slot = torch.arange(held, device=self.seen.device)

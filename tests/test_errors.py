@@ -505,7 +505,7 @@ MODEL_CALLS = {
     "packed": (passing(cu_seq_lens_q=torch.tensor([0, 2])), "cu_seq_lens=[0, 2] for 2 rows", "expected one row"),
     "seq_idx": (passing(seq_idx=torch.arange(4)[None]), "seq_idx has shape (1, 4)", "expected (2, "),
     "a mask that is too short": (
-        passing(attention_mask=torch.ones(2, LONG).long()), f"attention_mask has shape (2, {LONG})", f"expected (2, {LONG}",
+        passing(attention_mask=torch.ones(2, LONG).long()), f"attention_mask has shape (2, {LONG})",
         f"the {LONG} tokens in the cache",
     ),
     "a mask over folded tokens": (

@@ -15,7 +15,7 @@ LONG = 3 * CAPACITY
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
-class Fault(Exception):
+class UnexpectedError(Exception):
     """An error of nobody's."""
 
 
@@ -42,7 +42,7 @@ def static():
     return StaticCache(retrofitted().config, 64)
 
 
-@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt, torch.OutOfMemoryError, ValueError])
+@pytest.mark.parametrize("error", [UnexpectedError, KeyboardInterrupt, torch.OutOfMemoryError, ValueError])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("length", [0, 3, CAPACITY - 2])
 def test_the_cache_is_what_it_was(length, layer, error):
@@ -56,7 +56,7 @@ def test_the_cache_is_what_it_was(length, layer, error):
     assert cache.get_seq_length() == untouched.get_seq_length() == length + 5
 
 
-@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [UnexpectedError, KeyboardInterrupt])
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("make", [HippocampalCache, DynamicCache, static])
 def test_an_overwritten_cache_refuses_to_go_on(make, count, error):
@@ -75,7 +75,7 @@ def test_an_interruption_before_the_first_layer_has_run_changes_nothing(make):
     model, cache, other = retrofitted(), make(), make()
     for one in (cache, other):
         call(model, tokens(1, LONG), one)
-    interrupt(model, tokens(1, 2, seed=1), cache, model.model.embed_tokens, Fault)
+    interrupt(model, tokens(1, 2, seed=1), cache, model.model.embed_tokens, UnexpectedError)
     assert torch.equal(call(model, tokens(1, 2, seed=1), cache), call(model, tokens(1, 2, seed=1), other))
 
 
@@ -116,7 +116,7 @@ def test_a_compressor_that_raises():
 
         def scan(self, *args, **options):
             if Raising.faulty:
-                raise Fault
+                raise UnexpectedError
             return super().scan(*args, **options)
 
     model = retrofit(base(), Raising, window_size=6, num_sinks=2)
@@ -124,7 +124,7 @@ def test_a_compressor_that_raises():
     for one in (cache, other):
         call(model, tokens(1, CAPACITY), one)
     Raising.faulty = True
-    with pytest.raises(Fault):
+    with pytest.raises(UnexpectedError):
         call(model, tokens(1, 3, seed=1), cache)
     Raising.faulty = False
     assert torch.equal(call(model, tokens(1, 3, seed=1), cache), call(model, tokens(1, 3, seed=1), other))
@@ -137,7 +137,7 @@ def test_a_cache_that_was_growing_beside_other_layers():
     cache, other = (HippocampalCache() for _ in range(2))
     for one in (cache, other):
         call(model, ids, one)
-    interrupt(model, new, cache, model.model.layers[1], Fault)
+    interrupt(model, new, cache, model.model.layers[1], UnexpectedError)
     assert torch.equal(call(model, new, cache), call(model, new, other))
 
 

@@ -26,8 +26,9 @@ ALLOWED = {
     "step": {"compressor", "memory", "ops", "state", "tokens"},  # memory for its type only
     "memory": {"checks", "compressor", "ops", "rotary", "state", "step", "tokens", "window"},
     "attention": {"memory", "state"},
-    "huggingface": {"attention", "compressor", "files", "memory", "ops", "rotary", "state", "window"},
-    "retrofit": {"attention", "compressor", "huggingface", "memory", "window"},
+    "record": {"memory", "window"},
+    "huggingface": {"attention", "compressor", "files", "memory", "ops", "record", "rotary", "state", "window"},
+    "retrofit": {"attention", "compressor", "huggingface", "memory", "record", "window"},
     "adapter": {"attention", "compressor", "files", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},
     "distillation": {"attention", "huggingface", "ops", "retrofit"},  # huggingface for the trainer's name only

@@ -104,7 +104,6 @@ def test_padding_between_texts_is_nothing():
     """Two rows, the second padded on the left and in the middle."""
     model = retrofitted()
     long, short = tokens(1, 20, seed=1), tokens(1, 13, seed=2)
-    row = torch.cat((long, short), dim=1)
     positions = torch.cat((torch.arange(20), torch.arange(13)))[None]
     pads = torch.zeros(1, 2, dtype=torch.long)
     padded = torch.cat((pads, long, pads, short), dim=1)

@@ -130,8 +130,9 @@ def test_masks_of_another_shape_are_errors(past, size):
     model, cache = retrofitted(), HippocampalCache()
     if past:
         call(model, tokens(2, past), cache)
-    rows, columns = {"short": (2, past + 2), "long": (2, past + 4), "new tokens only": (2, 3), "rows": (1, past + 3)}[size]
-    if columns == past + 3 and rows == 2:
+    shapes = {"short": (2, past + 2), "long": (2, past + 4), "new tokens only": (2, 3), "rows": (1, past + 3)}
+    rows, columns = shapes[size]
+    if (rows, columns) == (2, past + 3):
         return
     with torch.no_grad(), pytest.raises(ValueError, match="a column for each of"):
         model(tokens(2, 3), attention_mask=torch.ones(rows, columns).long(), **{CACHE: cache})

@@ -535,6 +535,6 @@ def test_what_the_record_says():
     record = find_retrofitted(model)[1]
     assert (record.window.capacity, record.window.sink_positions) == (CAPACITY, "streaming")
     assert (record.compressor, record.options, record.layers) == ("GatedDeltaNet", {"shared_state": True}, [1])
-    assert record.base == "sdpa" and set(record.skipped) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
+    assert record.owned == "none" and set(record.skipped) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
     cache = model(tokens(1, LONG)).past_key_values
     assert [isinstance(layer, MemoryLayer) for layer in cache.layers] == [False, True, False]

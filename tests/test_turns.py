@@ -11,6 +11,7 @@ from .models import CAPACITY, retrofitted, tokens
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 QUIET = {"do_sample": False, "pad_token_id": 0}
+WHOLE = {"return_dict_in_generate": True}
 
 
 def real_tokens(sequences, prompt, mask, end):
@@ -31,9 +32,7 @@ def chat(model, cache, prompts, mask, turns=3, options=QUIET, **first):
     for turn in range(turns):
         before = text.shape[1]
         kept = {CACHE: cache} if cache is not None else first
-        out = model.generate(
-            text, attention_mask=mask, max_new_tokens=8, eos_token_id=end, return_dict_in_generate=True, **options, **kept
-        )
+        out = model.generate(text, attention_mask=mask, max_new_tokens=8, eos_token_id=end, **WHOLE, **options, **kept)
         cache, text = out[CACHE], out.sequences
         mask = real_tokens(text, before, mask, end)
         yield text, mask, before, end
@@ -84,7 +83,7 @@ def test_rows_of_several_samples_keep_no_pads():
 @pytest.mark.parametrize("static", [False, True])
 def test_beams_answer_as_without_a_cache(static):
     model = retrofitted()
-    options = {"num_beams": 3, "max_new_tokens": 10, "eos_token_id": [3, 7, 11, 30, 31], "return_dict_in_generate": True}
+    options = {"num_beams": 3, "max_new_tokens": 10, "eos_token_id": [3, 7, 11, 30, 31]} | WHOLE
     kept = {"cache_implementation": "static"} if static else {CACHE: HippocampalCache()}
     out = model.generate(tokens(2, 9), **options, **QUIET, **kept).sequences
     assert torch.equal(out, model.generate(tokens(2, 9), use_cache=False, **options, **QUIET).sequences)

@@ -18,6 +18,7 @@ from ..state import MemoryState
 from .padding import Padding
 from .recording import MAX_ROLLBACK, Recording, Taken
 
+
 class MemoryLayer(CacheLayerMixin):
     """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows up to the window.
 
@@ -199,8 +200,8 @@ class MemoryLayer(CacheLayerMixin):
             return self.state is None
         if self.overwritten:
             return False
-        vars(self).clear()
-        vars(self).update(before)
+        self.__dict__.clear()
+        self.__dict__.update(before)
         return True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

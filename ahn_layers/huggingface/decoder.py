@@ -13,17 +13,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
+from ..record import Mode, Retrofitted
 from .cache import memory_layer
 from .cache_layers import MemoryLayer
-from .interface import implementation_name
+from .call import CACHE_NAMES
+from .config_view import base_name, configs_of
+from .interface import BASES
 from .packing import attend_each
 from .probe import AttentionBlock
 from .static_layer import StaticMemoryLayer
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What models and ``generate`` call the cache: ``cache`` since transformers 5.24."""
-CACHE_NAMES = (CACHE, "past_key_values", "past_key_value", "layer_past")
-"""What the cache is called in the forward of attention blocks."""
 
 
 class DecoderAttention(HippocampalAttention):
@@ -34,29 +35,27 @@ class DecoderAttention(HippocampalAttention):
     Args:
         found: the attention block, as the probe described it.
         store: the memory.
-        base: the attention implementation that the model had.
-        owned: whose masks are ours, see ``ahn_layers.huggingface.interface``.
+        record: what the retrofit does to the model.
     """
 
-    def __init__(self, found: AttentionBlock, store: MemoryStore, *, base: str, owned: str) -> None:
+    def __init__(self, found: AttentionBlock, store: MemoryStore, record: Retrofitted) -> None:
+        self.__dict__["record"] = record  # first, since the views of the block's config are copied after the record
         super().__init__(found.module, store)
         self.found = found
         self.layer_idx = found.layer_idx
-        self.base = base
-        self.owned = owned
-        self.mode = "memory"
         names = list(inspect.signature(type(found.module).forward).parameters)[1:]
         self._hidden_at = names.index("hidden_states") if "hidden_states" in names else 0
+        self._config_name = next(iter(configs_of(found.module)))
         self._hidden_name = names[self._hidden_at]
         self._cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
         self._cache_at = names.index(self._cache_name) if self._cache_name in names else len(names)
         kept_far = store.window.num_sinks > 0 and store.window.sink_positions != "absolute"
         self._warn_after = found.trained_length if kept_far and found.fixed_positions else None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a new process the attention function has to be known again by its name."""
-        super().__setstate__(state)
-        implementation_name(self.base, self.owned)
+    @property
+    def mode(self) -> Mode:
+        """What all retrofitted layers of the model do at present."""
+        return self.record.mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The block's forward."""
@@ -65,6 +64,7 @@ class DecoderAttention(HippocampalAttention):
         x: Tensor = _argument(args, kwargs, self._hidden_at, self._hidden_name)
         name = next((name for name in CACHE_NAMES if name in kwargs), self._cache_name)  # the block knows old names too
         layer = self.cache_layer(_argument(args, kwargs, self._cache_at, name))
+        self._check_base()
         attend = Attend(type(self.block).__name__, self._runner(layer, x))
         if layer is None:
             out = self.block(*args, attend=attend, **kwargs)
@@ -91,7 +91,7 @@ class DecoderAttention(HippocampalAttention):
     @property
     def owns_mask(self) -> bool:
         """Whether its mask is ours, since every layer of its kind is retrofitted."""
-        return ("local" if self.found.kind == "sliding" else "full") in self.owned.split("+")
+        return ("local" if self.found.kind == "sliding" else "full") in self.record.owned.split("+")
 
     def cache_layer(self, cache: Any) -> MemoryLayer | None:
         """Our layer in this cache, put there if need be.
@@ -124,6 +124,14 @@ class DecoderAttention(HippocampalAttention):
 
         return run
 
+    def _check_base(self) -> None:
+        base = base_name(getattr(self.block, self._config_name)._attn_implementation)
+        if base not in BASES:
+            raise ValueError(
+                f"attn_implementation={base!r} was set after the retrofit: expected one of {BASES}. Call "
+                "model.set_attn_implementation('sdpa')."
+            )
+
     def _warn_if_far(self, length: int) -> None:
         if self._warn_after is not None and length > self._warn_after:
             warnings.warn(
@@ -135,7 +143,7 @@ class DecoderAttention(HippocampalAttention):
             self._warn_after = None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_texts(*args: Any) -> Tensor:
     """How many texts there are, and where, is not known to a compiler."""
     return attend_each(*args)

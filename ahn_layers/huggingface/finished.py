@@ -1,4 +1,4 @@
-"""Rows of a batch that have finished while others go on: ``generate`` pads them, and their cache must not hold the pads."""
+"""Rows of a batch that have finished while others go on: ``generate`` pads them, their cache must not hold the pads."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class FinishedRows(StoppingCriteriaList):
         Args:
             given: the mask as ``generate`` knows it, None for ones.
             length: tokens that ``generate`` counts.
-            columns: columns of the cache and the next token, more than ``length`` if the prompt was given as embeddings.
+            columns: columns of the cache and the next token, more than ``length`` if the prompt was embeddings.
         """
         assert self.ends is not None
         column = torch.arange(columns, device=self.ends.device)
@@ -47,7 +47,7 @@ class FinishedRows(StoppingCriteriaList):
 
 
 class StoppingCriteria:
-    """Stands in for ``model._get_stopping_criteria``: where the cache outlives ``generate``, rows that finish are noted.
+    """Stands in for ``model._get_stopping_criteria``: if the cache outlives ``generate``, rows that finish are noted.
 
     Args:
         model: the retrofitted model.

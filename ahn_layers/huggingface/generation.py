@@ -9,12 +9,15 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 
 from .cache import HippocampalCache, fill
-from .call import note_padding, reconcile
+from .call import running
+from .config_view import original
 from .decoder import CACHE, DecoderAttention
-from .finished import StoppingCriteria, finished_rows, watch
+from .finished import finished_rows, watch
 from .reading import Reader
+from .reconcile import length_of, note_padding, reconcile
 from .region import compiled_region, decoding_backend, only_device
 from .rotations import longest_fixed_rotation
 from .step_graph import Step, can_record
@@ -35,9 +38,10 @@ REPLACED = (
     "_prefill",
     "prepare_inputs_for_generation",
     "get_compiled_call",
+    "create_masks_for_generate",
     "_get_stopping_criteria",
 )
-"""Methods of ``generate`` that a retrofitted model has its own of."""
+"""Methods of ``generate`` that ``retrofit`` replaces."""
 
 
 class ChosenSize(int):
@@ -167,7 +171,11 @@ def _size_of_pieces(
     Raises:
         ValueError: if there is nothing to read, or the size asked for would change how the prompt is rotated.
     """
-    cache, mask, size = model_kwargs.get(CACHE), model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
+    cache, mask, size = (
+        model_kwargs.get(CACHE),
+        model_kwargs.get("attention_mask"),
+        generation_config.prefill_chunk_size,
+    )
     past = 0 if cache is None else int(cache.get_seq_length())
     columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
     new = input_ids.shape[1] - past if columns == input_ids.shape[1] else input_ids.shape[1]
@@ -245,6 +253,27 @@ class CompiledCall:
         return run
 
 
+class CreateMasks:
+    """Stands in for ``model.create_masks_for_generate``: masks for a static cache are made before the model is called.
+
+    Args:
+        model: the retrofitted model.
+        config: a view of its config, whose text config names our functions.
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        self.model = model
+        self.config = config
+
+    def __call__(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """The masks that the model would make, from the view of its config."""
+        model: Any = self.model
+        own = inspect.getattr_static(type(model), "create_masks_for_generate", None)
+        make = create_masks_for_generate if own is None else own.__get__(model, type(model))
+        with running(model.hippocampus):
+            return make(self.config if original(config) is original(self.config) else config, *args, **kwargs)
+
+
 class PrepareInputs:
     """Stands in for ``model.prepare_inputs_for_generation``: once a step is recorded, its inputs are known.
 
@@ -272,12 +301,16 @@ class PrepareInputs:
         known, usual, cache = None, self._usual(), kwargs.get(CACHE)
         rows = finished_rows(cache)
         if rows is not None:
-            columns = int(cache.get_seq_length()) + (kwargs.get("next_sequence_length") or 1)
+            columns = length_of(cache) + (kwargs.get("next_sequence_length") or 1)
             mask = rows.mask(kwargs.get("attention_mask"), input_ids.shape[1], columns)
             kwargs["attention_mask"] = mask
         if isinstance(cache, Cache) and cache.is_compileable:
             _reconcile_early(cache, input_ids, kwargs)
-        if rows is None and usual.func is GenerationMixin.prepare_inputs_for_generation and kwargs.get("next_sequence_length") == 1:
+        if (
+            rows is None
+            and usual.func is GenerationMixin.prepare_inputs_for_generation
+            and kwargs.get("next_sequence_length") == 1
+        ):
             step = self.model.get_compiled_call.step_on(kwargs.get(CACHE))  # type: ignore[union-attr, operator]
             known = None if step is None or not _is_plain_text(kwargs) else step.known_inputs
         positions = kwargs.get("position_ids")

@@ -3,19 +3,20 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import HippocampalAttention
 from ..compressor import Compressor
 from ..memory import MemoryPositions, MemoryStore
+from ..record import Retrofitted
 from ..window import Window
-from .call import CloseCall, OpenCall
+from .call import ForwardHook, remove_hooks
+from .config_view import base_name, give_views, take_views, view
 from .decoder import DecoderAttention
 from .finished import StoppingCriteria
-from .generation import CompiledCall, Prefill, PrepareCache, PrepareInputs
-from .interface import BASES, implementation_name
-from .probe import AttentionBlock
+from .generation import REPLACED, CompiledCall, CreateMasks, Prefill, PrepareCache, PrepareInputs
+from .interface import BASES
+from .probe import AttentionBlock, Probed
 
 
 def check_model(model: Any) -> None:
@@ -36,10 +37,10 @@ def check_model(model: Any) -> None:
             f"{name} does not use the attention interface of transformers: wrap its blocks in HippocampalAttention, "
             "or use a version of transformers in which it does."
         )
-    if config._attn_implementation not in BASES:
+    base = base_name(config._attn_implementation)  # of a model that was made from a view
+    if base not in BASES:
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r}: expected one of {BASES}. Load the model with "
-            "attn_implementation='sdpa'."
+            f"attn_implementation={base!r}: expected one of {BASES}. Load the model with attn_implementation='sdpa'."
         )
     if getattr(config, "output_attentions", False):
         raise ValueError("config.output_attentions=True: weights over folded tokens do not exist, set it to False.")
@@ -114,26 +115,26 @@ def make_store(
 
 
 def replace_blocks(
-    model: Any, blocks: list[AttentionBlock], chosen: list[AttentionBlock], stores: list[MemoryStore], base: str
-) -> str:
-    """Put [`DecoderAttention`][] around the chosen blocks; returns the name of the attention implementation to set."""
-    left = {block.kind for block in blocks if not any(block is other for other in chosen)}
-    kinds = {block.kind for block in chosen}
-    owned = "+".join(
-        mask for mask, kind in (("full", "full"), ("local", "sliding")) if kind in kinds and kind not in left
-    )
-    owned = owned or "none"
-    if "chunked" in left:
-        owned = owned.replace("local", "none")
+    model: Any, found: Probed, chosen: list[AttentionBlock], stores: list[MemoryStore], record: Retrofitted
+) -> None:
+    """Put [`DecoderAttention`][] around the chosen blocks, and give this model what it needs to run them."""
+    renamed = found.renamed(chosen)
+    give_views([*(block.module for block in chosen), *found.mask_makers], record, renamed)
+    for module in found.mask_makers:
+        ForwardHook(record).register(module)
     for block, store in zip(chosen, stores, strict=True):
         parent_name, _, name = block.name.rpartition(".")
-        parent: nn.Module = model.get_submodule(parent_name)
-        wrapped = DecoderAttention(block, store, base=base, owned=owned)
-        setattr(parent, name, wrapped)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    decoder.register_forward_pre_hook(OpenCall(len(chosen) == len(blocks)), with_kwargs=True)
-    decoder.register_forward_hook(CloseCall(), with_kwargs=True, always_call=True)
+        setattr(model.get_submodule(parent_name), name, DecoderAttention(block, store, record))
+    model.hippocampus = record
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
     model._get_stopping_criteria = StoppingCriteria(model)
-    return implementation_name(base, owned)
+    model.create_masks_for_generate = CreateMasks(model, view(model.config, record, renamed))
+
+
+def take_back(model: Any, record: Retrofitted) -> None:
+    """Undo what `replace_blocks` did beside replacing blocks."""
+    take_views(model.modules(), record)
+    remove_hooks(model)
+    for name in ("hippocampus", *REPLACED):
+        delattr(model, name)

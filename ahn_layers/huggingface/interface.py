@@ -22,10 +22,13 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Attend
-from .call import running
+from .call import is_running, texts_of_call
+from .config_view import PREFIX
 
 BASES = ("sdpa", "eager")
 """Base implementations that a retrofit can stand on."""
+OWNED = ("none", "full", "local", "full+local")
+"""Whose masks can be ours."""
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that say where packed texts begin."""
@@ -43,12 +46,13 @@ _REMEDIES = {
 }
 
 
-def implementation_name(base: str, owned: str) -> str:
-    """Register the two functions for this base and ownership, and return their name."""
-    name = f"hippocampal:{base}:{owned}"
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base=base))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask, base=base, owned=owned))
-    return name
+def register_functions() -> None:
+    """Make our functions known to transformers, by every name that a retrofitted model may use."""
+    for base in BASES:
+        for owned in OWNED:
+            name = f"{PREFIX}{base}:{owned}"
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base=base))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask, base=base, owned=owned))
 
 
 def attention(
@@ -85,14 +89,19 @@ def attention(
 
 def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     """Mask of one kind of layer: for ours ``(B, 1, 1, T)``, True at real new tokens, or None without padding."""
-    kind, length = "full" if kwargs.get("local_size") is None else "local", kwargs["q_length"]
+    kind, length = mask_kind(kwargs), kwargs["q_length"]
     plain = kwargs["mask_function"] is causal_mask_function if kind == "full" else not kwargs.get("use_vmap")
     overlaid = kind == "local" and length > 1 and not kwargs.get("allow_is_causal_skip", True)
-    call = None if torch.compiler.is_compiling() else running()
-    texts = None if call is None else call.texts
-    if kind not in owned.split("+"):
+    ours = is_running(kwargs["config"])
+    texts = texts_of_call() if ours else None
+    if kind not in owned.split("+") or not ours:
         native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
-        if native is not None and texts is not None:
+        if texts is not None:
+            if native is None:
+                raise ValueError(
+                    "packed texts in a model of which some attention layers are not retrofitted: transformers would "
+                    "mix them there. Pass position_ids that begin again with every text, and no attention_mask."
+                )
             native.texts = texts  # type: ignore[attr-defined]  # so that retrofitted layers may read it
         elif native is not None and plain and not overlaid:
             native.is_causal_and_padding = True  # type: ignore[attr-defined]  # likewise
@@ -101,9 +110,8 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
         return texts[:, None, None, :]
     if not torch.compiler.is_compiling() and (not plain or overlaid):
         raise ValueError(
-            "a mask other than causal and padding was asked for (packed sequences, whose position_ids start again "
-            "within a row, or a custom mask function): the memory would mix what the mask keeps apart. Pad the rows "
-            "and pass a 2-D attention_mask."
+            "a mask other than causal and padding was asked for (a custom mask function): the memory would mix what it "
+            "keeps apart. Pass a 2-D attention_mask."
         )
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
@@ -112,6 +120,13 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(new.all()):
         return None
     return new[:, None, None, :]
+
+
+def mask_kind(call: dict[str, Any]) -> str:
+    """What a mask function of transformers is asked for: ``full``, ``local`` or ``bidirectional``."""
+    if call.get("allow_is_bidirectional_skip") is not None:
+        return "bidirectional"
+    return "full" if call.get("local_size") is None else "local"
 
 
 def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -125,9 +140,7 @@ def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
     raise ValueError(f"{type(module).__name__} has no eager_attention_forward beside it: load the model with 'sdpa'.")
 
 
-def refuse_unsupported(
-    dropout: float, kwargs: dict[str, Any], plain: Callable[..., Any] | None = None
-) -> None:
+def refuse_unsupported(dropout: float, kwargs: dict[str, Any], plain: Callable[..., Any] | None = None) -> None:
     """Raise for everything that would change the result and that the memory cannot honour.
 
     Args:

@@ -52,7 +52,7 @@ def find_texts(
 
 
 def attend_each(
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[..., Tensor],
     texts: Int[Tensor, "b t"],
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b g t d"],
@@ -92,6 +92,13 @@ def attend_each(
             out = out.new_zeros(*out.shape[:2], len(numbers), out.shape[3]).index_copy(2, index, out)
         rows.append(out)
     return torch.cat(rows, dim=0)
+
+
+def positions_of(texts: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """Positions that begin again with every text."""
+    column = torch.arange(texts.shape[1], device=texts.device).expand_as(texts)
+    begins = torch.nn.functional.pad(texts[:, 1:] != texts[:, :-1], (1, 0), value=True)
+    return column - torch.where(begins, column, 0).cummax(dim=1).values
 
 
 def _pick(u: Tensor, columns: list[int], dim: int) -> Tensor:

@@ -148,9 +148,7 @@ def attend_to_piece(
 
 
 @attend_to_piece.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, x: Tensor, reads: Tensor, scale: float | None, softcap: float | None
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, x: Tensor, reads: Tensor, scale: float | None, softcap: float | None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 

@@ -29,5 +29,5 @@ def _limits(module: nn.Module) -> list[int]:
         parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
         parameters = parameters.get(layer_type, {}) if layer_type is not None else parameters
         original = parameters.get("original_max_position_embeddings") if kind == "longrope" else None
-        limits.append(int(original or getattr(module, "original_max_seq_len", 0)))
+        limits.append(int(original or getattr(module, "original_max_seq_len", 0) or 0))
     return limits

@@ -29,6 +29,7 @@ class StaticMemoryLayer(MemoryLayer):
         self.max_cache_len = max_cache_len
         self.pads = torch.zeros(0, dtype=torch.long)  # columns of each row that were none of its tokens
         self._known: tuple[int, bool] | None = (0, False)
+        self._empty_memory: State | None = None
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Attend with new tokens and take them in, in place."""

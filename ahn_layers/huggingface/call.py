@@ -5,15 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .config_view import naming
 
 
 class _Calls(threading.local):
-    """What this thread is running, from the outermost call to the innermost: whose model, and which module."""
+    """What this thread is running, from the outermost call to the innermost: whose model, and which module.
+
+    And the padding mask of the innermost, if it was given a 2-D one.
+    """
 
     stack: tuple[tuple[Any, Any], ...] = ()
+    padding: Any = None
 
 
 _CALLS = _Calls()
@@ -23,6 +28,12 @@ def is_running(config: Any) -> bool:
     """Whether this config is a view, and the model that it belongs to is what this thread is running."""
     owner = naming(config)
     return owner is not None and bool(_CALLS.stack) and _CALLS.stack[-1][0] is owner
+
+
+def padding_mask() -> Tensor | None:
+    """False at padding among all tokens of the running call, past and new; None if it was given no such mask."""
+    mask = _CALLS.padding
+    return None if mask is None or bool(mask.all()) else mask.to(torch.bool)
 
 
 @contextmanager
@@ -58,11 +69,13 @@ class ForwardHook:
         stack = _CALLS.stack
         open_calls = [i for i, (_, running) in enumerate(stack) if running is module]
         _CALLS.stack = (*(stack[: open_calls[0]] if open_calls else stack), (self.owner, module))
+        mask = kwargs.get("attention_mask")
+        _CALLS.padding = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """The call is over, or failed, perhaps before it was announced."""
         if _CALLS.stack and _CALLS.stack[-1][1] is module:
-            _CALLS.stack = _CALLS.stack[:-1]
+            _CALLS.stack, _CALLS.padding = _CALLS.stack[:-1], None
 
 
 def remove_hooks(model: nn.Module) -> None:

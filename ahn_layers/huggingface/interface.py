@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import Attend
 from .call import is_running
 from .config_view import PREFIX
+from .weights import Weights, are_wanted
 
 BASES = ("sdpa", "eager")
 """Base implementations that a retrofit can stand on."""
@@ -41,7 +42,6 @@ _REMEDIES = {
     "s_aux": "learned sink logits are not supported: leave these layers out with layers=[...]",
     "position_bias": "additive position biases are not supported",
     "encoder_hidden_states": "cross-attention is not supported",
-    "output_attentions": "attention weights over tokens that were folded do not exist: leave output_attentions off",
     "head_mask": "head masks are not supported",
     "cu_seq_lens_q": "packed sequences are not supported: pad the rows and pass an attention_mask",
     "cu_seq_lens_k": "packed sequences are not supported: pad the rows and pass an attention_mask",
@@ -82,10 +82,16 @@ def attention(
         causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"))
         return plain(module, q, k, v, causal, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
 
+    def weigh(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor | None:
+        seen = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
+        return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[1]
+
     softcap = kwargs.get("softcap")
     valid = _validity(attention_mask, query.shape[2])
-    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense)
-    return out.transpose(1, 2).contiguous(), None
+    weights = Weights(weigh) if are_wanted(kwargs) else None
+    asked = {} if weights is None else {"weights": weights}
+    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense, **asked)
+    return out.transpose(1, 2).contiguous(), None if weights is None else weights.value
 
 
 def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
@@ -165,8 +171,10 @@ def _validity(attention_mask: Any, length: int) -> Tensor | None:
     )
 
 
-def _base_mask(base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_window: int | None) -> Tensor | None:
-    """The causal mask that the base model would have made, without padding."""
+def _base_mask(
+    base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_window: int | None, real: Tensor | None = None
+) -> Tensor | None:
+    """The causal mask that the base model would have made; ``real`` is False at padding."""
     function = causal_mask_function if sliding_window is None else sliding_window_causal_mask_function(sliding_window)
     return ALL_MASK_ATTENTION_FUNCTIONS[base](
         batch_size=q.shape[0],
@@ -175,7 +183,7 @@ def _base_mask(base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_windo
         q_offset=k.shape[2] - q.shape[2],
         kv_offset=0,
         mask_function=function,
-        attention_mask=None,
+        attention_mask=real,
         local_size=sliding_window,
         allow_is_causal_skip=True,
         dtype=q.dtype,

@@ -161,12 +161,6 @@ def flex():
     return model
 
 
-def with_attentions():
-    model = base()
-    model.config._output_attentions = True
-    return model
-
-
 def encoder_decoder():
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32, "max_position_embeddings": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -187,7 +181,6 @@ RETROFITTING = {
         lambda: put(base("bloom", torch.float32)), ValueError, "BloomForCausalLM", "HippocampalAttention",
     ),
     "another attention": (lambda: put(flex()), ValueError, "'flex_attention'", "('sdpa', 'eager')", "Load the model"),
-    "output_attentions": (lambda: put(with_attentions()), ValueError, "output_attentions=True", "set it to False"),
     "an object for a class": (
         lambda: put(base(), GatedDeltaNet(32, 4, 8)), TypeError, "GatedDeltaNet(", "the class, not an object",
     ),
@@ -501,7 +494,7 @@ MODEL_CALLS = {
     "a 4-D mask of bool": (
         passing(attention_mask=torch.ones(2, 1, 1, LONG + 3).bool()), "attention_mask has shape", "Pass a 2-D mask",
     ),
-    "output_attentions": (passing(output_attentions=True), "output_attentions", "leave output_attentions off"),
+    "output_attentions": (passing(output_attentions=True), "output_attentions", "Leave output_attentions off"),
     "packed": (passing(cu_seq_lens_q=torch.tensor([0, 2])), "cu_seq_lens=[0, 2] for 2 rows", "expected one row"),
     "seq_idx": (passing(seq_idx=torch.arange(4)[None]), "seq_idx has shape (1, 4)", "expected (2, "),
     "a mask that is too short": (

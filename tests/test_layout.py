@@ -27,7 +27,8 @@ ALLOWED = {
     "memory": {"checks", "compressor", "ops", "rotary", "state", "step", "tokens", "window"},
     "attention": {"memory", "state"},
     "record": {"memory", "window"},
-    "huggingface": {"attention", "compressor", "files", "memory", "ops", "record", "rotary", "state", "window"},
+    "huggingface": {"attention", "compressor", "files", "memory", "ops", "record", "rotary"}
+    | {"state", "tokens", "window"},
     "retrofit": {"attention", "compressor", "huggingface", "memory", "record", "window"},
     "adapter": {"attention", "compressor", "files", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},

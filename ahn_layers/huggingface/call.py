@@ -38,6 +38,7 @@ class Call:
         owner: the record of the retrofitted model.
         module: the module, None while masks are made ahead of a call.
         cache: the cache that it was given, None without.
+        mask: the 2-D padding mask that it was given, None without.
         real: False at padding among the new tokens, None if there is none.
         texts: the number of each token's text where rows hold several, else None.
         outer: whether the call is not part of another one of the same model.
@@ -46,6 +47,7 @@ class Call:
     owner: Any
     module: nn.Module | None
     cache: Any = None
+    mask: Tensor | None = None
     real: Bool[Tensor, "b t"] | None = None
     texts: Int[Tensor, "b t"] | None = None
     outer: bool = False
@@ -69,6 +71,12 @@ def is_running(config: Any) -> bool:
 def texts_of_call() -> Int[Tensor, "b t"] | None:
     """The texts that are packed into the rows of the running call, None if each row is one."""
     return _CALLS.stack[-1].texts if _CALLS.stack else None
+
+
+def padding_mask() -> Tensor | None:
+    """False at padding among all tokens of the running call, past and new; None if it was given no such mask."""
+    mask = _CALLS.stack[-1].mask if _CALLS.stack else None
+    return None if mask is None or bool(mask.all()) else mask.to(torch.bool)
 
 
 @contextmanager
@@ -115,7 +123,7 @@ class ForwardHook:
         elif self.owner.mode == "full" or _is_recording():
             pass  # nothing of ours, or nothing but the model's own operations
         elif stack and stack[-1].owner is self.owner and stack[-1].module is not None:
-            call.texts = stack[-1].texts
+            call.mask, call.texts = stack[-1].mask, stack[-1].texts
         else:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             kwargs = dict(zip(names, args, strict=False)) | kwargs
@@ -150,8 +158,9 @@ class ForwardHook:
         if isinstance(cache, HippocampalCache):
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle(cache)
-        call.outer, call.cache = True, cache
-        call.real = reconcile(cache, kwargs.get("attention_mask"), *tokens.shape[:2])
+        mask = kwargs.get("attention_mask")
+        call.outer, call.cache, call.mask = True, cache, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        call.real = reconcile(cache, call.mask, *tokens.shape[:2])
         call.texts = self._find_texts(call, kwargs, tokens)
         if isinstance(cache, Cache):
             begin(cache)

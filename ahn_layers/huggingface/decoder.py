@@ -16,12 +16,13 @@ from ..memory import MemoryStore
 from ..record import Mode, Retrofitted
 from .cache import memory_layer
 from .cache_layers import MemoryLayer
-from .call import CACHE_NAMES
+from .call import CACHE_NAMES, padding_mask
 from .config_view import base_name, configs_of
 from .interface import BASES
 from .packing import attend_each
 from .probe import AttentionBlock
 from .static_layer import StaticMemoryLayer
+from .weights import Recorded, Weights, are_collected
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What models and ``generate`` call the cache: ``cache`` since transformers 5.24."""
@@ -36,12 +37,13 @@ class DecoderAttention(HippocampalAttention):
         found: the attention block, as the probe described it.
         store: the memory.
         record: what the retrofit does to the model.
+        recorded: what transformers collects of the block's outputs.
     """
 
-    def __init__(self, found: AttentionBlock, store: MemoryStore, record: Retrofitted) -> None:
+    def __init__(self, found: AttentionBlock, store: MemoryStore, record: Retrofitted, recorded: Recorded) -> None:
         self.__dict__["record"] = record  # first, since the views of the block's config are copied after the record
         super().__init__(found.module, store)
-        self.found = found
+        self.found, self.recorded = found, recorded
         self.layer_idx = found.layer_idx
         names = list(inspect.signature(type(found.module).forward).parameters)[1:]
         self._hidden_at = names.index("hidden_states") if "hidden_states" in names else 0
@@ -59,6 +61,8 @@ class DecoderAttention(HippocampalAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The block's forward."""
+        if are_collected():
+            self.recorded.install(self.block)
         if self.mode == "full":
             return self.block(*args, **kwargs)
         x: Tensor = _argument(args, kwargs, self._hidden_at, self._hidden_name)
@@ -114,13 +118,26 @@ class DecoderAttention(HippocampalAttention):
         def alone(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
             return self.memory(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
 
-        def run(q: Tensor, k: Tensor, v: Tensor, *, texts: Tensor | None = None, **options: Any) -> Tensor:
-            hidden = x.to(q.device)
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, *, weights: Weights | None = None, texts: Tensor | None = None,
+            **options: Any,
+        ) -> Tensor:  # fmt: skip
+            hidden, state, valid = x.to(q.device), None if layer is None else layer.state, options["valid"]
+            if weights is not None:
+                weights.check(self.memory.window, state, k.shape[2], valid, texts)
             if texts is not None:
                 return _attend_texts(partial(alone, options), texts, q, k, v, hidden)
-            if layer is None:
-                return alone(options, q, k, v, hidden)
-            return layer.run(self.memory, q, k, v, hidden, use_memory=use_memory, **options)
+            out = (
+                alone(options, q, k, v, hidden)
+                if layer is None
+                else layer.run(self.memory, q, k, v, hidden, use_memory=use_memory, **options)
+            )
+            if weights is not None:
+                if layer is None or state is None:
+                    weights.find(q, k, v, None, k.shape[2], valid)
+                else:
+                    weights.find(q, k, v, layer.state, int(layer.get_seq_length()), padding_mask())
+            return out
 
         return run
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention import HippocampalAttention
@@ -17,6 +18,7 @@ from .finished import StoppingCriteria
 from .generation import REPLACED, CompiledCall, CreateMasks, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES
 from .probe import AttentionBlock, Probed
+from .weights import Recorded, are_installed
 
 
 def check_model(model: Any) -> None:
@@ -42,8 +44,6 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"attn_implementation={base!r}: expected one of {BASES}. Load the model with attn_implementation='sdpa'."
         )
-    if getattr(config, "output_attentions", False):
-        raise ValueError("config.output_attentions=True: weights over folded tokens do not exist, set it to False.")
 
 
 def choose(
@@ -124,7 +124,8 @@ def replace_blocks(
         ForwardHook(record).register(module)
     for block, store in zip(chosen, stores, strict=True):
         parent_name, _, name = block.name.rpartition(".")
-        setattr(model.get_submodule(parent_name), name, DecoderAttention(block, store, record))
+        recorded = Recorded(model, block.name, block.module)
+        setattr(model.get_submodule(parent_name), name, DecoderAttention(block, store, record, recorded))
     model.hippocampus = record
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
@@ -133,8 +134,17 @@ def replace_blocks(
 
 
 def take_back(model: Any, record: Retrofitted) -> None:
-    """Undo what `replace_blocks` did beside replacing blocks."""
+    """Undo what `replace_blocks` did, except that the blocks still have to be unwrapped."""
+    complete_hooks(model)
     take_views(model.modules(), record)
     remove_hooks(model)
     for name in ("hippocampus", *REPLACED):
         delattr(model, name)
+
+
+def complete_hooks(model: nn.Module) -> None:
+    """Give the blocks the hooks that transformers has meanwhile installed on all other modules."""
+    for owner in model.modules():
+        for block in owner.modules() if are_installed(owner) else ():
+            if isinstance(block, DecoderAttention):
+                block.recorded.install(block.block)

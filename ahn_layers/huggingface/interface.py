@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import Attend
 from .call import is_running, texts_of_call
 from .config_view import PREFIX
+from .weights import Weights, are_wanted
 
 BASES = ("sdpa", "eager")
 """Base implementations that a retrofit can stand on."""
@@ -37,7 +38,6 @@ _REMEDIES = {
     "s_aux": "learned sink logits are not supported: leave these layers out with layers=[...]",
     "position_bias": "additive position biases are not supported",
     "encoder_hidden_states": "cross-attention is not supported",
-    "output_attentions": "attention weights over tokens that were folded do not exist: leave output_attentions off",
     "head_mask": "head masks are not supported",
     "cu_seq_lens_q": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
     "cu_seq_lens_k": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
@@ -81,10 +81,17 @@ def attention(
         causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"))
         return plain(module, q, k, v, causal, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
 
+    def weigh(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor | None:
+        seen = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
+        return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[1]
+
     softcap = kwargs.get("softcap")
-    packed = {} if texts is None else {"texts": texts}
-    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense, **packed)
-    return out.transpose(1, 2).contiguous(), None
+    asked: dict[str, Any] = {} if texts is None else {"texts": texts}
+    weights = Weights(weigh) if are_wanted(kwargs) else None
+    if weights is not None:
+        asked["weights"] = weights
+    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense, **asked)
+    return out.transpose(1, 2).contiguous(), None if weights is None else weights.value
 
 
 def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
@@ -192,8 +199,10 @@ def _read_mask(attention_mask: Any, length: int) -> tuple[Tensor | None, Tensor 
     )
 
 
-def _base_mask(base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_window: int | None) -> Tensor | None:
-    """The causal mask that the base model would have made, without padding."""
+def _base_mask(
+    base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_window: int | None, real: Tensor | None = None
+) -> Tensor | None:
+    """The causal mask that the base model would have made; ``real`` is False at padding."""
     function = causal_mask_function if sliding_window is None else sliding_window_causal_mask_function(sliding_window)
     return ALL_MASK_ATTENTION_FUNCTIONS[base](
         batch_size=q.shape[0],
@@ -202,7 +211,7 @@ def _base_mask(base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_windo
         q_offset=k.shape[2] - q.shape[2],
         kv_offset=0,
         mask_function=function,
-        attention_mask=None,
+        attention_mask=real,
         local_size=sliding_window,
         allow_is_causal_skip=True,
         dtype=q.dtype,

@@ -81,6 +81,8 @@ class Trial:
         self._takers = {m for m in model.modules() if "hidden_states" in inspect.signature(type(m).forward).parameters}
         tokens = torch.arange(3, device=_device(model)).unsqueeze(0)
         arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+        if getattr(model.config.get_text_config(decoder=True), "output_attentions", False):
+            arguments["output_attentions"] = False  # the stand-ins have none, and hooks would be installed
         if start:
             arguments["position_ids"] = tokens + start
         with torch.no_grad(), _evaluating(model), self._standing_in(model), self._watching(model):

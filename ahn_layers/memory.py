@@ -5,6 +5,7 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from .checks import check_inputs, check_state
 from .compressor import Compressor, State, map_state, state_dtype
 from .ops.decode import slot_attention
 from .ops.sharing import share_columns
-from .ops.window_attention import add_to_tail, window_attention
+from .ops.window_attention import add_to_tail, masked_attention, window_attention
 from .rotary import Rotary
 from .state import MemoryState
 from .step import kernel_step
@@ -27,8 +28,28 @@ _SEGMENT = {"cpu": 1024}
 _LONG_SEGMENT = 8192
 """The same for every other device, where launches cost more than memory traffic."""
 
+_LARGEST_MASK = 1 << 28
+"""Entries of a dense mask of padded rows that is still made to get the bits of the base model."""
+
 MemoryPositions = Literal["absolute", "none"]
 """Whether keys and queries of the memory are rotated."""
+
+
+def _ends_of_padding(valid: Bool[Tensor, "b t"], seen: Int[Tensor, " b"]) -> list[int]:
+    """Columns at which real tokens go on after padding, in a row that has had some: a call is cut there."""
+    if torch.compiler.is_compiling():
+        return []
+    begun = (valid.cumsum(dim=1) + seen.unsqueeze(1)) > 0
+    goes_on = valid[:, 1:] & ~valid[:, :-1] & begun[:, :-1]
+    return (goes_on.any(dim=0).nonzero().flatten() + 1).tolist()
+
+
+def as_autocast(u: Tensor) -> Tensor:
+    """A query, key or value in the dtype of attention under ``torch.autocast``; the memory chooses its dtypes itself."""
+    device = u.device.type
+    if device == "meta" or u.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return u
+    return u.to(torch.get_autocast_dtype(device))
 
 
 class MemoryStore(nn.Module):
@@ -122,7 +143,7 @@ class MemoryStore(nn.Module):
         use_memory: bool = True,
         inplace: bool = False,
         final: bool = False,
-        dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        dense: Callable[..., Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], MemoryState | None]:
         """Attend with new tokens and take them in.
 
@@ -132,25 +153,25 @@ class MemoryStore(nn.Module):
             v: their values.
             x: the hidden states that entered the attention block; needed with a compressor.
             state: what the last call returned, None to begin.
-            valid: False at padding. Padding takes no slot and no rank, and its outputs are zero.
+            valid: False at padding. Padding takes no slot and no rank. Its queries see what the last real token of
+                their row saw; before the first one their outputs are zero.
             scale: logit factor, default ``d ** -0.5``.
             softcap: logits become ``softcap * tanh(logits / softcap)``.
             use_memory: False attends to sinks and window alone. A sequence keeps to one choice.
             inplace: overwrite the tensors of ``state`` once the window is full.
             final: no tokens will follow, as in training: a state need not be made, None may come in its place.
-            dense: the base model's own causal attention ``(q, k, v) -> out``, called instead of ours as long as
-                nothing has left the window and no row is padded, for bit-identical results.
+            dense: the base model's own causal attention ``(q, k, v, valid) -> out``, called instead of ours as long as
+                nothing has left the window, for bit-identical results. With padding only for the first tokens.
 
         Returns:
-            The attention output, zero at padding, and the state after these tokens.
+            The attention output and the state after these tokens.
 
         Raises:
             ValueError: if shapes, devices or dtypes do not fit together or do not fit the state. Nothing has changed.
         """
         device = q.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            low = torch.get_autocast_dtype(device)  # of attention; the memory chooses its dtypes itself
-            q, k, v = (u if u.dtype == torch.float64 else u.to(low) for u in (q, k, v))
+            q, k, v = (as_autocast(u) for u in (q, k, v))
             options: dict[str, Any] = {"scale": scale, "softcap": softcap, "inplace": inplace, "dense": dense}
             with torch.autocast(device, enabled=False):
                 return self.forward(q, k, v, x, state, valid=valid, use_memory=use_memory, final=final, **options)
@@ -170,9 +191,27 @@ class MemoryStore(nn.Module):
             return self._extend(q, new, x, state, None, attention, dense, inplace)
 
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in each row
-        x = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        out, state = self._extend(take(q, order), new.take(order), x, state, valid.sum(dim=1), attention, None, inplace)
-        return take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0), state
+        lossless = state.uniform == 0 and len(new) <= self.window.capacity
+        if dense is not None and lossless and len(q) * len(new) ** 2 <= _LARGEST_MASK:
+            out = dense(q, k, v, valid)
+            if torch.compiler.is_compiling() or not bool(out.isnan().any()):  # of rows that see nothing, in float64
+                return out, state.extended(new.take(order), valid.sum(dim=1))
+        ends = _ends_of_padding(valid, state.seen)
+        if ends:
+            outs = []
+            for a, b in pairwise((0, *ends, len(new))):
+                inputs = (*(u[:, :, a:b] for u in (q, k, v)), None if x is None else x[:, a:b])
+                out, state = self.forward(
+                    *inputs, state, valid=valid[:, a:b], use_memory=use_memory, inplace=inplace, **attention
+                )
+                outs.append(out)
+            return torch.cat(outs, dim=2), state
+        ordered = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
+        out, state = self._extend(
+            take(q, order), new.take(order), ordered, state, valid.sum(dim=1), attention, None, inplace
+        )
+        out = take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0)
+        return self._attend_at_end(out, q, x, state, valid, attention), state
 
     def bytes_per_row(self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, **_: int) -> int:
         """Bytes that a state holds for each row once the window is full.
@@ -262,6 +301,42 @@ class MemoryStore(nn.Module):
             out = add_to_tail(out, recalled.to(out.dtype))
         return out, memory
 
+    def _attend_at_end(
+        self,
+        out: Tensor,
+        q: Tensor,
+        x: Tensor | None,
+        state: MemoryState,
+        valid: Bool[Tensor, "b t"],
+        attention: dict[str, float | None],
+    ) -> Tensor:
+        """The outputs, with those at padding behind the last real token: its queries see the state as it is now."""
+        follows = (valid.flip(1).cumsum(dim=1) == 0).flip(1) & (state.seen > 0).unsqueeze(1)
+        count = 0 if torch.compiler.is_compiling() else int(follows.sum(dim=1).max())
+        if not count:
+            return out
+        q, rank = q[:, :, -count:], (state.seen - 1).clamp(min=0).unsqueeze(1).expand(-1, count)
+        slots = state.slots
+        visible = torch.arange(len(slots), device=q.device) < state.seen.unsqueeze(1)
+        seen = masked_attention(
+            q,
+            slots.k,
+            slots.v,
+            visible[:, None, None],
+            q_sinks=self._sink_queries(q, rank, None),
+            num_sinks=min(self.window.num_sinks, len(slots)),
+            **attention,
+        )
+        if state.memory is not None:
+            assert x is not None
+            nothing = slots.columns(0, 1).map(lambda u: u.expand(*u.shape[:2], count, *u.shape[3:]))
+            folds = torch.zeros(len(q), count, dtype=torch.bool, device=q.device)
+            reads = (state.seen > self.window.capacity).unsqueeze(1).expand(-1, count)
+            recalled, _ = self._remember(state.memory, q, rank, nothing, x[:, -count:], folds, reads)
+            seen = seen + recalled.to(seen.dtype)
+        tail = torch.where(follows[:, None, -count:, None], seen, out[:, :, -count:])
+        return torch.cat((out[:, :, : out.shape[2] - count], tail), dim=2)
+
     def _step(
         self,
         q: Tensor,
@@ -281,10 +356,12 @@ class MemoryStore(nn.Module):
         slot, arrives = window.slot(state.seen), None if valid is None else valid.squeeze(1)
         memory, recalled = state.memory, None
         if memory is not None:
-            folds = window.leaves(state.seen) if arrives is None else window.leaves(state.seen) & arrives
+            folds, reads = window.leaves(state.seen).unsqueeze(1), None
+            if arrives is not None:
+                folds, reads = folds & valid, window.leaves(state.seen + arrives - 1).unsqueeze(1)  # type: ignore[operator]
             evicted = state.slots.take(slot.unsqueeze(1))
-            rank = state.seen.unsqueeze(1)
-            recalled, memory = self._remember(memory, q, rank, evicted, x, folds.unsqueeze(1))  # type: ignore[arg-type]
+            rank = (state.seen if arrives is None else state.seen + arrives - 1).unsqueeze(1)
+            recalled, memory = self._remember(memory, q, rank, evicted, x, folds, reads)  # type: ignore[arg-type]
         arrived = 1 if arrives is None else arrives.long()
         slots = state.slots.put(slot, new, arrives, inplace=inplace)
         seen = state.seen + arrived
@@ -295,14 +372,14 @@ class MemoryStore(nn.Module):
             slots.v,
             seen,
             full=state.uniform is not None and state.uniform >= window.capacity,
-            q_sinks=self._sink_queries(q, state.seen.unsqueeze(1), length),
+            q_sinks=self._sink_queries(q, (seen - 1).clamp(min=0).unsqueeze(1), length),
             num_sinks=window.num_sinks,
             **attention,  # type: ignore[arg-type]
         )
         if recalled is not None:
             out = out + recalled.to(out.dtype)
         if arrives is not None:
-            out = out.masked_fill(~arrives.view(-1, 1, 1, 1), 0)
+            out = out.masked_fill((seen == 0).view(-1, 1, 1, 1), 0)
         padded = state.padded or valid is not None
         if not inplace:
             return out, replace(state, slots=slots, seen=seen, memory=memory, length=length, padded=padded)
@@ -320,8 +397,20 @@ class MemoryStore(nn.Module):
         evicted: Tokens,
         x: Float[Tensor, "b t n"],
         folds: Bool[Tensor, "b t"] | None,
+        reads: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold."""
+        """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold.
+
+        Args:
+            memory: the state.
+            q: queries.
+            rank: of their tokens.
+            evicted: the tokens that they push out.
+            x: hidden states of the queries' tokens.
+            folds: False where a row has nothing to fold.
+            reads: False where a row has nothing to read; by default where it has nothing to fold.
+        """
+        reads = folds if reads is None else reads
         assert self.compressor is not None
         compressor, outputs = self.compressor, []
         q, keys = self._memory_side(q, rank, evicted.k)
@@ -334,7 +423,8 @@ class MemoryStore(nn.Module):
             mask = None if folds is None else folds[:, part]
             reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
             output = compressor.output(reading, x[:, part])
-            outputs.append(output if mask is None else output.masked_fill(~mask[:, None, :, None], 0))
+            shown = None if reads is None else reads[:, part]
+            outputs.append(output if shown is None else output.masked_fill(~shown[:, None, :, None], 0))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
 
     def _memory_side(self, q: Tensor, rank: Int[Tensor, "*b t"], keys: Tensor) -> tuple[Tensor, Tensor]:

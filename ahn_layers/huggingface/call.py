@@ -159,7 +159,7 @@ class ForwardHook:
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle(cache)
         mask = kwargs.get("attention_mask")
-        call.outer, call.cache, call.mask = True, cache, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        call.outer, call.cache, call.mask = True, cache, mask if isinstance(mask, Tensor) and mask.ndim != 4 else None
         call.real = reconcile(cache, call.mask, *tokens.shape[:2])
         call.texts = self._find_texts(call, kwargs, tokens)
         if isinstance(cache, Cache):

@@ -77,8 +77,8 @@ def attention(
         kwargs = {name: value for name, value in kwargs.items() if name not in _PACKED}
     refuse_unsupported(dropout, kwargs, plain)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"))
+    def dense(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+        causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
         return plain(module, q, k, v, causal, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
 
     def weigh(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ def reconcile(cache: Any, mask: Any, rows: int, count: int) -> Bool[Tensor, "b t
     Raises:
         ValueError: if the mask does not fit, or contradicts what cannot be changed any more.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim == 4:
         return None
     past = length_of(cache)
     if mask.shape != (rows, past + count):

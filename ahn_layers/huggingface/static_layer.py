@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compressor import State, map_state
-from ..memory import MemoryStore
+from ..memory import MemoryStore, as_autocast
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
 
@@ -90,7 +90,9 @@ class StaticMemoryLayer(MemoryLayer):
 
     def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor, use_memory: bool) -> None:
         with torch.no_grad():
-            tokens = store.arrive(k[:, :, :1], v[:, :, :1], x[:, :1] if use_memory else None)
+            k, v = as_autocast(k[:, :, :1]), as_autocast(v[:, :, :1])
+            with torch.autocast(k.device.type, enabled=False):
+                tokens = store.arrive(k, v, x[:, :1] if use_memory else None)
             self.state = store.init_state(tokens, use_memory=use_memory, full=True)
             self._empty_memory = self.state.clone().memory
         self.pads = torch.zeros_like(self.state.seen)

@@ -16,6 +16,7 @@ ALLOWED = {
     "files": set(),
     "ops": set(),
     "layers": set(),
+    "peft": set(),
     "tokens": set(),
     "window": set(),
     "rotary": {"ops"},
@@ -24,13 +25,19 @@ ALLOWED = {
     "state": {"compressor", "files", "tokens", "window"},
     "checks": {"memory", "state", "tokens"},  # memory for its type only
     "step": {"compressor", "memory", "ops", "state", "tokens"},  # memory for its type only
-    "memory": {"checks", "compressor", "ops", "rotary", "state", "step", "tokens", "window"},
+    "memory": {"checks", "compressor", "ops", "peft", "rotary", "state", "step", "tokens", "window"},
     "attention": {"memory", "state"},
     "huggingface": {"attention", "compressor", "files", "memory", "ops", "rotary", "state", "window"},
-    "retrofit": {"attention", "compressor", "huggingface", "memory", "window"},
-    "adapter": {"attention", "compressor", "files", "retrofit", "version"},
+    "retrofit": {"attention", "compressor", "huggingface", "memory", "peft", "window"},
+    "adapter": {"attention", "compressor", "files", "peft", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},
-    "distillation": {"attention", "huggingface", "ops", "retrofit"},  # huggingface for the trainer's name only
+    "distillation": {
+        "attention",
+        "huggingface",
+        "memory",
+        "ops",
+        "retrofit",
+    },  # huggingface for the trainer's name only
     "huggingface/trainer": {"adapter", "distillation"},
     "testing": {"compressor", "memory", "ops", "window"},
 }

@@ -141,8 +141,17 @@ def _as_sharded(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _compressors(inner: nn.Module) -> dict[int, Compressor]:
     blocks = [module for module in inner.modules() if isinstance(module, HippocampalAttention)]
-    compressors = {block.layer_idx: block.memory.compressor for block in blocks}
-    return {index: in_use(compressor) for index, compressor in compressors.items() if compressor is not None}  # type: ignore[misc]
+    compressors = {
+        block.layer_idx: in_use(block.memory.compressor) for block in blocks if block.memory.compressor is not None
+    }
+    for index, compressor in compressors.items():
+        for name, u in compressor.state_dict().items():
+            if not isinstance(u, Tensor):
+                raise ValueError(
+                    f"the memory of layer {index} was quantized ({name!r} is a {type(u).__name__}): save and load "
+                    "adapters before quantize_dynamic, or leave the memory out of it."
+                )
+    return compressors  # type: ignore[return-value]
 
 
 def _sizes(compressor: Compressor) -> dict[str, int]:

@@ -15,10 +15,13 @@ def project(linear: nn.Linear, x: Float[Tensor, "b t n"], *, widen: bool = True)
     """One scalar per head from hidden states: in the narrower of the two dtypes, returned in float32 at least.
 
     Args:
-        linear: the layer.
+        linear: the layer; one that has been quantized or adapted is called as it is.
         x: hidden states.
         widen: False leaves what is returned in the dtype it was computed in.
     """
+    if not _is_plain(linear):
+        y = linear(x)
+        return (y.to(torch.promote_types(y.dtype, torch.float32)) if widen else y).transpose(1, 2)
     x, weight = narrower(x, linear.weight)
     bias: Tensor | None = linear.bias
     idle = -linear.out_features % 8 if x.is_cuda and x.shape[1] > 1 else 0
@@ -26,6 +29,11 @@ def project(linear: nn.Linear, x: Float[Tensor, "b t n"], *, widen: bool = True)
         weight, bias = F.pad(weight, (0, 0, 0, idle)), None if bias is None else F.pad(bias, (0, idle))
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))[..., : linear.out_features]
     return (y.to(torch.promote_types(x.dtype, torch.float32)) if widen else y).transpose(1, 2)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether the layer is its weight and bias: quantized and adapted ones compute something else, in their own way."""
+    return type(linear).forward is nn.Linear.forward
 
 
 def narrower(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,13 +31,8 @@ ALLOWED = {
     "retrofit": {"attention", "compressor", "huggingface", "memory", "peft", "window"},
     "adapter": {"attention", "compressor", "files", "peft", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},
-    "distillation": {
-        "attention",
-        "huggingface",
-        "memory",
-        "ops",
-        "retrofit",
-    },  # huggingface for the trainer's name only
+    # huggingface for the trainer's name only
+    "distillation": {"attention", "huggingface", "memory", "ops", "retrofit"},
     "huggingface/trainer": {"adapter", "distillation"},
     "testing": {"compressor", "memory", "ops", "window"},
 }

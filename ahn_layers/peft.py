@@ -11,21 +11,27 @@ from typing import Any
 
 from torch import nn
 
-_CHOOSING = "peft.tuners"
+_CHOOSING = "peft.tuners."
 """The part of PEFT that chooses targets. The rest (``modules_to_save``, saving, loading) sees every module."""
+_BETWEEN = (nn.Module.__module__, "jaxtyping.", "beartype.", __name__)
+"""Where a walk over modules passes through: parents, and what runtime type checkers put around functions."""
 
 
 def is_choosing() -> bool:
-    """Whether the walk over modules that calls the caller of this function was started by PEFT to find its targets.
+    """Whether PEFT started the walk over modules that is under way, to find its targets.
 
-    A walk over parameters is none: PEFT freezes the memory as it freezes everything else.
+    To be asked in ``named_modules``. A walk over parameters is another: PEFT freezes the memory as it freezes
+    everything else.
     """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
-        if frame.f_code.co_name == "_named_members":  # of parameters() and buffers()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        name, function = f"{frame.f_globals.get('__name__')}", frame.f_code.co_name
+        if function == "_named_members":  # of parameters() and buffers()
             return False
+        if function != "named_modules" and not name.startswith(_BETWEEN):
+            return f"{name}.".startswith(_CHOOSING)
         frame = frame.f_back
-    return frame is not None and f"{frame.f_globals.get('__name__')}.".startswith(f"{_CHOOSING}.")
+    return False
 
 
 def is_of_peft(module: nn.Module) -> bool:
@@ -43,6 +49,21 @@ def in_use(module: nn.Module) -> nn.Module:
     if wrapper.disable_adapters or not names or names[0] not in wrapper.modules_to_save:
         return wrapper.original_module
     return wrapper.modules_to_save[names[0]]
+
+
+def running(module: nn.Module) -> nn.Module:
+    """``in_use``, for a forward pass.
+
+    Raises:
+        ValueError: if PEFT was asked to choose a copy for each row.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if f"{getattr(getattr(hook, 'func', hook), '__module__', '')}".startswith("peft."):
+            raise ValueError(
+                "adapter_names was given to a model whose memory is among modules_to_save: the rows of a batch share "
+                "one memory. Call the model with the rows of each adapter on their own, after set_adapter(name)."
+            )
+    return in_use(module)
 
 
 def out_of_use(module: nn.Module) -> set[nn.Parameter]:

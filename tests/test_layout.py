@@ -26,7 +26,7 @@ ALLOWED = {
     "checks": {"memory", "state", "tokens"},  # memory for its type only
     "step": {"compressor", "memory", "ops", "state", "tokens"},  # memory for its type only
     "memory": {"checks", "compressor", "ops", "peft", "rotary", "state", "step", "tokens", "window"},
-    "attention": {"memory", "state"},
+    "attention": {"memory", "peft", "state"},
     "huggingface": {"attention", "compressor", "files", "memory", "ops", "rotary", "state", "window"},
     "retrofit": {"attention", "compressor", "huggingface", "memory", "peft", "window"},
     "adapter": {"attention", "compressor", "files", "peft", "retrofit", "version"},

@@ -110,9 +110,9 @@ class DecoderAttention(HippocampalAttention):
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             hidden = x.to(q.device)
             if layer is None:
-                out: Tensor = self.memory(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
+                out: Tensor = self.store(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
                 return out
-            return layer.run(self.memory, q, k, v, hidden, use_memory=use_memory, **options)
+            return layer.run(self.store, q, k, v, hidden, use_memory=use_memory, **options)
 
         return run
 

@@ -11,7 +11,7 @@ def outer(k: Float[Tensor, "*h d"], v: Float[Tensor, "*h e"]) -> Float[Tensor, "
     return k.unsqueeze(-1) * v.unsqueeze(-2)
 
 
-def project(linear: nn.Linear, x: Float[Tensor, "b t n"], *, widen: bool = True) -> Float[Tensor, "b h t"]:
+def project(linear: nn.Module, x: Float[Tensor, "b t n"], *, widen: bool = True) -> Float[Tensor, "b h t"]:
     """One scalar per head from hidden states: in the narrower of the two dtypes, returned in float32 at least.
 
     Args:
@@ -19,7 +19,8 @@ def project(linear: nn.Linear, x: Float[Tensor, "b t n"], *, widen: bool = True)
         x: hidden states.
         widen: False leaves what is returned in the dtype it was computed in.
     """
-    if not _is_plain(linear):
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        # quantized and adapted layers compute something else than weight and bias say, in their own way
         y = linear(x)
         return (y.to(torch.promote_types(y.dtype, torch.float32)) if widen else y).transpose(1, 2)
     x, weight = narrower(x, linear.weight)
@@ -29,11 +30,6 @@ def project(linear: nn.Linear, x: Float[Tensor, "b t n"], *, widen: bool = True)
         weight, bias = F.pad(weight, (0, 0, 0, idle)), None if bias is None else F.pad(bias, (0, idle))
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))[..., : linear.out_features]
     return (y.to(torch.promote_types(x.dtype, torch.float32)) if widen else y).transpose(1, 2)
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether the layer is its weight and bias: quantized and adapted ones compute something else, in their own way."""
-    return type(linear).forward is nn.Linear.forward
 
 
 def narrower(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .attention import HippocampalAttention
 from .compressor import Compressor
 from .files import write_atomically
+from .peft import in_use
 from .retrofit import find_retrofitted, retrofit
 from .version import __version__
 
@@ -140,7 +141,17 @@ def _as_sharded(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _compressors(inner: nn.Module) -> dict[int, Compressor]:
     blocks = [module for module in inner.modules() if isinstance(module, HippocampalAttention)]
-    return {block.layer_idx: block.memory.compressor for block in blocks if block.memory.compressor is not None}
+    compressors = {
+        block.layer_idx: in_use(block.memory.compressor) for block in blocks if block.memory.compressor is not None
+    }
+    for index, compressor in compressors.items():
+        for name, u in compressor.state_dict().items():
+            if not isinstance(u, Tensor):
+                raise ValueError(
+                    f"the memory of layer {index} was quantized ({name!r} is a {type(u).__name__}): save and load "
+                    "adapters before quantize_dynamic, or leave the memory out of it."
+                )
+    return compressors  # type: ignore[return-value]
 
 
 def _sizes(compressor: Compressor) -> dict[str, int]:

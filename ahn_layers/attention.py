@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .memory import MemoryStore
+from .peft import running
 from .state import MemoryState
 
 
@@ -68,6 +69,12 @@ class HippocampalAttention(nn.Module):
                 raise
             return getattr(self.__dict__["block"], name)
 
+    @property
+    def store(self) -> MemoryStore:
+        """The memory that runs: ``memory``, or the copy of it that PEFT trains (``modules_to_save``)."""
+        memory: nn.Module = self.memory
+        return memory if isinstance(memory, MemoryStore) else running(memory)  # type: ignore[return-value]
+
     def train(self, mode: bool = True) -> "HippocampalAttention":
         """Set training mode, in the block too."""
         self.block.training = mode
@@ -106,7 +113,7 @@ class HippocampalAttention(nn.Module):
 
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             nonlocal state
-            out, state = self.memory(q, k, v, x, state, valid=valid, use_memory=use_memory, **options)
+            out, state = self.store(q, k, v, x, state, valid=valid, use_memory=use_memory, **options)
             return out
 
         attend = Attend(type(self.block).__name__, run)

@@ -3,7 +3,7 @@
 Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size, e value size, n hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .checks import check_inputs, check_state
 from .compressor import Compressor, State, map_state, state_dtype
 from .ops.decode import slot_attention
+from .ops.idle import with_idle
 from .ops.sharing import share_columns
 from .ops.window_attention import add_to_tail, masked_attention, window_attention
+from .peft import is_choosing, is_of_peft
 from .rotary import Rotary
 from .state import MemoryState
 from .step import kernel_step
@@ -45,7 +47,7 @@ def _ends_of_padding(valid: Bool[Tensor, "b t"], seen: Int[Tensor, " b"]) -> lis
 
 
 def as_autocast(u: Tensor) -> Tensor:
-    """A query, key or value in the dtype of attention under ``torch.autocast``; the memory chooses its dtypes itself."""
+    """A query, key or value in the dtype of attention under ``torch.autocast``; the memory chooses its own dtypes."""
     device = u.device.type
     if device == "meta" or u.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return u
@@ -107,6 +109,15 @@ class MemoryStore(nn.Module):
     def extra_repr(self) -> str:
         """Window and positions, for ``print(model)``."""
         return f"{self.window!r}, memory_positions={self.memory_positions!r}"
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; PEFT, when it looks for modules to adapt, finds none below this one."""
+        walk = super().named_modules(memo, prefix, remove_duplicate)
+        if is_choosing():
+            return ((name, module) for name, module in walk if module is self or is_of_peft(module))
+        return walk
 
     def init_state(self, tokens: Tokens, *, use_memory: bool = True, full: bool = False) -> MemoryState:
         """An empty state for rows like these tokens.
@@ -185,7 +196,7 @@ class MemoryStore(nn.Module):
             return self._step(q, new, x, state, valid, inplace, attention)
         if final and valid is None and state.uniform == 0:
             if dense is not None and len(new) <= self.window.capacity:
-                return dense(q, k, v), None
+                return self._idle(dense(q, k, v), state), None
             return self._attend(q, new, x, state, None, attention)[0], None
         if valid is None:
             return self._extend(q, new, x, state, None, attention, dense, inplace)
@@ -195,15 +206,14 @@ class MemoryStore(nn.Module):
         if dense is not None and lossless and len(q) * len(new) ** 2 <= _LARGEST_MASK:
             out = dense(q, k, v, valid)
             if torch.compiler.is_compiling() or not bool(out.isnan().any()):  # of rows that see nothing, in float64
-                return out, state.extended(new.take(order), valid.sum(dim=1))
+                return self._idle(out, state), state.extended(new.take(order), valid.sum(dim=1))
         ends = _ends_of_padding(valid, state.seen)
         if ends:
             outs = []
             for a, b in pairwise((0, *ends, len(new))):
-                inputs = (*(u[:, :, a:b] for u in (q, k, v)), None if x is None else x[:, a:b])
-                out, state = self.forward(
-                    *inputs, state, valid=valid[:, a:b], use_memory=use_memory, inplace=inplace, **attention
-                )
+                inputs = (*(u[:, :, a:b] for u in (q, k, v)), None if x is None else x[:, a:b], state)
+                cut: dict[str, Any] = {"valid": valid[:, a:b], "use_memory": use_memory, "inplace": inplace}
+                out, state = self.forward(*inputs, **cut, scale=scale, softcap=softcap)  # type: ignore[arg-type]
                 outs.append(out)
             return torch.cat(outs, dim=2), state
         ordered = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
@@ -246,7 +256,7 @@ class MemoryStore(nn.Module):
             if total <= self.window.capacity:
                 after = state.extended(new)
                 resident = after.slots.columns(0, total)
-                return dense(q, resident.k, resident.v), after
+                return self._idle(dense(q, resident.k, resident.v), state), after
         out, memory = self._attend(q, new, x, state, arrivals, attention)
         after = state.extended(new, arrivals, inplace=inplace)
         after.memory = memory
@@ -299,7 +309,11 @@ class MemoryStore(nn.Module):
                     folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
             recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, x[:, first:], folds)
             out = add_to_tail(out, recalled.to(out.dtype))
-        return out, memory
+        return out if evicts else self._idle(out, state), memory
+
+    def _idle(self, out: Tensor, state: MemoryState) -> Tensor:
+        """The output of a call that folds nothing: the memory's parameters get gradients all the same, zeros."""
+        return out if state.memory is None else with_idle(out, self.compressor.parameters())  # type: ignore[union-attr]
 
     def _attend_at_end(
         self,

@@ -9,6 +9,7 @@ from torch import nn
 from .attention import HippocampalAttention
 from .compressor import Compressor
 from .memory import MemoryPositions
+from .peft import out_of_use
 from .record import Mode, Retrofitted
 from .window import SinkPositions, Window
 
@@ -148,14 +149,17 @@ def memory_attention(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trainable parameters of the memory alone, by their names in the model.
+    """The parameters of the memory alone, by their names in the model.
+
+    Where PEFT trains a copy of the memory (``modules_to_save``), these are the parameters of the active adapter's copy.
 
     Args:
         model: any model that contains [`HippocampalAttention`][ahn_layers.HippocampalAttention] blocks.
     """
     for name, module in model.named_modules():
         if isinstance(module, HippocampalAttention):
-            yield from ((f"{name}.memory.{key}", p) for key, p in module.memory.named_parameters())
+            idle = out_of_use(module.memory)
+            yield from ((f"{name}.memory.{key}", p) for key, p in module.memory.named_parameters() if p not in idle)
 
 
 def memory_report(model: nn.Module) -> str:

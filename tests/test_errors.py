@@ -357,9 +357,18 @@ CALLS = {
     "size of values": (changed("v", lambda u: u[..., :6]), "value_dim=8, the attention has 6", "value_dim=6"),
     "number of heads": (changed("q", lambda u: u[:, :2]), "num_heads=4, the attention has 2", "num_heads=2"),
     "no hidden states": (lambda c: c | {"x": None}, "x=None", "needs the hidden states"),
-    "hidden states of all tokens": (changed("x", lambda u: u.repeat(1, 2, 1)), "x has shape (2, 2, 16)", "(2, 1, 16)"),
+    "hidden states of all tokens": (
+        changed("x", lambda u: u.repeat(1, 2, 1)), "x has shape (2, 2, 16)", "(2, 1, 16)", "x[:, -1:]",
+    ),
     "mask of floats": (lambda c: c | {"valid": torch.ones(2, 1)}, "torch.float32", "boolean mask of shape (2, 1)"),
-    "mask of all tokens": (lambda c: c | {"valid": torch.ones(2, 21) > 0}, "(2, 21)", "boolean mask of shape (2, 1)"),
+    "mask of all tokens": (
+        lambda c: c | {"valid": torch.ones(2, 21) > 0}, "(2, 21)", "boolean mask of shape (2, 1)", "valid[:, -1:]",
+    ),
+    "mask of integers": (lambda c: c | {"valid": torch.ones(2, 1).long()}, "int64", "a boolean mask", "valid.bool()"),
+    "hidden states of integers": (changed("x", lambda u: u.long()), "x has shape", "int64", "expected floating"),
+    "hidden states of another layer": (changed("x", lambda u: u[..., :12]), "x has shape (2, 1, 12)", "(2, 1, 16)"),
+    "hidden states, tokens first": (changed("x", lambda u: u.transpose(0, 1)), "(1, 2, 16)", "Pass x.transpose(0, 1)"),
+    "hidden states elsewhere": (changed("x", lambda u: u.to("meta")), "x is on meta, q on cpu", "x.to(q.device)"),
     "without the memory": (lambda c: c | {"use_memory": False}, "made with the long-term", "continued without", "Keep"),
     "another batch": (
         lambda c: {name: u[:1] for name, u in c.items()}, "state has 2 rows, the tokens have 1", "state.reorder(index)",
@@ -385,6 +394,54 @@ def test_calls_that_a_store_refuses(case, inplace):
         expected, other = store(**part(call, 18, 19), state=before)
         assert torch.equal(out, expected)
         assert all(torch.equal(u, other.tensors()[name]) for name, u in end.tensors().items())
+
+
+ORDERS = {
+    "tokens before heads": ((0, 2, 1, 3), "qkv", "q", "(batch, tokens, heads, size)"),
+    "size before tokens": ((0, 1, 3, 2), "qkv", "q", "(batch, heads, size, tokens)"),
+    "tokens first": ((2, 0, 1, 3), "qkv", "q", "(tokens, batch, heads, size)"),
+    "heads first": ((1, 0, 2, 3), "qkv", "q", "(heads, batch, tokens, size)"),
+    "the keys alone": ((0, 2, 1, 3), "k", "k", "(batch, tokens, heads, size)"),
+    "the values alone": ((0, 2, 1, 3), "v", "v", "(batch, tokens, heads, size)"),
+    "keys and values": ((0, 2, 1, 3), "kv", "k", "(batch, tokens, heads, size)"),
+}
+
+
+@pytest.mark.parametrize("compressor", [GatedDeltaNet, None])
+@pytest.mark.parametrize("case", ORDERS)
+def test_tensors_in_another_order_are_told_how_to_turn(case, compressor):
+    order, names, blamed, looks = ORDERS[case]
+    if compressor is None and names == "qkv" and order != (0, 2, 1, 3):
+        pytest.skip("nothing is known of the sizes")
+    store, call = store_and_tokens(compressor, length=21)
+    expected = store(**call)[0]
+    turned = call | {name: call[name].permute(order) for name in names}
+    with refused(ValueError, f"{blamed} has shape {tuple(turned[blamed].shape)}", looks, f"Pass {blamed}.permute"):
+        store(**turned)
+    back = [order.index(i) for i in range(4)]
+    assert torch.equal(store(**turned | {name: turned[name].permute(back) for name in names})[0], expected)
+
+
+def test_keys_that_were_repeated_for_the_query_heads():
+    """Right where every query head has its own state, and no reason to make another compressor where they share."""
+    store, call = store_and_tokens(GatedDeltaNet, length=21)
+    repeated = call | {name: call[name].repeat_interleave(2, dim=1) for name in "kv"}
+    assert torch.allclose(store(**repeated)[0], store(**call)[0], atol=1e-5)
+    state = store(**part(call, 0, 20))[1]
+    with refused(ValueError, "the state holds k with 2 heads of 8, the tokens have 4", "repeated for the query heads"):
+        store(**part(repeated, 20, 21), state=state)
+    twice = call | {name: call[name].repeat_interleave(4, dim=1) for name in "kv"}
+    with refused(ValueError, "4 query heads and 8 key/value heads", "not repeated for the query heads"):
+        store(**twice)
+    store = MemoryStore(store.window, GatedDeltaNet(16, 4, 8, num_kv_heads=2, shared_state=True))
+    with refused(ValueError, "num_kv_heads=2, the attention has 4", "not repeated for the query heads"):
+        store(**repeated)
+
+
+def test_what_a_store_returned_is_not_the_state():
+    store, call = store_and_tokens()
+    with refused(TypeError, "state is a tuple", "the state that the last call returned"):
+        store(**part(call, 18, 19), state=store(**part(call, 0, 18)))
 
 
 STATES = {

@@ -16,6 +16,7 @@ ALLOWED = {
     "files": set(),
     "ops": set(),
     "layers": set(),
+    "peft": set(),
     "tokens": set(),
     "window": set(),
     "rotary": {"ops"},
@@ -24,15 +25,16 @@ ALLOWED = {
     "state": {"compressor", "files", "tokens", "window"},
     "checks": {"memory", "state", "tokens"},  # memory for its type only
     "step": {"compressor", "memory", "ops", "state", "tokens"},  # memory for its type only
-    "memory": {"checks", "compressor", "ops", "rotary", "state", "step", "tokens", "window"},
-    "attention": {"memory", "state"},
+    "memory": {"checks", "compressor", "ops", "peft", "rotary", "state", "step", "tokens", "window"},
+    "attention": {"memory", "peft", "state"},
     "record": {"memory", "window"},
     "huggingface": {"attention", "compressor", "files", "memory", "ops", "record", "rotary"}
     | {"state", "tokens", "window"},
-    "retrofit": {"attention", "compressor", "huggingface", "memory", "record", "window"},
-    "adapter": {"attention", "compressor", "files", "retrofit", "version"},
+    "retrofit": {"attention", "compressor", "huggingface", "memory", "peft", "record", "window"},
+    "adapter": {"attention", "compressor", "files", "peft", "retrofit", "version"},
     "cost": {"attention", "compressor", "retrofit"},
-    "distillation": {"attention", "huggingface", "ops", "retrofit"},  # huggingface for the trainer's name only
+    # huggingface for the trainer's name only
+    "distillation": {"attention", "huggingface", "memory", "ops", "retrofit"},
     "huggingface/trainer": {"adapter", "distillation"},
     "testing": {"compressor", "memory", "ops", "window"},
 }

@@ -116,7 +116,7 @@ class DecoderAttention(HippocampalAttention):
         use_memory = self.mode == "memory"
 
         def alone(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-            return self.memory(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
+            return self.store(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
 
         def run(
             q: Tensor, k: Tensor, v: Tensor, *, weights: Weights | None = None, texts: Tensor | None = None,
@@ -124,13 +124,13 @@ class DecoderAttention(HippocampalAttention):
         ) -> Tensor:  # fmt: skip
             hidden, state, valid = x.to(q.device), None if layer is None else layer.state, options["valid"]
             if weights is not None:
-                weights.check(self.memory.window, state, k.shape[2], valid, texts)
+                weights.check(self.store.window, state, k.shape[2], valid, texts)
             if texts is not None:
                 return _attend_texts(partial(alone, options), texts, q, k, v, hidden)
             out = (
                 alone(options, q, k, v, hidden)
                 if layer is None
-                else layer.run(self.memory, q, k, v, hidden, use_memory=use_memory, **options)
+                else layer.run(self.store, q, k, v, hidden, use_memory=use_memory, **options)
             )
             if weights is not None:
                 if layer is None or state is None:

@@ -10,6 +10,7 @@ from torch import nn
 from .attention import HippocampalAttention
 from .compressor import Compressor
 from .memory import MemoryPositions
+from .undo import unchanged_on_failure
 from .window import SinkPositions, Window
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -100,19 +101,20 @@ def retrofit(
     chosen, skipped = install.choose(blocks, window, None if layers is None else list(layers))
     stores = [install.make_store(block, window, compressor, memory_positions, compressor_options) for block in chosen]
     base = model.config.get_text_config(decoder=True)._attn_implementation  # type: ignore[union-attr,operator]
-    ours = install.replace_blocks(model, blocks, chosen, stores, base)
-    model.hippocampus = Retrofitted(  # type: ignore[assignment]
-        window,
-        None if compressor is None else compressor.__name__,
-        memory_positions,
-        compressor_options,
-        [block.layer_idx for block in chosen],
-        base,
-        ours,
-        probe.attention_configs(model),
-        skipped,
-    )
-    _set_implementation(model.hippocampus, ours)  # type: ignore[arg-type]
+    with unchanged_on_failure(model):
+        ours = install.replace_blocks(model, blocks, chosen, stores, base)
+        model.hippocampus = Retrofitted(  # type: ignore[assignment]
+            window,
+            None if compressor is None else compressor.__name__,
+            memory_positions,
+            compressor_options,
+            [block.layer_idx for block in chosen],
+            base,
+            ours,
+            probe.attention_configs(model),
+            skipped,
+        )
+        _set_implementation(model.hippocampus, ours)  # type: ignore[arg-type]
     return model
 
 

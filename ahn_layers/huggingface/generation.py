@@ -25,8 +25,11 @@ SHORTEST_CHUNK = 256
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
 
-REPLACED = ("_prepare_cache_for_generation", "_prefill", "prepare_inputs_for_generation", "get_compiled_call")
-"""Methods of ``generate`` that a retrofitted model has its own of."""
+REPLACED = (
+    "_prepare_cache_for_generation", "_prefill", "prepare_inputs_for_generation", "get_compiled_call",
+    "save_pretrained",
+)  # fmt: skip
+"""Methods that ``retrofit`` replaces."""
 
 
 class ChosenSize(int):

@@ -14,6 +14,7 @@ from .decoder import DecoderAttention
 from .generation import CompiledCall, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES, implementation_name
 from .probe import AttentionBlock
+from .saving import SavePretrained
 
 
 def check_model(model: Any) -> None:
@@ -130,4 +131,5 @@ def replace_blocks(
         setattr(parent, name, wrapped)
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
+    model.save_pretrained = SavePretrained(model)
     return implementation_name(base, owned)

@@ -1,0 +1,163 @@
+"""Which base model and which memory weights: what adapters and caches are compared by."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from .attention import HippocampalAttention
+from .retrofit import find_retrofitted
+
+FACTS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "rope_parameters",
+)  # fmt: skip
+"""What is compared of a base model's config."""
+SAMPLED, VALUES = 32, 8
+"""Parameters of the base that are sampled, and values of each."""
+
+_DTYPES = {str(u).removeprefix("torch."): u for u in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_OF_PEFT = re.compile(r"(lora|ia3|vera)_|modules_to_save")
+_identities: "WeakKeyDictionary[nn.Module, tuple[list[Any], str]]" = WeakKeyDictionary()
+
+
+def base_fingerprint(model: Any) -> dict[str, Any]:
+    """What identifies a base model, as JSON values: facts of its config, and a few of its weights.
+
+    All processes that hold parts of a sharded model have to call it.
+
+    Args:
+        model: a transformers model, retrofitted or not.
+    """
+    parameters = dict(_base_parameters(model))
+    chosen = sorted(parameters, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED]
+    weights = {name: _sample(parameters[name]) for name in sorted(chosen)}
+    return {"config": _facts(model), "weights": weights}
+
+
+def differences(recorded: dict[str, Any], model: Any, *, facts: bool = True) -> Iterator[str]:
+    """What tells a model from the base that a fingerprint was taken of, in words.
+
+    Weights are compared in the coarser one of the two dtypes. Those that cannot be read here (quantized, offloaded,
+    sharded) are left out.
+
+    Args:
+        recorded: what ``base_fingerprint`` returned.
+        model: a transformers model, retrofitted or not.
+        facts: False compares weights alone.
+    """
+    if facts:
+        yield from _other_facts(recorded["config"], _facts(model))
+    parameters = dict(_base_parameters(model))
+    for name, sample in recorded["weights"].items():
+        u = parameters.get(name)
+        if u is None or hasattr(u, "full_tensor"):
+            continue
+        if list(u.shape) != sample["shape"]:
+            yield f"{name} has shape {sample['shape']} there, {list(u.shape)} here"
+        elif not _agree(sample, u):
+            yield f"other values in {name}"
+
+
+def memory_identity(model: nn.Module) -> str:
+    """A text that is the same for the same memory weights: what a cache can only be continued with.
+
+    It depends on values and dtypes, not on the device, the process or the window. It is computed anew after the weights
+    have changed; until then a call compares addresses and version counters only.
+
+    Args:
+        model: a retrofitted model, or one that contains it.
+
+    Returns:
+        A hexadecimal digest; the empty text where weights cannot be read (on the meta device, or offloaded).
+
+    Raises:
+        ValueError: if the model is not retrofitted.
+    """
+    inner, record = find_retrofitted(model)
+    named = [
+        (f"{block.layer_idx}.{name}", u)
+        for block in inner.modules()
+        if isinstance(block, HippocampalAttention) and block.memory.compressor is not None
+        for name, u in block.memory.compressor.state_dict(keep_vars=True).items()
+    ]
+    if any(u.is_meta for _, u in named):
+        return ""
+    now = [(ref(u), _local(u).data_ptr(), None if u.is_inference() else u._version) for _, u in named]
+    known = _identities.get(inner)
+    if known is not None and known[0] == now:
+        return known[1]
+    digest = hashlib.sha256(f"{record.compressor} {record.memory_positions}".encode())
+    for name, u in named:
+        local = _local(u).detach().cpu().contiguous()
+        digest.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
+        digest.update(local.flatten().view(torch.uint8).numpy().data)
+    found = digest.hexdigest()
+    _identities[inner] = (now, found)
+    return found
+
+
+def _local(u: Tensor) -> Tensor:
+    """The part of a sharded tensor that is here."""
+    here: Tensor = u.to_local() if hasattr(u, "to_local") else u
+    return here
+
+
+def whole(u: Tensor) -> Tensor:
+    """A tensor in one piece: FSDP2 shards it, and all processes gather it together."""
+    gathered: Tensor = u.full_tensor() if hasattr(u, "full_tensor") else u
+    return gathered
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    values = config.to_dict()
+    own = {name: values.get(config.attribute_map.get(name, name)) for name in FACTS}
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _other_facts(theirs: dict[str, Any], ours: dict[str, Any], within: str = "") -> Iterator[str]:
+    """Facts that both have, and that differ; another version of transformers may know more of them."""
+    for name in theirs.keys() & ours.keys():
+        if isinstance(theirs[name], dict) and isinstance(ours[name], dict):
+            yield from _other_facts(theirs[name], ours[name], f"{within}{name}.")
+        elif theirs[name] != ours[name]:
+            yield f"{within}{name}={theirs[name]!r} there, {ours[name]!r} here"
+
+
+def _base_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The base's parameters that can be read, by their names in the bare decoder without PEFT."""
+    memories = tuple(f"{n}.memory." for n, module in model.named_modules() if isinstance(module, HippocampalAttention))
+    for name, u in model.named_parameters():
+        readable = u.dtype in _DTYPES.values() and not u.is_meta and u.numel()
+        plain = type(u.data) is Tensor or hasattr(u, "full_tensor")  # other classes hold quantized weights
+        if readable and plain and not name.startswith(memories) and not _OF_PEFT.search(name):
+            name = re.sub(r"\.(base_layer|original_module)\.", ".", name)
+            yield name.removeprefix(f"{model.base_model_prefix}."), u.detach()
+
+
+def _sample(u: Tensor) -> dict[str, Any]:
+    values = _values(whole(u)).double().tolist()
+    dtype = str(u.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(u.shape), "values": " ".join(map(repr, values))}
+
+
+def _values(u: Tensor) -> Tensor:
+    """A few values, from the first to the last."""
+    at = torch.linspace(0, 1, VALUES, dtype=torch.float64).mul(u.numel() - 1).long()
+    return u[torch.unravel_index(at.to(u.device), u.shape)].cpu()
+
+
+def _agree(sample: dict[str, Any], u: Tensor) -> bool:
+    """Whether the values are the same but for the rounding of the coarser dtype."""
+    recorded = torch.tensor([float(value) for value in sample["values"].split()], dtype=torch.float64)
+    found, dtype = _values(u), _DTYPES[sample["dtype"]]
+    if torch.equal(recorded.to(u.dtype), found) or torch.equal(recorded, found.to(dtype).double()):
+        return True
+    if {dtype, u.dtype} != {torch.bfloat16, torch.float16}:  # of which neither contains the other
+        return False
+    return torch.allclose(recorded, found.double(), rtol=2**-7, atol=2**-24)

@@ -1,6 +1,7 @@
 """The memory of a model in files: save it, load it into a model, check that both belong together."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,13 +124,13 @@ def describe(record: Retrofitted) -> dict[str, Any]:
     }
 
 
-def describe_adapter(inner: Any, record: Retrofitted) -> dict[str, Any]:
-    """What ``adapter.json`` says, but for the hash of the weights."""
+def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What ``adapter.json`` says, except the hash of the weights; of the base weights in a given state dict."""
     return describe(record) | {
         "sizes": _sizes(next(iter(_compressors(inner).values()))),
         "base_model_type": inner.config.get_text_config(decoder=True).model_type,
         "base_model": getattr(inner.config, "_name_or_path", "") or None,
-        "base": base_fingerprint(inner),
+        "base": base_fingerprint(inner, given),
     }
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -25,15 +26,16 @@ _OF_PEFT = re.compile(r"(lora|ia3|vera)_|modules_to_save")
 _identities: "WeakKeyDictionary[nn.Module, tuple[list[Any], str]]" = WeakKeyDictionary()
 
 
-def base_fingerprint(model: Any) -> dict[str, Any]:
+def base_fingerprint(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """What identifies a base model, as JSON values: facts of its config, and a few of its weights.
 
     All processes that hold parts of a sharded model have to call it.
 
     Args:
         model: a transformers model, retrofitted or not.
+        given: a state dict whose weights count instead of the model's.
     """
-    parameters = dict(_base_parameters(model))
+    parameters = dict(_base_parameters(model, given or {}))
     chosen = sorted(parameters, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED]
     weights = {name: _sample(parameters[name]) for name in sorted(chosen)}
     return {"config": _facts(model), "weights": weights}
@@ -129,10 +131,11 @@ def _other_facts(theirs: dict[str, Any], ours: dict[str, Any], within: str = "")
             yield f"{within}{name}={theirs[name]!r} there, {ours[name]!r} here"
 
 
-def _base_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+def _base_parameters(model: Any, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[tuple[str, Tensor]]:
     """The base's parameters that can be read, by their names in the bare decoder without PEFT."""
     memories = tuple(f"{n}.memory." for n, module in model.named_modules() if isinstance(module, HippocampalAttention))
-    for name, u in model.named_parameters():
+    for name, own in model.named_parameters():
+        u = given.get(name, own)
         readable = u.dtype in _DTYPES.values() and not u.is_meta and u.numel()
         plain = type(u.data) is Tensor or hasattr(u, "full_tensor")  # other classes hold quantized weights
         if readable and plain and not name.startswith(memories) and not _OF_PEFT.search(name):

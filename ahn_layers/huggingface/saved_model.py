@@ -68,8 +68,10 @@ class SavedConfig(PreTrainedConfig):
         """The base's config, with the description of the retrofit.
 
         Raises:
-            ValueError: if the file is damaged, or the base's model type is not known.
+            ValueError: if the file is damaged, or the base's model type or the compressor is not known.
         """
+        from ..adapter_files import check_known
+
         try:
             saved = copy.deepcopy(config_dict["ahn_layers"])
             base, retrofit, model_type = saved[_BASE], saved[_RETROFIT], saved[_BASE]["model_type"]
@@ -80,6 +82,9 @@ class SavedConfig(PreTrainedConfig):
                 f"the base model has the model type {model_type!r}, which this transformers does not know: import the "
                 "module that registers it, or update transformers."
             )
+        check_known(
+            retrofit["compressor"], kwargs.get("name_or_path", "config.json")
+        )  # pipelines hide what comes later
         found = CONFIG_MAPPING[model_type].from_dict(base, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         config.retrofit = retrofit
@@ -138,10 +143,8 @@ class RetrofittedModel:
     def from_pretrained(cls, source: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
         """As ``from_pretrained`` of the base's class, which the model is an instance of."""
         from ..adapter import load_checked
-        from ..adapter_files import check_known
 
         description, base = config.retrofit, _base_config(config)
-        check_known(description["compressor"], source)
         given = kwargs.get("dtype") or kwargs.get("torch_dtype")
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         kwargs["variant"] = variant_of(kwargs.get("variant"))

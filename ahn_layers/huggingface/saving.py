@@ -45,7 +45,7 @@ class SavePretrained:
 
         model: Any = self.model
         folder, record, description = Path(save_directory), model.hippocampus, describe(model.hippocampus)
-        adapter = None if record.compressor is None else describe_adapter(model, record)
+        adapter = None if record.compressor is None else describe_adapter(model, record, state_dict)
         names = _names(model)
         weights = gather_weights(model) if state_dict is None else _taken_from(state_dict, model, names)
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}

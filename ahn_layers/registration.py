@@ -59,5 +59,5 @@ class _ThenRegister(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
+            module.__spec__.loader = module.__loader__ = self.loader
         _register()

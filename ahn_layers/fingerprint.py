@@ -3,9 +3,10 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,18 @@ SAMPLED, VALUES = 32, 8
 
 _DTYPES = {str(u).removeprefix("torch."): u for u in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _OF_PEFT = re.compile(r"(lora|ia3|vera)_|modules_to_save")
-_identities: "WeakKeyDictionary[nn.Module, tuple[list[Any], str]]" = WeakKeyDictionary()
+
+
+@dataclass
+class _Known:
+    """An identity, with the parameters that it was computed from and what they were like then."""
+
+    of: list[ReferenceType[Tensor]]
+    seen: list[tuple[int, int | None]]
+    identity: str
+
+
+_identities: "WeakKeyDictionary[nn.Module, _Known]" = WeakKeyDictionary()
 
 
 def base_fingerprint(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -89,17 +101,17 @@ def memory_identity(model: nn.Module) -> str:
     ]
     if any(u.is_meta for _, u in named):
         return ""
-    now = [(ref(u), _local(u).data_ptr(), None if u.is_inference() else u._version) for _, u in named]
+    now = [(_local(u).data_ptr(), None if u.is_inference() else u._version) for _, u in named]
     known = _identities.get(inner)
-    if known is not None and known[0] == now:
-        return known[1]
+    if known is not None and known.seen == now and all(was() is u for was, (_, u) in zip(known.of, named, strict=True)):
+        return known.identity
     digest = hashlib.sha256(f"{record.compressor} {record.memory_positions}".encode())
     for name, u in named:
         local = _local(u).detach().cpu().contiguous()
         digest.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
         digest.update(local.flatten().view(torch.uint8).numpy().data)
     found = digest.hexdigest()
-    _identities[inner] = (now, found)
+    _identities[inner] = _Known([ref(u) for _, u in named], now, found)
     return found
 
 

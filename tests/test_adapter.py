@@ -526,6 +526,14 @@ def test_memory_identity_follows_the_weights(change):
     assert memory_identity(model) != found
 
 
+def test_memory_identity_of_other_parameters():
+    model, other = make(), make()
+    kept = dict(adapter_parameters(model))  # the old ones live on
+    found = memory_identity(model), memory_identity(other)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert kept and found[0] != memory_identity(model) == found[1]
+
+
 def test_memory_identity_is_cheap_while_nothing_changes(monkeypatch):
     model = make()
     found = memory_identity(model)

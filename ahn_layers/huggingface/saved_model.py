@@ -82,9 +82,8 @@ class SavedConfig(PreTrainedConfig):
                 f"the base model has the model type {model_type!r}, which this transformers does not know: import the "
                 "module that registers it, or update transformers."
             )
-        check_known(
-            retrofit["compressor"], kwargs.get("name_or_path", "config.json")
-        )  # pipelines hide what comes later
+        # here and not where the memory is loaded, since pipelines go on to other classes then
+        check_known(retrofit["compressor"], kwargs.get("name_or_path", "config.json"))
         found = CONFIG_MAPPING[model_type].from_dict(base, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         config.retrofit = retrofit

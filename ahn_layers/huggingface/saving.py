@@ -37,6 +37,7 @@ class SavePretrained:
         is_main_process: bool = True,
         state_dict: dict[str, Any] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
         variant: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -60,6 +61,7 @@ class SavePretrained:
                 folder,
                 is_main_process=is_main_process,
                 state_dict=None if state_dict is None else dict(state_dict),
+                max_shard_size=max_shard_size,
                 variant=variant if lora_alone else variant_of(variant),
                 **kwargs,
             )

@@ -11,6 +11,7 @@ from .compressor import Compressor
 from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
 from .layers import outer
 from .memory import MemoryStore
+from .registration import register_saved_models
 from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
 from .rotary import Rotary
 from .state import MemoryState
@@ -53,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
         return HippocampalCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_saved_models()

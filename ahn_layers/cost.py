@@ -13,7 +13,8 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
-from .retrofit import find_retrofitted, full_attention
+from .record import find_retrofitted
+from .retrofit import full_attention
 
 
 @dataclass(frozen=True)

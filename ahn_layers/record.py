@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
+
 from .memory import MemoryPositions
 from .window import Window
 
@@ -37,3 +39,12 @@ class Retrofitted:
     def attention_name(self, base: str | None) -> str | None:
         """The attention implementation of the retrofitted layers, where the config names ``base``."""
         return base if self.mode == "full" else f"hippocampal:{base}:{self.owned}"
+
+
+def find_retrofitted(model: nn.Module) -> tuple[nn.Module, Retrofitted]:
+    """The retrofitted transformers model in ``model`` (itself, or inside a wrapper), and what was done to it."""
+    for module in model.modules():
+        record = module.__dict__.get("hippocampus")
+        if isinstance(record, Retrofitted):
+            return module, record
+    raise ValueError(f"{type(model).__name__} is not retrofitted: call retrofit(model, ...) first.")

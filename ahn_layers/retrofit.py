@@ -10,7 +10,8 @@ from .attention import HippocampalAttention
 from .compressor import Compressor
 from .memory import MemoryPositions
 from .peft import out_of_use
-from .record import Mode, Retrofitted
+from .record import Mode, Retrofitted, find_retrofitted
+from .undo import unchanged_on_failure
 from .window import SinkPositions, Window
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,7 +83,8 @@ def retrofit(
         skipped,
         found.owned(chosen),
     )
-    install.replace_blocks(model, found, chosen, stores, record)
+    with unchanged_on_failure(model):
+        install.replace_blocks(model, found, chosen, stores, record)
     return model
 
 
@@ -191,15 +193,6 @@ def memory_report(model: nn.Module) -> str:
     lines.insert(1, "-" * len(lines[0]))
     lines += [f"skipped {name}: {reason}" for name, reason in record.skipped.items()]
     return "\n".join(lines)
-
-
-def find_retrofitted(model: nn.Module) -> tuple[nn.Module, Retrofitted]:
-    """The retrofitted transformers model in ``model`` (itself, or inside a wrapper), and what was done to it."""
-    for module in model.modules():
-        record = module.__dict__.get("hippocampus")
-        if isinstance(record, Retrofitted):
-            return module, record
-    raise ValueError(f"{type(model).__name__} is not retrofitted: call retrofit(model, ...) first.")
 
 
 @contextmanager

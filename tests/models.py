@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ahn_layers import Compressor, GatedDeltaNet, adapter_parameters, retrofit
 from ahn_layers.huggingface.decoder import CACHE
-from ahn_layers.retrofit import find_retrofitted
+from ahn_layers.record import find_retrofitted
 
 WINDOW, SINKS = 6, 2
 CAPACITY = WINDOW + SINKS

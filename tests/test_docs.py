@@ -76,13 +76,20 @@ def small_models(monkeypatch, examples):
         save_file({key: torch.randn_like(u) for key, u in names}, "released.safetensors")
         return str(Path.cwd())
 
+    load_model, load_tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+
+    def model(name, **options):
+        return load_model(name, **options) if Path(name).is_dir() else make(name)[0]
+
     def tokenizer(name, **options):
+        if Path(name).is_dir():  # that a block has saved
+            return load_tokenizer(name, **options)
         found = make(name)[1]
         for key, value in options.items():
             setattr(found, key, value)
         return found
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **_: make(name)[0])
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
@@ -101,9 +108,10 @@ def names_of_example(code):
 @pytest.mark.parametrize("page", [p for p in PAGES if list(python_blocks(p))], ids=page_name)
 def test_code_blocks_run(page, small_models, tmp_path, monkeypatch, unchecked):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "documentation"}
+    names = {}
     for line, block, runs in python_blocks(page):
         given, code = names_of_example(block)
+        names["__name__"] = given.get("__name__", "documentation")  # a class that is shown is the one of the example
         names |= {name: value for name, value in given.items() if not name.startswith("__")}
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")
         if runs:

@@ -14,6 +14,8 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 ALLOWED = {
     "version": set(),
     "files": set(),
+    "undo": set(),
+    "registration": {"huggingface"},  # where transformers is already imported
     "ops": set(),
     "layers": set(),
     "peft": set(),
@@ -28,13 +30,18 @@ ALLOWED = {
     "memory": {"checks", "compressor", "ops", "peft", "rotary", "state", "step", "tokens", "window"},
     "attention": {"memory", "peft", "state"},
     "record": {"memory", "window"},
-    "huggingface": {"attention", "compressor", "files", "memory", "ops", "record", "rotary"}
+    "huggingface": {"attention", "compressor", "files", "fingerprint", "memory", "ops", "record", "rotary"}
     | {"state", "tokens", "window"},
-    "retrofit": {"attention", "compressor", "huggingface", "memory", "peft", "record", "window"},
-    "adapter": {"attention", "compressor", "files", "peft", "retrofit", "version"},
-    "cost": {"attention", "compressor", "retrofit"},
+    "retrofit": {"attention", "compressor", "huggingface", "memory", "peft", "record", "undo", "window"},
+    "fingerprint": {"attention", "record"},
+    "adapter_files": {"compressor", "files"},
+    "adapter": {"adapter_files", "attention", "compressor", "fingerprint", "peft", "record", "retrofit"}
+    | {"undo", "version"},
+    "cost": {"attention", "compressor", "record", "retrofit"},
     # huggingface for the trainer's name only
-    "distillation": {"attention", "huggingface", "memory", "ops", "retrofit"},
+    "distillation": {"attention", "huggingface", "memory", "ops", "record", "retrofit"},
+    "huggingface/saved_model": {"adapter", "adapter_files"},
+    "huggingface/saving": {"adapter", "adapter_files", "attention", "files"},
     "huggingface/trainer": {"adapter", "distillation"},
     "testing": {"compressor", "memory", "ops", "window"},
 }

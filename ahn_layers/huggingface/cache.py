@@ -147,7 +147,7 @@ def _describe(layer: Any) -> dict[str, Any]:
             length = int(layer.get_seq_length())
             state |= {"length": length, "padded": not bool((layer.state.seen == length).all())}
         turns = None if layer.padding is None else layer.padding.turns
-        return {"type": "memory", "state": state, "padding": turns}
+        return {"type": "memory", "state": state, "padding": turns, "made_with": layer.made_with}
     if type(layer) is DynamicSlidingWindowLayer:
         return {"type": "sliding", "sliding_window": layer.sliding_window, "seen": layer.cumulative_length}
     if type(layer) is DynamicLayer:
@@ -161,7 +161,7 @@ def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         layer: Any = MemoryLayer()
         if "state" in description:
             layer.state = MemoryState.from_tensors(tensors, description["state"])
-            turns = description.get("padding")
+            layer.made_with, turns = description.get("made_with", ""), description.get("padding")
             layer.padding = None if turns is None else Padding(tuple(tuple(row) for row in turns))
         return layer
     sliding = description["type"] == "sliding"

@@ -27,6 +27,7 @@ class MemoryLayer(CacheLayerMixin):
         padding: which columns were padding, None if none was.
         overwritten: whether the running call has written into the tensors that were there before it.
         edits: how often tokens or rows have been taken out, so that nothing undoes that.
+        made_with: the identity of the memory weights that made it, empty if it is not known.
         broken: why the layer cannot be used any further, empty if it can.
     """
 
@@ -42,6 +43,7 @@ class MemoryLayer(CacheLayerMixin):
         self.padding: Padding | None = None
         self.overwritten = False
         self.edits = 0
+        self.made_with = ""
         self.broken = ""
         self.recording: Recording | None = None
 
@@ -260,7 +262,7 @@ class MemoryLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.edits += 1
-        self.state, self.padding, self.broken, self.overwritten = None, None, "", False
+        self.state, self.padding, self.broken, self.made_with, self.overwritten = None, None, "", "", False
         self.recording = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -17,10 +17,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..fingerprint import identity_of
 from .cache import HippocampalCache, fill
 from .config_view import naming
 from .packing import find_texts, positions_of
-from .reconcile import length_of, note_padding, reconcile
+from .reconcile import check_memory, length_of, note_memory, note_padding, reconcile
 from .transaction import begin, complete, settle
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -41,6 +42,7 @@ class Call:
         mask: the 2-D padding mask that it was given, None without.
         real: False at padding among the new tokens, None if there is none.
         texts: the number of each token's text where rows hold several, else None.
+        identity: of the memory weights, empty if they are not used or cannot be read.
         outer: whether the call is not part of another one of the same model.
     """
 
@@ -50,6 +52,7 @@ class Call:
     mask: Tensor | None = None
     real: Bool[Tensor, "b t"] | None = None
     texts: Int[Tensor, "b t"] | None = None
+    identity: str = ""
     outer: bool = False
 
 
@@ -146,6 +149,7 @@ class ForwardHook:
         cache = call.cache if call.cache is not None else _cache_in(output)
         if isinstance(cache, Cache):
             complete(cache)
+            note_memory(cache, call.identity)
             if call.real is not None:
                 note_padding(cache, call.real, length_of(cache) - call.real.shape[1])
 
@@ -158,6 +162,9 @@ class ForwardHook:
         if isinstance(cache, HippocampalCache):
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle(cache)
+        if self.owner.mode == "memory" and self.owner.compressor is not None:
+            call.identity = identity_of(module, f"{self.owner.compressor} {self.owner.memory_positions}")
+            check_memory(cache, call.identity)
         mask = kwargs.get("attention_mask")
         call.outer, call.cache, call.mask = True, cache, mask if isinstance(mask, Tensor) and mask.ndim != 4 else None
         call.real = reconcile(cache, call.mask, *tokens.shape[:2])

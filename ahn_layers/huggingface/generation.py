@@ -40,8 +40,9 @@ REPLACED = (
     "get_compiled_call",
     "create_masks_for_generate",
     "_get_stopping_criteria",
+    "save_pretrained",
 )
-"""Methods of ``generate`` that ``retrofit`` replaces."""
+"""Methods that ``retrofit`` replaces."""
 
 
 class ChosenSize(int):

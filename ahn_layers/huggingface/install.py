@@ -18,6 +18,7 @@ from .finished import StoppingCriteria
 from .generation import REPLACED, CompiledCall, CreateMasks, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES
 from .probe import AttentionBlock, Probed
+from .saving import SavePretrained
 from .weights import Recorded, are_installed
 
 
@@ -133,7 +134,7 @@ def replace_blocks(
     model.hippocampus = record
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
-    model._get_stopping_criteria = StoppingCriteria(model)
+    model._get_stopping_criteria, model.save_pretrained = StoppingCriteria(model), SavePretrained(model)
     model.create_masks_for_generate = CreateMasks(model, view(model.config, record, renamed))
 
 

@@ -35,7 +35,7 @@ def reconcile(cache: Any, mask: Any, rows: int, count: int) -> Bool[Tensor, "b t
             f"{held}."
         )
     mask = mask.to(torch.bool)
-    layers = _memory_layers(cache)
+    layers = memory_layers(cache)
     if past and layers:
         _compare(layers, mask[:, :past])
     new = mask[:, past:]
@@ -49,6 +49,22 @@ def note_padding(cache: Any, real: Bool[Tensor, "b t"], start: int) -> None:
         after = (layers[0].padding or Padding.none(len(real))).extended(real, start)
         for layer in layers:
             layer.padding = after
+
+
+def check_memory(cache: Any, identity: str) -> None:
+    """Raise a ValueError if the tokens of a cache were taken in by other memory weights than those that go on."""
+    for layer in memory_layers(cache):
+        if identity and layer.made_with and layer.made_with != identity:
+            raise ValueError(
+                "this cache was filled with other memory weights (another adapter, or before training went on): its "
+                "states would be misread. Load the adapter that it was made with, or begin a new cache."
+            )
+
+
+def note_memory(cache: Any, identity: str) -> None:
+    """Remember with which memory weights a cache was filled."""
+    for layer in memory_layers(cache):
+        layer.made_with = identity or layer.made_with
 
 
 def _compare(layers: list[MemoryLayer], said: Bool[Tensor, "b c"]) -> None:
@@ -96,7 +112,8 @@ def length_of(cache: Any) -> int:
     return 0 if cache is None or not hasattr(cache, "get_seq_length") else int(cache.get_seq_length())
 
 
-def _memory_layers(cache: Any) -> list[MemoryLayer]:
+def memory_layers(cache: Any) -> list[MemoryLayer]:
+    """Our layers of a cache that hold tokens."""
     if isinstance(cache, LayerCache):
         return [cache.layer] if cache.layer.state is not None else []
     layers = getattr(cache, "layers", ())

@@ -136,7 +136,8 @@ class StaticMemoryLayer(MemoryLayer):
             empty.memory, empty.length, empty.padded = self._empty_memory, 0, False
             self.state.copy_(empty)
             self.state.length, self.state.padded = None, True
-        self._known, self.padding, self.broken, self.overwritten = (0, False), None, "", False
+        self._known, self.padding, self.overwritten = (0, False), None, False
+        self.broken, self.made_with = "", ""
         self.pads.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -22,7 +22,7 @@ ADVICE = "a model with a memory: run `import ahn_layers` first, and load it with
 VARIANT = "ahn_layers"
 """The base weights are files of this variant, so that nothing takes them for a whole model."""
 
-_BASE, _RETROFIT = "base_config", "retrofit"
+_BASE_TYPE, _RETROFIT, _NAMES_WEIGHTS = "base_model_type", "retrofit", "transformers_weights"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -36,26 +36,30 @@ def variant_of(variant: str | None) -> str:
     return VARIANT if variant is None else f"{VARIANT}.{variant}"
 
 
-def saved_config(base: dict[str, Any], retrofit: dict[str, Any], parts: list[str]) -> dict[str, Any]:
-    """What ``config.json`` says.
+def saved_config(base: dict[str, Any], retrofit: dict[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` says: the base's config, but of our model type, and with no weights for any other class.
 
-    Config classes that read it, other than ours, find text where they expect a size, and show it in their error. The
-    base's config lies two levels deep, since transformers takes a config of a known type out of the first.
+    Other config classes may read it (PEFT asks them for the vocabulary's size). A model class that does looks for the
+    weights under the name that ``transformers_weights`` gives, and shows our advice in its error.
 
     Args:
         base: the base's config.
         retrofit: what the retrofit was asked for.
-        parts: names of the base's sub-configs.
     """
-    refused: dict[str, Any] = dict.fromkeys(
-        ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), ADVICE
-    )
-    return {
-        "model_type": MODEL_TYPE,
-        **refused,
-        **dict.fromkeys(parts, refused),
-        "ahn_layers": {_RETROFIT: retrofit, _BASE: base},
-    }
+    own = {_RETROFIT: retrofit, _BASE_TYPE: base["model_type"]}
+    return _marked(base) | {"model_type": MODEL_TYPE, "ahn_layers": own}
+
+
+def _marked(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose weights cannot be found, nor those of its parts."""
+    parts = {name: u for name, u in config.items() if isinstance(u, dict) and "model_type" in u}
+    return config | {name: _marked(u) for name, u in parts.items()} | {_NAMES_WEIGHTS: ADVICE}
+
+
+def _unmarked(config: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of ``_marked``."""
+    parts = {name: _unmarked(value) if isinstance(value, dict) else value for name, value in config.items()}
+    return {name: value for name, value in parts.items() if name != _NAMES_WEIGHTS}
 
 
 class SavedConfig(PreTrainedConfig):
@@ -72,11 +76,13 @@ class SavedConfig(PreTrainedConfig):
         """
         from ..adapter_files import check_known
 
+        base = _unmarked(copy.deepcopy(config_dict))
         try:
-            saved = copy.deepcopy(config_dict["ahn_layers"])
-            base, retrofit, model_type = saved[_BASE], saved[_RETROFIT], saved[_BASE]["model_type"]
+            saved = base.pop("ahn_layers")
+            retrofit, model_type = saved[_RETROFIT], saved[_BASE_TYPE]
         except (KeyError, TypeError) as error:
             raise ValueError(f"config.json of a model with a memory lacks {error}: save the model again.") from error
+        base["model_type"] = model_type
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"the base model has the model type {model_type!r}, which this transformers does not know: import the "

@@ -69,7 +69,7 @@ class SavePretrained:
             _write_memory(folder, weights, adapter)
         if writes and not lora_alone:
             base = json.loads((folder / CONFIG).read_text())
-            _write_json(folder / CONFIG, saved_config(base, description, list(model.config.sub_configs)))
+            _write_json(folder / CONFIG, saved_config(base, description))
             named = {names[i][key]: u for i, own in weights.items() for key, u in own.items()}
             _write_index(folder, variant, named)
         if writes and push_to_hub:

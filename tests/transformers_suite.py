@@ -6,9 +6,9 @@ whose ``src/transformers`` is a link to the installed package, and ``parameteriz
     python tests/transformers_suite.py CHECKOUT              # llama, qwen2, qwen3 and mistral
     python tests/transformers_suite.py CHECKOUT llama -k generate
 
-Each test file runs twice in a process of its own, the second time with every model of the file retrofitted at the end of
-its construction, with a window larger than any text of the tests. Printed is each test whose outcome differs, by cause;
-those in ``BY_DESIGN`` with the reason. The exit code is 1 if others differ.
+Each test file runs twice in a process of its own, the second time with every model of the file retrofitted at the end
+of its construction, with a window larger than any text of the tests. Printed is each test whose outcome differs, by
+cause; those in ``BY_DESIGN`` with the reason. The exit code is 1 if others differ.
 """
 
 import argparse

@@ -128,6 +128,7 @@ def restore(model: Model) -> Model:
     Raises:
         ValueError: if the model is not retrofitted.
     """
+    from .huggingface.cache_name import refuse_cache
     from .huggingface.generation import REPLACED
 
     inner, record = find_retrofitted(model)
@@ -138,6 +139,7 @@ def restore(model: Model) -> Model:
     _set_implementation(record, record.base)
     for name in ("hippocampus", *REPLACED):
         delattr(inner, name)
+    refuse_cache(inner)
     return model
 
 

@@ -42,7 +42,7 @@ def build(name: str | None) -> Any:
 @torch.no_grad()
 def feed(model: Any, ids: Tensor, cache: HippocampalCache) -> Tensor:
     """Logits of new tokens; the cache takes the tokens in."""
-    return model(ids, past_key_values=cache, use_cache=True).logits
+    return model(ids, cache=cache, use_cache=True).logits
 
 
 def prefix_and_questions(vocabulary: int, length: int) -> tuple[Tensor, Tensor]:

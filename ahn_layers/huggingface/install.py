@@ -10,6 +10,7 @@ from ..attention import HippocampalAttention
 from ..compressor import Compressor
 from ..memory import MemoryPositions, MemoryStore
 from ..window import Window
+from .cache_name import accept_cache
 from .decoder import DecoderAttention
 from .generation import CompiledCall, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES, implementation_name
@@ -130,4 +131,5 @@ def replace_blocks(
         setattr(parent, name, wrapped)
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
+    accept_cache(model)
     return implementation_name(base, owned)

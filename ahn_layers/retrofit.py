@@ -10,6 +10,7 @@ from torch import nn
 from .attention import HippocampalAttention
 from .compressor import Compressor
 from .memory import MemoryPositions
+from .missing import needs_transformers
 from .window import SinkPositions, Window
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +94,7 @@ def retrofit(
     try:
         from .huggingface import install, probe
     except ImportError as error:
-        raise ImportError("retrofit needs transformers: pip install 'ahn-layers[transformers]'.") from error
+        raise needs_transformers("retrofit") from error
 
     install.check_model(model)
     blocks = probe.find_attention_blocks(model)
@@ -128,10 +129,10 @@ def restore(model: Model) -> Model:
     Raises:
         ValueError: if the model is not retrofitted.
     """
+    inner, record = find_retrofitted(model)
     from .huggingface.cache_name import refuse_cache
     from .huggingface.generation import REPLACED
 
-    inner, record = find_retrofitted(model)
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, HippocampalAttention):

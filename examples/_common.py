@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import huggingface_hub
 
 from ahn_layers import Compressor, load_adapter, retrofit
 
@@ -59,7 +59,7 @@ def find_adapter(adapter: str | Path | None) -> Path | None:
     if adapter is None or Path(adapter).exists():
         return None if adapter is None else Path(adapter)
     try:
-        return Path(snapshot_download(str(adapter), allow_patterns=["*.safetensors", "*.json"]))
+        return Path(huggingface_hub.snapshot_download(str(adapter), allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # a network fails in many ways, and its errors share no base class
         raise FileNotFoundError(
             f"--adapter {adapter}: no such folder or file, and no hub repository that can be reached ({error})."

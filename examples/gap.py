@@ -16,7 +16,7 @@ from ahn_layers import HippocampalAttention
 from ahn_layers.distillation import arm_losses, gap_closed
 
 ARMS = ("full", "window", "memory")
-SEGMENT = 256
+SEGMENT = 128
 """Tokens of a text that count as one measurement, where there are few texts."""
 FEW = 5
 """With fewer texts than this, segments are counted instead."""

@@ -162,7 +162,7 @@ def test_each_text_reads_the_memory_of_the_other():
 def test_evaluate_writes_table_json_and_picture(folders, tmp_path):
     results = evaluate.main([
         "--model", str(folders / "base"), "--adapter", str(folders / "adapter"), "--text", str(folders / "text.txt"),
-        "--tokens", "300", "--chunk", "50", "--stretches", "3", "--length", "200", "--start", "40", "--needles", "2", "--compressor", "GatedDeltaNet",
+        "--tokens", "300", "--chunk", "50", "--stretches", "3", "--length", "200", "--start", "40", "--needles", "2",
         "--needle-length", "420", "--capacities", "24+8", "56+8", "--sink-positions", "trained", "absolute",
         "--device", "cpu", "--dtype", "float32", "--output", str(tmp_path),
     ])  # fmt: skip

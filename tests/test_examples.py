@@ -87,7 +87,7 @@ def test_a_chat_goes_on_as_if_it_read_everything_again(limit, capsys):
     seen, probe = chat.cache.get_seq_length(), chat.ids[:, :1]
     with torch.no_grad():
         again = model(torch.cat((chat.ids[:, :seen], probe), dim=1)).logits[:, -1]
-        kept = model(probe, past_key_values=chat.cache, use_cache=True).logits[:, -1]
+        kept = model(probe, cache=chat.cache, use_cache=True).logits[:, -1]
     torch.testing.assert_close(kept, again, rtol=1e-4, atol=1e-4)
     text = tokenizer.decode(chat.ids[0])
     assert text.count("[user]") == 3 and text.count("[assistant]") == 3 and text.count("<s>") == 1

@@ -49,6 +49,11 @@ class Difference:
         quantile = STUDENT[min(self.count - 1, len(STUDENT)) - 1] if self.count > 1 else math.inf
         return 0 if not abs(self.mean) > quantile * self.error else round(math.copysign(1, self.mean))
 
+    @property
+    def verdict(self) -> str:
+        """In words, for the gap between window and full attention."""
+        return {1: "significant", 0: "not significant", -1: "full attention is worse"}[self.sign]
+
 
 def difference(texts: list[Tensor]) -> Difference:
     """Mean of paired differences, and its standard error over texts, or over segments of them where texts are few.
@@ -82,8 +87,7 @@ def measure(losses: list[dict[str, Tensor]]) -> dict[str, Any]:
     by_text = {arm: [float(text[arm].mean()) for text in losses] for arm in losses[0]}
     means = {arm: sum(values) / len(values) for arm, values in by_text.items()}
     measured = difference([text["window"] - text["full"] for text in losses])
-    verdict = {1: "significant", 0: "not significant", -1: "full attention is worse"}[measured.sign]
-    cell: dict[str, Any] = {"another_text": None, **means, "gap_error": measured.error, "verdict": verdict}
+    cell: dict[str, Any] = {"another_text": None, **means, "gap_error": measured.error, "verdict": measured.verdict}
     cell |= {"gap_closed": None, "standard_error": None, "by_own_memory": None, "by_text": by_text}
     if measured.sign > 0:
         arms = {arm: by_text[arm] for arm in ARMS}

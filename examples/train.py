@@ -10,6 +10,7 @@ The base model is frozen. Ctrl-C finishes the step and writes a checkpoint; ``--
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from _common import add_memory_options, count, find_adapter, give_memory, number, positive
+from gap import Difference
 from smollm2 import load_causal_lm, load_tokenizer
 from texts import Crops, read_dataset, read_texts, stretches, tokenize
 from torch import Tensor
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.time() - start
     with torch.compiler.set_stance("force_eager"):  # other shapes: compiling them takes longer than they do
-        metrics = trainer.evaluate() if dev else {}
+        metrics = judge(trainer.evaluate(), len(dev)) if dev else {}
 
     for parameter in parameters if not trainer.is_fsdp_enabled else []:
         parameter.data = parameter.data.bfloat16()
@@ -203,8 +205,16 @@ def align(model: Any, train: Crops, options: argparse.Namespace) -> None:
         bar.set_postfix(error=f"{errors.mean():.4f}")
 
 
+def judge(metrics: dict[str, float], texts: int) -> dict[str, Any]:
+    """The metrics, without a share of a gap that is not significant."""
+    gap = Difference(metrics["eval_window"] - metrics["eval_full"], metrics["eval_gap_error"], texts)
+    share = metrics["eval_gap_closed"] if gap.sign > 0 else None
+    error = gap.error if math.isfinite(gap.error) else None
+    return {**metrics, "eval_gap_closed": share, "eval_gap_error": error, "eval_gap": gap.verdict}
+
+
 def describe(
-    options: argparse.Namespace, trainer: DistillationTrainer, metrics: dict[str, float], seconds: float
+    options: argparse.Namespace, trainer: DistillationTrainer, metrics: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What a model card needs: data, steps, tokens, losses, hardware, command, date."""
     sequences = trainer.state.global_step * options.batch * options.accumulate * trainer.args.world_size

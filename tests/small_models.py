@@ -35,7 +35,9 @@ def install(monkeypatch, folder: Path, *, fits_shipped_adapters: bool) -> None:
         kind = next((u for key, u in (("qwen", Qwen2Config), ("mistral", MistralConfig)) if key in name.lower()), None)
         if kind is None and fits_shipped_adapters:
             return random_model(LlamaConfig(**SMOLLM2))
-        return random_model((kind or LlamaConfig)(**SMALL, num_key_value_heads=2, max_position_embeddings=8192))
+        window = {"sliding_window": None} if kind is MistralConfig else {}
+        sizes = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 8192, **window}
+        return random_model((kind or LlamaConfig)(**sizes))
 
     def tokenizer(name, **options):
         found = make(name)[1] if not fits_shipped_adapters else random_model(LlamaConfig(**SMALL))[1]

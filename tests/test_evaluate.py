@@ -181,6 +181,137 @@ def test_evaluate_writes_table_json_and_picture(folders, tmp_path):
     assert streamed["full attention"]["cache_bytes"][-1] > streamed["full attention"]["cache_bytes"][-2]
 
 
+def losses_with_a_gap(gap, noise, texts=2, tokens=512):
+    """Losses by arm of texts in which full attention is better by ``gap``, and the memory closes half of it."""
+    found = []
+    for _ in range(texts):
+        full = 3 + torch.randn(tokens, dtype=torch.float64)
+        window = full + gap + noise * torch.randn(tokens, dtype=torch.float64)
+        memory = window - gap / 2
+        found.append({"full": full, "window": window, "memory": memory, "another_text": window - gap / 4})
+    return found
+
+
+@pytest.mark.parametrize("texts", [2, 8])
+def test_a_share_is_of_a_gap_that_is_there(texts):
+    found = gap.measure(losses_with_a_gap(0.1, 0.5, texts))
+    assert found["verdict"] == "significant" and found["gap_closed"] == pytest.approx(0.5, abs=0.15)
+    assert found["by_own_memory"] == pytest.approx(found["gap_closed"] / 2, abs=0.1)
+    worse = gap.measure(losses_with_a_gap(-0.1, 0.5, texts))
+    assert worse["verdict"] == "full attention is worse" and worse["gap_closed"] is None
+    assert worse["by_own_memory"] is None
+
+
+def test_noise_has_no_share():
+    """By chance one in twenty is taken for a gap."""
+    found = [gap.measure(losses_with_a_gap(0.0, 0.5, texts)) for texts in (2, 8) for _ in range(50)]
+    assert sum(cell["gap_closed"] is not None for cell in found) <= 8
+    assert {cell["verdict"] for cell in found} >= {"not significant"}
+
+
+def test_a_single_measurement_is_not_significant():
+    (text,) = losses_with_a_gap(1.0, 0.1, texts=1, tokens=gap.SEGMENT + 9)
+    found = gap.measure([{arm: values for arm, values in text.items() if arm != "another_text"}])
+    assert found["verdict"] == "not significant" and found["another_text"] is None and found["gap_error"] is None
+    json.loads(json.dumps(found), parse_constant=pytest.fail)
+
+
+def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
+    results = evaluate.main([
+        "--model", str(folders / "base"), "--adapter", str(folders / "adapter"), "--text", str(folders / "text.txt"),
+        "--tokens", "0", "--stretches", "1", "--length", "100", "--start", "40", "--needles", "0", "--device", "cpu",
+        "--dtype", "float32", "--output", str(tmp_path),
+    ])  # fmt: skip
+    assert "not significant" in results["tables"][0] and "%" not in results["tables"][0].splitlines()[-1]
+
+
+WRONG = {
+    "a text that is not there": (["--text", "nowhere.txt"], "nowhere.txt"),
+    "no source": ([], "one of --text and --dataset"),
+    "two sources": (["--text", "TEXT", "--dataset", "a"], "one of --text and --dataset"),
+    "a configuration of nothing": (["--text", "TEXT", "--config", "a"], "are for --dataset"),
+    "a stream of nothing": (["--text", "TEXT", "--streaming"], "are for --dataset"),
+    "no such dataset": (["--dataset", "nobody/nothing"], "--dataset nobody/nothing"),
+    "no such column": (["--dataset", "JSONL", "--column", "title"], "--column title: no column of text"),
+    "no such field": (["--text", "JSONL", "--column", "title"], "the field 'title'"),
+    "no such split": (["--dataset", "JSONL", "--split", "nothing"], "nothing"),
+    "no such configuration": (["--dataset", "CSV", "--config", "b", "--split", "c"], "--dataset"),
+    "a broken line": (["--text", "BROKEN"], "line 2: expected a JSON object"),
+    "a dev text that is not there": (["--text", "TEXT", "--dev", "nowhere"], "nowhere"),
+    "short texts to measure on": (
+        ["--text", "TEXT", "--length", "80", "--dev", "TEXT", "--dev-length", "9000"],
+        "9000 tokens in one",
+    ),
+    "nothing beyond the window": (["--text", "TEXT", "--dev", "TEXT", "--dev-length", "500"], "--dev-length 500"),
+    "texts shorter than a sequence": (["--text", "TEXT", "--length", "90000"], "at least one stretch of 90000"),
+    "no checkpoint": (["--text", "TEXT", "--resume"], "--resume: no checkpoint"),
+    "no adapter": (["--text", "TEXT", "--start-from", "nowhere"], "nowhere: no such folder"),
+    "nothing to measure on the way": (["--text", "TEXT", "--eval-every", "5"], "--eval-every"),
+    "a share": (["--text", "TEXT", "--copies", "2"], "from 0 to 1"),
+    "a window": (["--text", "TEXT", "--window", "0"], "at least 1"),
+    "sinks": (["--text", "TEXT", "--draw-sinks", "-4"], "draw-sinks"),
+    "a dtype": (["--text", "TEXT", "--dtype", "float7"], "invalid choice"),
+    "a compressor": (["--text", "TEXT", "--compressor", "Nothing"], "invalid choice"),
+    "an output that is a file": (["--text", "TEXT", "--output", "TEXT"], "a file, expected a folder"),
+}
+
+
+@pytest.mark.parametrize("given, message", WRONG.values(), ids=WRONG)
+def test_a_wrong_option_fails_before_the_model_is_loaded(given, message, folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n')
+    (tmp_path / "a.csv").write_text("text\nwords\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "some words"}\nno JSON\n')
+    monkeypatch.setattr(train, "load_causal_lm", lambda *_: pytest.fail("the model was loaded"))
+    paths = {
+        "TEXT": folders / "text.txt", "JSONL": tmp_path / "a.jsonl", "CSV": tmp_path / "a.csv",
+        "BROKEN": tmp_path / "broken.jsonl",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    words = [str(paths.get(word, word)) for word in given]
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--model", str(folders / "base"), "--output", str(tmp_path / "out"), *words])
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_a_start_that_contradicts_its_adapter_fails_before_the_training(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_trainer", lambda *_: pytest.fail("the training began"))
+    words = ["--model", str(folders / "base"), "--text", str(folders / "text.txt"), "--output", str(tmp_path / "out")]
+    words += ["--length", "80", "--start-from", str(folders / "adapter")]
+    for wrong in (["--shared-state"], ["--memory-positions", "none"], ["--compressor", "Mamba2"]):
+        with pytest.raises(SystemExit, match=f"Leave {wrong[0]} out"):
+            train.main([*words, *wrong])
+    with pytest.raises(SystemExit, match="--dev-length 33"):
+        train.main([*words, "--dev", str(folders / "text.txt"), "--dev-length", "33"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_of_a_dataset(streaming, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = [{"body": f"text {i}", "n": i} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+    expected = [row["body"] for row in rows]
+    for name in ("a.jsonl", "folder"):
+        assert list(texts.read_dataset(str(tmp_path / name), None, "train", "body", streaming)) == expected
+    assert texts.read_texts([tmp_path / "folder"], "body") == expected
+    with pytest.raises(ValueError, match=r"--column n: .*\['body', 'n'\]"):
+        texts.read_dataset(str(tmp_path / "a.jsonl"), None, "train", "n", streaming)
+
+
+def test_a_stream_is_read_as_far_as_it_is_needed():
+    read = []
+
+    def stream():
+        for i in range(1000):
+            read.append(i)
+            yield "some words"
+
+    documents = texts.tokenize(tokenizer(), stream(), "test", enough=300)
+    assert 300 <= sum(map(len, documents)) < 500 and len(read) < 60
+
+
 def test_train_writes_an_adapter_that_evaluate_reads(folders, tmp_path):
     report = train.main([
         "--model", str(folders / "base"), "--text", str(folders / "text.txt"), "--dev", str(folders / "text.txt"),
@@ -189,6 +320,8 @@ def test_train_writes_an_adapter_that_evaluate_reads(folders, tmp_path):
         "--gradient-checkpointing", "--output", str(tmp_path / "adapter"),
     ])  # fmt: skip
     assert report["steps"] == 4 and {"eval_full", "eval_window", "eval_memory"} <= report["metrics"].keys()
+    metrics = report["metrics"]
+    assert (metrics["eval_gap_closed"] is None) == (metrics["eval_gap"] != "significant")
     assert json.loads((tmp_path / "adapter" / "training.json").read_text())["tokens"] == 4 * 2 * 80
     results = evaluate.main([
         "--model", str(folders / "base"), "--adapter", str(tmp_path / "adapter"), "--text", str(folders / "text.txt"),

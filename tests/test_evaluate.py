@@ -225,6 +225,21 @@ def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
     assert "not significant" in results["tables"][0] and "%" not in results["tables"][0].splitlines()[-1]
 
 
+@pytest.mark.parametrize("given, message", [
+    (["--length", "90000"], "--length 90000: the longest text has"),
+    (["--length", "100", "--start", "99"], "--length 100: nothing is measured before position 99"),
+    (["--length", "40", "--start", "1", "--capacities", "56+8"], "--length 40: nothing is measured before position 64"),
+    (["--capacities", "24-8"], "expected WINDOW+SINKS"),
+    (["--compressor", "Mamba2"], "Leave --compressor out"),
+])  # fmt: skip
+def test_a_wrong_option_fails_before_anything_is_measured(given, message, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "streaming", lambda *_: pytest.fail("the first part ran"))
+    words = ["--model", str(folders / "base"), "--adapter", str(folders / "adapter"), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*words, "--text", str(folders / "text.txt"), "--device", "cpu", "--dtype", "float32", *given])
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
 WRONG = {
     "a text that is not there": (["--text", "nowhere.txt"], "nowhere.txt"),
     "no source": ([], "one of --text and --dataset"),

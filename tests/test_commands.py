@@ -243,6 +243,20 @@ def test_the_file_for_fsdp_is_one_that_accelerate_reads(tmp_path):
     assert load_config_from_file(str(tmp_path / "fsdp.yaml")).num_processes == 2
 
 
+def test_the_extra_for_the_examples_has_what_they_import():
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = {name: set(re.findall(r'"([\w-]+)', re.search(rf"^{name} = \[.*?\]\n", text, re.MULTILINE | re.DOTALL)[0]))
+              for name in ("dependencies", "transformers", "examples")}  # fmt: skip
+    brought = {"tokenizers", "huggingface_hub"}  # by transformers
+    available = set().union(*extras.values(), brought, sys.stdlib_module_names, {"ahn_layers"})
+    for path in EXAMPLES.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [u.name for u in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in (u.partition(".")[0] for u in names):
+                assert name in available or (EXAMPLES / f"{name}.py").exists(), f"{path.name} imports {name}"
+
+
 def test_no_advice_to_install_from_an_index_that_does_not_have_the_package():
     sources = [u for folder in ("ahn_layers", "examples", "docs") for u in (ROOT / folder).rglob("*.*") if u.is_file()]
     for path in [ROOT / "README.md", *(u for u in sources if u.suffix in (".py", ".md"))]:

@@ -220,6 +220,29 @@ def test_every_row_of_the_troubleshooting_page_is_an_error(row):
     assert any(shows(row, text) for _, text in messages()), "no such message in the library"
 
 
+QUALIFIED = {
+    r"3\.3 to\s+3\.5 ms": r'cache_implementation="static"',
+    r"\b22\.(1|05) GB": r"unchunked",
+    r"\b(86|74) ms\b": r"plain|full\s+attention",
+}
+"""A number or a claim, and what its paragraph has to say with it."""
+UNTRUE = (r"one\s+changed\s+line", r"load as they are", r"kernels do\s+the forward pass\b", r"instead of 22\.1")
+
+
+def paragraphs(page):
+    """The paragraphs, lists and tables of a page."""
+    return re.split(r"\n\s*\n|\n(?=- )", FENCE.sub("", markdown(page)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_claims_say_what_they_are_for(page):
+    for text in paragraphs(page):
+        for claim, needed in QUALIFIED.items():
+            assert not re.search(claim, text) or re.search(needed, text), text
+        for claim in UNTRUE:
+            assert not re.search(claim, text), text
+
+
 def test_the_readme_has_one_command_for_the_tests():
     command = README.read_text().split("## Run the tests", 1)[1].split("```bash\n", 1)[1].split("```", 1)[0]
     assert len(command.strip().splitlines()) == 1 and command.strip().endswith("-m pytest -q -n auto")

@@ -19,6 +19,7 @@ from ahn_layers import (
     save_adapter,
     window_only,
 )
+from ahn_layers.huggingface.trainer import standard_error
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -200,6 +201,12 @@ def test_a_share_is_of_a_gap_that_is_there(texts):
     worse = gap.measure(losses_with_a_gap(-0.1, 0.5, texts))
     assert worse["verdict"] == "full attention is worse" and worse["gap_closed"] is None
     assert worse["by_own_memory"] is None
+
+
+def test_the_trainer_says_how_sure_the_gap_is():
+    sums = torch.tensor([[1.0, 2, 0, 1], [2, 5, 0, 2], [0, 0, 0, 0]])  # gaps of 1 and 1.5, and a text without tokens
+    assert standard_error(sums) == pytest.approx(0.25)
+    assert standard_error(sums[:1]) == float("inf")
 
 
 def test_noise_has_no_share():

@@ -54,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         results["needles"] = needles(model, tokenizer, documents, options, capacities[0], results["tables"])
     if options.sink_positions:
         results["sinks"] = sinks(model, documents, options, capacities[0], results["tables"])
-    options.output.mkdir(parents=True, exist_ok=True)
     plot(results, options.output / "results.png")
     print("\n\n".join(["", *results["tables"]]))
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -65,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, list[Tensor]]:
     """The model with its memory, its tokenizer, and the texts as token ids."""
+    options.output.mkdir(parents=True, exist_ok=True)
     texts, adapter = [load_text(path) for path in options.text or [None]], find_adapter(options.adapter)
     model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
     window, num_sinks = (options.capacities or [(None, None)])[0]

@@ -225,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """
     args = parse(argv)
     try:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
         text, adapter = load_text(args.text), find_adapter(choose_adapter(args))
         model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
         give_memory(model, adapter, window=args.window, sinks=args.sinks)

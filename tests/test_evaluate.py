@@ -238,6 +238,8 @@ def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
     (["--length", "40", "--start", "1", "--capacities", "56+8"], "--length 40: nothing is measured before position 64"),
     (["--capacities", "24-8"], "expected WINDOW+SINKS"),
     (["--compressor", "Mamba2"], "Leave --compressor out"),
+    (["--text", "nowhere.txt"], "nowhere.txt"),
+    (["--output", __file__], "File exists"),
 ])  # fmt: skip
 def test_a_wrong_option_fails_before_anything_is_measured(given, message, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "streaming", lambda *_: pytest.fail("the first part ran"))
@@ -332,6 +334,25 @@ def test_a_stream_is_read_as_far_as_it_is_needed():
 
     documents = texts.tokenize(tokenizer(), stream(), "test", enough=300)
     assert 300 <= sum(map(len, documents)) < 500 and len(read) < 60
+
+
+def test_streaming_reads_what_the_steps_need(tmp_path, monkeypatch):
+    asked, read = [], []
+
+    def stream(*source):
+        asked.append(source)
+        for i in range(5000):
+            read.append(i)
+            yield "some words"
+
+    monkeypatch.setattr(train, "read_dataset", stream)
+    words = ["--dataset", "a", "--config", "b", "--split", "c", "--column", "d", "--output", str(tmp_path)]
+    sizes = ["--steps", "3", "--batch", "2", "--accumulate", "2", "--length", "64"]
+    crops, _ = train.load_data(tokenizer(), train.parse([*words, *sizes, "--streaming"]))
+    assert asked == [("a", "b", "c", "d", True)] and len(crops) == 12
+    assert sum(map(len, crops.documents)) >= 12 * 64 and len(read) < 200
+    train.load_data(tokenizer(), train.parse([*words, *sizes]))
+    assert asked[-1][-1] is False and len(read) > 5000
 
 
 def test_train_writes_an_adapter_that_evaluate_reads(folders, tmp_path):

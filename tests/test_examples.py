@@ -149,8 +149,8 @@ def test_quickstart(tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     small = ["--tokens", "300", "--window", "60", "--sinks", "4", "--chunk", "50", "--model", str(tmp_path / "model")]
-    importlib.import_module("quickstart").main([*small, "--plot", str(tmp_path / "plot.png")])
-    assert (tmp_path / "plot.png").stat().st_size > 0
+    importlib.import_module("quickstart").main([*small, "--plot", str(tmp_path / "new" / "plot.png")])
+    assert (tmp_path / "new" / "plot.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "full attention" in printed and "untrained" in printed
 

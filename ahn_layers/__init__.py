@@ -11,6 +11,7 @@ from .compressor import Compressor
 from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
 from .layers import outer
 from .memory import MemoryStore
+from .missing import needs_transformers
 from .registration import register_saved_models
 from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
 from .rotary import Rotary
@@ -50,8 +51,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "HippocampalCache":  # needs transformers, which the rest does not
-        from .huggingface.cache import HippocampalCache
-
+        try:
+            from .huggingface.cache import HippocampalCache
+        except ImportError as error:
+            raise needs_transformers(name) from error
         return HippocampalCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -190,7 +190,10 @@ class CostReport:
 
     def plot(self, path: str) -> None:
         """Draw relative FLOPs and bytes over the length to an image file; needs matplotlib."""
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install matplotlib.") from error
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)

@@ -9,6 +9,7 @@ from torch import nn
 from .attention import HippocampalAttention
 from .compressor import Compressor
 from .memory import MemoryPositions
+from .missing import needs_transformers
 from .peft import out_of_use
 from .record import Mode, Retrofitted, find_retrofitted
 from .undo import unchanged_on_failure
@@ -68,7 +69,7 @@ def retrofit(
     try:
         from .huggingface import install, probe
     except ImportError as error:
-        raise ImportError("retrofit needs transformers: pip install 'ahn-layers[transformers]'.") from error
+        raise needs_transformers("retrofit") from error
 
     install.check_model(model)
     found = probe.probe_model(model)
@@ -103,6 +104,7 @@ def restore(model: Model) -> Model:
     from .huggingface import install
 
     inner, record = find_retrofitted(model)
+
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, HippocampalAttention):

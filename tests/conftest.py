@@ -24,6 +24,20 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test that cannot run here is skipped once, not for each of its parameters: the rest is deselected."""
+    seen: set[tuple[str, str]] = set()
+    kept, dropped = [], []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        reasons = {(name, mark.kwargs["reason"]) for mark in item.iter_markers("skipif") if mark.args[0] is True}
+        (dropped if reasons & seen else kept).append(item)
+        seen |= reasons
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers for every test, in whatever order they run."""

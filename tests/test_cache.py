@@ -467,7 +467,7 @@ def test_a_cache_keeps_to_the_mode_it_began_in(model, first, second, length):
     before = tensors(cache)
     for wrong in (
         lambda: go_on(model, cache, rows=2),
-        lambda: generate(model, tokens(2, LONG + 9), past_key_values=cache),
+        lambda: generate(model, tokens(2, LONG + 9), cache=cache),
     ):
         with pytest.raises(ValueError, match=r"full attention|long-term memory"):
             in_mode(second, model, wrong)

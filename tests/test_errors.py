@@ -39,6 +39,7 @@ from ahn_layers import (
     window_only,
 )
 from ahn_layers.huggingface.cache_layers import MemoryLayer
+from ahn_layers.huggingface.decoder import CACHE
 
 from .models import CAPACITY, SINKS, WINDOW, base, generate, logits, retrofitted, tokens
 from .test_docs import rows, shows
@@ -477,7 +478,7 @@ def test_states_that_a_store_refuses(case, inplace):
 
 def filled(model, ids, cache=None):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True).past_key_values
+        return model(ids, cache=cache, use_cache=True).past_key_values
 
 
 def held(cache):
@@ -500,7 +501,7 @@ def equal(one, other):
 
 def passing(**options):
     """Pass these to the call."""
-    return lambda model, ids, cache: model(ids, past_key_values=cache, **options)
+    return lambda model, ids, cache: model(ids, cache=cache, **options)
 
 
 def in_training(model, ids, cache):
@@ -508,7 +509,7 @@ def in_training(model, ids, cache):
     try:
         for attention in (layer.self_attn for layer in model.model.layers):
             attention.block.attention_dropout = 0.25
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     finally:
         for attention in (layer.self_attn for layer in model.model.layers):
             attention.block.attention_dropout = 0.0
@@ -518,13 +519,13 @@ def in_training(model, ids, cache):
 def inside(switch):
     def call(model, ids, cache):
         with switch(model):
-            model(ids, past_key_values=cache)
+            model(ids, cache=cache)
 
     return call
 
 
 def restored(model, ids, cache):
-    base()(ids, past_key_values=cache)
+    base()(ids, **{CACHE: cache})
 
 
 def hiding(new, column):
@@ -537,7 +538,7 @@ def hiding(new, column):
 def attend(model, cache, length, **options):
     """Call the first attention block alone: the models themselves stumble over some arguments before."""
     x, ones = torch.randn(2, length, 32, dtype=torch.float64), torch.ones(1, length, 8, dtype=torch.float64)
-    arguments = {"position_embeddings": (ones, 0 * ones), "attention_mask": None, "past_key_values": cache}
+    arguments = {"position_embeddings": (ones, 0 * ones), "attention_mask": None, CACHE: cache}
     return model.model.layers[0].self_attn(x, **arguments | options)
 
 
@@ -566,24 +567,24 @@ MODEL_CALLS = {
     "both directions": (
         lambda m, ids, cache: attend(m, cache, ids.shape[1], is_causal=False), "is_causal=False", "expected causal",
     ),
-    "fewer rows": (lambda m, ids, cache: m(ids[:1], past_key_values=cache), "2 rows", "have 1", "state.reorder(index)"),
+    "fewer rows": (lambda m, ids, cache: m(ids[:1], cache=cache), "2 rows", "have 1", "state.reorder(index)"),
     "without its memory": (inside(window_only), "made with the long-term memory", "continued without", "Keep to one"),
     "full attention": (inside(full_attention), "filled by the bounded memory", "Begin a new cache"),
     "the base model": (restored, "filled by the bounded memory", "Begin a new cache", "after restore"),
     "another window": (
-        lambda m, ids, cache: retrofitted(window_size=7)(ids, past_key_values=cache), "window_size=6", "window_size=7",
+        lambda m, ids, cache: retrofitted(window_size=7)(ids, cache=cache), "window_size=6", "window_size=7",
         "same window",
     ),
     "another compressor": (
-        lambda m, ids, cache: retrofitted(compressor=Mamba2)(ids, past_key_values=cache), "write gates ['beta', 'g']",
+        lambda m, ids, cache: retrofitted(compressor=Mamba2)(ids, cache=cache), "write gates ['beta', 'g']",
         "another compressor",
     ),
     "another dtype": (
-        lambda m, ids, cache: retrofitted(dtype=torch.float32)(ids, past_key_values=cache), "float64 on cpu",
+        lambda m, ids, cache: retrofitted(dtype=torch.float32)(ids, cache=cache), "float64 on cpu",
         "k is torch.float32", "computed anew",
     ),
     "another model": (
-        lambda m, ids, cache: retrofitted(model=base(num_key_value_heads=4))(ids, past_key_values=cache),
+        lambda m, ids, cache: retrofitted(model=base(num_key_value_heads=4))(ids, cache=cache),
         "k with 2 heads of 8, the tokens have 4 heads of 8", "another layer or model",
     ),
 }  # fmt: skip
@@ -602,8 +603,8 @@ def test_calls_that_a_model_refuses(case, length):
         provoke(model, new, cache)
     assert equal(held(cache), before)
     with torch.no_grad():
-        out = model(new, past_key_values=cache).logits
-        expected = model(new, past_key_values=filled(model, ids[:, :LONG])).logits
+        out = model(new, cache=cache).logits
+        expected = model(new, cache=filled(model, ids[:, :LONG])).logits
     assert torch.equal(out, expected)
 
 
@@ -653,7 +654,7 @@ def test_caches_that_a_model_refuses(case):
     if before is not None:
         assert equal(held(cache), before)
         with torch.no_grad(), refused(ValueError, *parts):
-            model(tokens(2, 1), past_key_values=cache)
+            model(tokens(2, 1), cache=cache)
         assert equal(held(cache), before)
 
 
@@ -673,7 +674,7 @@ def test_a_cache_on_another_device_is_refused():
         torch.no_grad(),
         refused(ValueError, "float64 on meta, k is torch.float64 on cpu", "cache.clone(device)"),
     ):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
 
 
 def test_tokens_that_were_folded_cannot_be_taken_back():

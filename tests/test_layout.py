@@ -15,6 +15,7 @@ ALLOWED = {
     "version": set(),
     "files": set(),
     "undo": set(),
+    "missing": set(),
     "registration": {"huggingface"},  # where transformers is already imported
     "ops": set(),
     "layers": set(),
@@ -32,14 +33,14 @@ ALLOWED = {
     "record": {"memory", "window"},
     "huggingface": {"attention", "compressor", "files", "fingerprint", "memory", "ops", "record", "rotary"}
     | {"state", "tokens", "window"},
-    "retrofit": {"attention", "compressor", "huggingface", "memory", "peft", "record", "undo", "window"},
+    "retrofit": {"attention", "compressor", "huggingface", "memory", "missing", "peft", "record", "undo", "window"},
     "fingerprint": {"attention", "record"},
     "adapter_files": {"compressor", "files"},
     "adapter": {"adapter_files", "attention", "compressor", "fingerprint", "peft", "record", "retrofit"}
     | {"undo", "version"},
     "cost": {"attention", "compressor", "record", "retrofit"},
     # huggingface for the trainer's name only
-    "distillation": {"attention", "huggingface", "memory", "ops", "record", "retrofit"},
+    "distillation": {"attention", "huggingface", "memory", "missing", "ops", "record", "retrofit"},
     "huggingface/saved_model": {"adapter", "adapter_files"},
     "huggingface/saving": {"adapter", "adapter_files", "attention", "files"},
     "huggingface/trainer": {"adapter", "distillation"},

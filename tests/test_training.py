@@ -38,7 +38,7 @@ def gradients(model, ids, parameters, cuts=None, **options):
     model.zero_grad(set_to_none=True)
     cache, outs = None, []
     for piece in ids.split(cuts or ids.shape[1], dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=cuts is not None, **options)
+        out = model(input_ids=piece, cache=cache, use_cache=cuts is not None, **options)
         cache = out.past_key_values
         outs.append(out.logits)
     F.cross_entropy(torch.cat(outs, dim=1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()

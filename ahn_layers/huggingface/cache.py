@@ -29,7 +29,8 @@ from .transaction import settle
 class HippocampalCache(DynamicCache):
     """The cache of a retrofitted model, as ``generate`` makes it: a transformers cache that can be forked and saved.
 
-    Make one yourself to keep it over several calls: ``generate(..., past_key_values=HippocampalCache())``.
+    Make one yourself to keep it over several calls: ``generate(..., cache=HippocampalCache())``. Before transformers
+    5.24 a model that is not retrofitted calls this argument ``past_key_values``.
 
     Examples:
         >>> cache = HippocampalCache()

@@ -11,6 +11,7 @@ from ..compressor import Compressor
 from ..memory import MemoryPositions, MemoryStore
 from ..record import Retrofitted
 from ..window import Window
+from .cache_name import accept_cache, refuse_cache
 from .call import ForwardHook, remove_hooks
 from .config_view import base_name, give_views, take_views, view
 from .decoder import DecoderAttention
@@ -136,6 +137,7 @@ def replace_blocks(
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
     model._get_stopping_criteria, model.save_pretrained = StoppingCriteria(model), SavePretrained(model)
     model.create_masks_for_generate = CreateMasks(model, view(model.config, record, renamed))
+    accept_cache(model)
 
 
 def take_back(model: Any, record: Retrofitted) -> None:
@@ -143,6 +145,7 @@ def take_back(model: Any, record: Retrofitted) -> None:
     complete_hooks(model)
     take_views(model.modules(), record)
     remove_hooks(model)
+    refuse_cache(model)
     for name in ("hippocampus", *REPLACED):
         delattr(model, name)
 

@@ -101,7 +101,8 @@ class PrepareCache:
             cache.activate_past_recording()
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         watch(generation_config, cache, mode, batch_size * copies)
-        if chunk is None and _is_plain_text(model_kwargs):
+        keeps_all = generation_config.output_hidden_states or generation_config.output_attentions
+        if chunk is None and _is_plain_text(model_kwargs) and not keeps_all:  # pieces would return the last one's
             size = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
             share = max(SHORTEST_CHUNK, size // (batch_size * copies))
             generation_config.prefill_chunk_size = ChosenSize(min(size, share))

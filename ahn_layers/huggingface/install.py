@@ -11,6 +11,7 @@ from ..compressor import Compressor
 from ..memory import MemoryPositions, MemoryStore
 from ..record import Retrofitted
 from ..window import Window
+from .batching import METHODS, refuse_batching
 from .cache_name import accept_cache, refuse_cache
 from .call import ForwardHook, remove_hooks
 from .config_view import base_name, give_views, take_views, view
@@ -138,6 +139,7 @@ def replace_blocks(
     model._get_stopping_criteria, model.save_pretrained = StoppingCriteria(model), SavePretrained(model)
     model.create_masks_for_generate = CreateMasks(model, view(model.config, record, renamed))
     accept_cache(model)
+    refuse_batching(model)
 
 
 def take_back(model: Any, record: Retrofitted) -> None:
@@ -146,7 +148,7 @@ def take_back(model: Any, record: Retrofitted) -> None:
     take_views(model.modules(), record)
     remove_hooks(model)
     refuse_cache(model)
-    for name in ("hippocampus", *REPLACED):
+    for name in ("hippocampus", *REPLACED, *(method for method in METHODS if method in vars(model))):
         delattr(model, name)
 
 

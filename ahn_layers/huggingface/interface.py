@@ -31,6 +31,9 @@ BASES = ("sdpa", "eager")
 OWNED = ("none", "full", "local", "full+local")
 """Whose masks can be ours."""
 
+_LARGEST_COMPARED = 1 << 26
+"""Entries of a mask that is still made to see what it is."""
+
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that say where packed texts begin."""
 
@@ -111,15 +114,15 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
                 )
             native.texts = texts  # type: ignore[attr-defined]  # so that retrofitted layers may read it
         elif native is not None and plain and not overlaid:
+            offset = kwargs["q_offset"]
+            if isinstance(offset, Tensor) and not torch.compiler.is_compiling():
+                native.first_column = int(offset)  # type: ignore[attr-defined]  # a static cache has columns to come
             native.is_causal_and_padding = True  # type: ignore[attr-defined]  # likewise
         return native
     if texts is not None:
         return texts[:, None, None, :]
-    if not torch.compiler.is_compiling() and (not plain or overlaid):
-        raise ValueError(
-            "a mask other than causal and padding was asked for (a custom mask function): the memory would mix what it "
-            "keeps apart. Pass a 2-D attention_mask."
-        )
+    if not torch.compiler.is_compiling() and (not plain or overlaid) and not _is_only_causal(base, kwargs):
+        return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)  # for other layers: retrofitted ones refuse to read it
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
         return None
@@ -127,6 +130,20 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(new.all()):
         return None
     return new[:, None, None, :]
+
+
+def _is_only_causal(base: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask that may be anything is causal after all: that of a text without the images that it allows for."""
+    rows, queries, keys, window = (kwargs.get(n) for n in ("batch_size", "q_length", "kv_length", "local_size"))
+    assert rows is not None and queries is not None and keys is not None
+    if rows * queries * keys > _LARGEST_COMPARED:
+        return False
+    causal = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    asked, wanted = (
+        ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs | {"mask_function": function, "allow_is_causal_skip": False})
+        for function in (kwargs["mask_function"], causal)
+    )
+    return asked is not None and wanted is not None and torch.equal(asked, wanted)
 
 
 def mask_kind(call: dict[str, Any]) -> str:
@@ -191,11 +208,13 @@ def _read_mask(attention_mask: Any, length: int) -> tuple[Tensor | None, Tensor 
     if rows == 1 and keys == length and attention_mask.dtype == torch.long:
         return None, attention_mask[:, 0, 0]
     if rows == length and (torch.compiler.is_compiling() or getattr(attention_mask, "is_causal_and_padding", False)):
-        diagonal = attention_mask.diagonal(keys - length, dim1=2, dim2=3).squeeze(1)
+        first = getattr(attention_mask, "first_column", keys - length)
+        diagonal = attention_mask.diagonal(first, dim1=2, dim2=3).squeeze(1)
         return (diagonal if diagonal.dtype == torch.bool else diagonal == 0), None
     raise ValueError(
         f"attention_mask has shape {tuple(attention_mask.shape)}, {attention_mask.dtype}: the memory honours causality "
-        "and padding only. Pass a 2-D mask (batch, tokens)."
+        "and padding only, not a mask of your own, a mask function, or images whose tokens see each other. Pass a 2-D "
+        "mask (batch, tokens)."
     )
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ahn_layers import GatedDeltaNet, full_attention, restore, retrofit
+from ahn_layers.huggingface.decoder import CACHE
 
 from .models import (
     CAPACITY,
@@ -77,7 +78,7 @@ def everything(model):
     padding = {"attention_mask": mask, "position_ids": positions(mask)}
     text = model.config.get_text_config()
     static = StaticCache(config=text, max_cache_len=LONG)
-    static_pieces = [model(input_ids=u, past_key_values=static).logits for u in ids.split([21, LONG - 21], dim=1)]
+    static_pieces = [model(input_ids=u, **{CACHE: static}).logits for u in ids.split([21, LONG - 21], dim=1)]
     options = {"cache_implementation": "static", "disable_compile": True, "attention_mask": mask}
     return {
         "one pass": logits(model, ids),

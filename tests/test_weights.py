@@ -7,6 +7,7 @@ import torch
 from transformers import StaticCache
 
 from ahn_layers import GatedDeltaNet, full_attention, restore, retrofit
+from ahn_layers.huggingface.decoder import CACHE
 
 from .models import CAPACITY, SINKS, WINDOW, base, generate, logits, positions, retrofitted, tokens
 
@@ -49,8 +50,8 @@ def test_inside_the_window_they_are_the_base_models(name):
         options = {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
         new = ids[:, start:stop]
         with torch.no_grad():
-            one = model(new, past_key_values=ours, output_attentions=True, **options)
-            other = plain(new, past_key_values=theirs, output_attentions=True, **options)
+            one = model(new, **{CACHE: ours}, output_attentions=True, **options)
+            other = plain(new, **{CACHE: theirs}, output_attentions=True, **options)
         ours, theirs = one.past_key_values, other.past_key_values
         same(one.attentions, other.attentions, mask[:, start:stop].bool())
     if name != "deepseek_v3":
@@ -71,7 +72,7 @@ def test_beyond_the_window_they_are_an_error_before_anything_is_taken_in(attenti
             weights(model, ids, **options)
     cache = model(ids[:, :CAPACITY]).past_key_values
     with pytest.raises(ValueError, match="Leave output_attentions off"):
-        weights(model, ids[:, CAPACITY:], past_key_values=cache)
+        weights(model, ids[:, CAPACITY:], **{CACHE: cache})
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [CAPACITY] * 3
     mask = torch.ones_like(ids)
     mask[:, 0] = 0  # as many real tokens as the window holds
@@ -129,6 +130,6 @@ def test_a_static_cache():
     _, model = pair()
     cache, ids = StaticCache(config=model.config, max_cache_len=20), tokens(2, 6)
     expected = weights(model, ids)
-    model(ids[:, :5], past_key_values=cache)
-    for one, other in zip(weights(model, ids[:, 5:], past_key_values=cache), expected, strict=True):
+    model(ids[:, :5], **{CACHE: cache})
+    for one, other in zip(weights(model, ids[:, 5:], **{CACHE: cache}), expected, strict=True):
         torch.testing.assert_close(one, other[:, :, 5:], rtol=0, atol=1e-6)

@@ -52,7 +52,7 @@ def test_inside_the_window_they_are_the_base_models(name):
         with torch.no_grad():
             one = model(new, **{CACHE: ours}, output_attentions=True, **options)
             other = plain(new, **{CACHE: theirs}, output_attentions=True, **options)
-        ours, theirs = one.past_key_values, other.past_key_values
+        ours, theirs = one[CACHE], other[CACHE]
         same(one.attentions, other.attentions, mask[:, start:stop].bool())
     if name != "deepseek_v3":
         assert torch.equal(logits(model, ids), logits(plain, ids))
@@ -70,7 +70,7 @@ def test_beyond_the_window_they_are_an_error_before_anything_is_taken_in(attenti
     for options in ({"use_cache": False}, {}):
         with pytest.raises(ValueError, match=f"texts of {CAPACITY + 1} tokens, whose sinks and window hold {CAPACITY}"):
             weights(model, ids, **options)
-    cache = model(ids[:, :CAPACITY]).past_key_values
+    cache = model(ids[:, :CAPACITY])[CACHE]
     with pytest.raises(ValueError, match="Leave output_attentions off"):
         weights(model, ids[:, CAPACITY:], **{CACHE: cache})
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [CAPACITY] * 3

@@ -31,8 +31,8 @@ class RefuseBatching:
         if model.hippocampus.mode == "full":
             return getattr(type(model), self.method)(model, *args, **kwargs)
         raise ValueError(
-            f"{self.method}: continuous batching keeps keys and values in pages of its own, and a memory has a state of "
-            "fixed size. Call generate with a padded batch, or use full_attention(model)."
+            f"{self.method}: continuous batching keeps keys and values in pages of its own, and a memory has a state "
+            "of fixed size. Call generate with a padded batch, or use full_attention(model)."
         )
 
 

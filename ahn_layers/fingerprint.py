@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import HippocampalAttention
-from .record import find_retrofitted
+from .record import Retrofitted, find_retrofitted
 
 FACTS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -45,7 +45,7 @@ class _Weight(NamedTuple):
         return same and (u.is_inference() or u._version == self.version)
 
 
-_identities: "WeakKeyDictionary[nn.Module, tuple[list[_Weight], str]]" = WeakKeyDictionary()
+_identities: "WeakKeyDictionary[Retrofitted, tuple[list[_Weight], str]]" = WeakKeyDictionary()
 """The weights of models that were looked at, and their identity."""
 
 
@@ -98,28 +98,29 @@ def memory_identity(model: nn.Module) -> str:
         model: a retrofitted model, or one that contains it.
 
     Returns:
-        A hexadecimal digest; the empty text where weights cannot be read (on the meta device, or offloaded).
+        The dtype of the weights and a hexadecimal digest; the empty text where weights cannot be read (on the meta device, or offloaded).
 
     Raises:
         ValueError: if the model is not retrofitted.
     """
     inner, record = find_retrofitted(model)
-    return identity_of(inner, f"{record.compressor} {record.memory_positions}")
+    return identity_of(inner, record)
 
 
-def identity_of(module: nn.Module, kind: str) -> str:
+def identity_of(module: nn.Module, record: Retrofitted) -> str:
     """``memory_identity``, of whatever module the retrofitted blocks are in.
 
     Args:
         module: the model, or its decoder.
-        kind: what else tells memories apart.
+        record: what the retrofit did.
     """
-    known = _identities.get(module)
+    known = _identities.get(record)
     if known is not None and all(weight.is_as_it_was() for weight in known[0]):
         return known[1]
-    weights, digest = [], hashlib.sha256(kind.encode())
-    for block in module.modules():
-        if not isinstance(block, HippocampalAttention) or block.store.compressor is None:
+    weights, digest = [], hashlib.sha256(f"{record.compressor} {record.memory_positions}".encode())
+    blocks = [block for block in module.modules() if isinstance(block, HippocampalAttention)]
+    for place, block in enumerate(blocks):
+        if block.store.compressor is None:
             continue
         for name, part in block.store.compressor.named_modules():
             for holder in (part._parameters, part._buffers):
@@ -130,10 +131,11 @@ def identity_of(module: nn.Module, kind: str) -> str:
                         return ""
                     weights.append(_Weight.of(holder, key))
                     local = _local(u).detach().cpu().contiguous()
-                    digest.update(f"{block.layer_idx} {name} {key} {local.dtype} {tuple(local.shape)}".encode())
+                    digest.update(f"{place} {name} {key} {local.dtype} {tuple(local.shape)}".encode())
                     digest.update(local.flatten().view(torch.uint8).numpy().data)
-    found = digest.hexdigest()
-    _identities[module] = weights, found
+    dtype = weights[0].value.dtype if weights else None
+    found = f"{dtype} {digest.hexdigest()}"
+    _identities[record] = weights, found
     return found
 
 

@@ -326,7 +326,7 @@ class MemoryStore(nn.Module):
     ) -> Tensor:
         """The outputs, with those at padding behind the last real token: its queries see the state as it is now."""
         follows = (valid.flip(1).cumsum(dim=1) == 0).flip(1) & (state.seen > 0).unsqueeze(1)
-        count = 0 if torch.compiler.is_compiling() else int(follows.sum(dim=1).max())
+        count = q.shape[2] if torch.compiler.is_compiling() else int(follows.sum(dim=1).max())
         if not count:
             return out
         q, rank = q[:, :, -count:], (state.seen - 1).clamp(min=0).unsqueeze(1).expand(-1, count)

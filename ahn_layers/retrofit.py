@@ -101,9 +101,8 @@ def restore(model: Model) -> Model:
     Raises:
         ValueError: if the model is not retrofitted.
     """
-    from .huggingface import install
-
     inner, record = find_retrofitted(model)
+    from .huggingface import install
 
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):

@@ -406,6 +406,7 @@ def test_labels_that_are_shifted_already():
 # --- quantized after the retrofit
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @pytest.mark.parametrize("compressor", ["DeltaNet", "GatedDeltaNet", "LinearAttention", "Mamba2"])
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
 def test_dynamic_quantization_of_a_retrofitted_model(compressor, dtype, tmp_path):
@@ -429,6 +430,7 @@ def test_dynamic_quantization_of_a_retrofitted_model(compressor, dtype, tmp_path
 # --- refused clearly
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")  # as PEFT calls it
 def test_prefix_tuning_is_refused():
     """Its prefix is a cache of full attention."""
     config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ahn_layers import (
     Compressor,
@@ -32,6 +33,7 @@ from ahn_layers.retrofit import memory_attention
 from .models import (
     CAPACITY,
     SINKS,
+    SIZES,
     WINDOW,
     base,
     generate,
@@ -521,3 +523,14 @@ def test_what_the_record_says():
     assert record.owned == "none" and set(record.skipped) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
     cache = model(tokens(1, LONG)).past_key_values
     assert [isinstance(layer, MemoryLayer) for layer in cache.layers] == [False, True, False]
+
+
+def test_a_model_without_values_can_be_counted_but_not_run():
+    """On the meta device the rotation cannot be found, so the sinks would stay at their true distance."""
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(LlamaConfig(**SIZES))
+    retrofit(empty, GatedDeltaNet, window_size=WINDOW, num_sinks=SINKS)
+    assert "bytes per sequence" in memory_report(empty)
+    empty.to_empty(device="cpu")
+    with pytest.raises(ValueError, match="was retrofitted on the meta device"):
+        empty(tokens(1, 4))

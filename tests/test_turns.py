@@ -61,7 +61,9 @@ def test_every_turn_of_every_row_is_that_of_the_row_alone(left, window_size, cac
     for text, seen, before, end in chat(model, make(), prompts, mask, **first):
         for row in range(3):
             asked = text[row, :before][seen[row, :before].bool()][None]
-            alone = model.generate(asked, max_new_tokens=8, eos_token_id=end, **QUIET)[0, asked.shape[1] :]
+            alone = model.generate(
+                asked, attention_mask=torch.ones_like(asked), max_new_tokens=8, eos_token_id=end, **QUIET
+            )[0, asked.shape[1] :]
             assert torch.equal(text[row, before : before + len(alone)], alone)
             finished_early += not seen[row, -1]
     assert finished_early

@@ -59,7 +59,8 @@ class Call:
 class _Calls(threading.local):
     """What this thread is running, from the outermost call to the innermost."""
 
-    stack: tuple[Call, ...] = ()
+    def __init__(self) -> None:  # in every thread; a default of the class would confuse compilers
+        self.stack: tuple[Call, ...] = ()
 
 
 _CALLS = _Calls()
@@ -68,12 +69,12 @@ _CALLS = _Calls()
 def is_running(config: Any) -> bool:
     """Whether this config is a view, and the model that it belongs to is what this thread is running."""
     owner = naming(config)
-    return owner is not None and bool(_CALLS.stack) and _CALLS.stack[-1].owner is owner
+    return owner is not None and len(_CALLS.stack) > 0 and _CALLS.stack[-1].owner is owner
 
 
 def texts_of_call() -> Int[Tensor, "b t"] | None:
     """The texts that are packed into the rows of the running call, None if each row is one."""
-    return _CALLS.stack[-1].texts if _CALLS.stack else None
+    return _CALLS.stack[-1].texts if len(_CALLS.stack) > 0 else None
 
 
 def padding_mask() -> Tensor | None:
@@ -163,7 +164,7 @@ class ForwardHook:
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle(cache)
         if self.owner.mode == "memory" and self.owner.compressor is not None:
-            call.identity = identity_of(module, f"{self.owner.compressor} {self.owner.memory_positions}")
+            call.identity = identity_of(module, self.owner)
             check_memory(cache, call.identity)
         mask = kwargs.get("attention_mask")
         call.outer, call.cache, call.mask = True, cache, mask if isinstance(mask, Tensor) and mask.ndim != 4 else None

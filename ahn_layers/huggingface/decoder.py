@@ -53,6 +53,7 @@ class DecoderAttention(HippocampalAttention):
         self._cache_at = names.index(self._cache_name) if self._cache_name in names else len(names)
         kept_far = store.window.num_sinks > 0 and store.window.sink_positions != "absolute"
         self._warn_after = found.trained_length if kept_far and found.fixed_positions else None
+        self._unknown_rotation = kept_far and found.on_meta
 
     @property
     def mode(self) -> Mode:
@@ -69,6 +70,11 @@ class DecoderAttention(HippocampalAttention):
         name = next((name for name in CACHE_NAMES if name in kwargs), self._cache_name)  # the block knows old names too
         layer = self.cache_layer(_argument(args, kwargs, self._cache_at, name))
         self._check_base()
+        if self._unknown_rotation and not x.is_meta:
+            raise ValueError(
+                f"{type(self.block).__name__} was retrofitted on the meta device, where its rotation could not be "
+                "found: load the weights first, then call retrofit."
+            )
         attend = Attend(type(self.block).__name__, self._runner(layer, x))
         if layer is None:
             out = self.block(*args, attend=attend, **kwargs)

@@ -32,10 +32,6 @@ def check_model(model: Any) -> None:
             "model.get_base_model()), or put HippocampalAttention around the blocks of your own architecture."
         )
     name = type(model).__name__
-    if all(u.is_meta for u in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
-        raise ValueError(
-            f"{name} is on the meta device, where its rotation cannot be found: load its weights first, then retrofit."
-        )
     if any(isinstance(module, HippocampalAttention) for module in model.modules()):
         raise ValueError(f"{name} is retrofitted already: call restore(model) first.")
     if model.config.is_encoder_decoder:

@@ -32,6 +32,7 @@ class AttentionBlock:
         rotary: how its queries are rotated; None if they are not, or if ``fixed_positions`` says why it is unknown.
         fixed_positions: why queries cannot be turned back, empty if they can.
         trained_length: tokens that the model was trained on, None if its config does not say.
+        on_meta: whether the model had no values yet, so that its rotation is not known.
         reason: why it cannot be retrofitted, empty if it can.
     """
 
@@ -45,6 +46,7 @@ class AttentionBlock:
     rotary: Rotary | None = None
     fixed_positions: str = ""
     trained_length: int | None = None
+    on_meta: bool = False
     reason: str = ""
 
 
@@ -171,6 +173,7 @@ def _find_rotary(
     block: AttentionBlock, near: Tensor, far: Tensor | None, frequencies: list[tuple[Tensor, str]]
 ) -> None:
     """Try every rotation the model could use; the one that takes the far query to the near one is its own."""
+    block.on_meta = near.is_meta
     if far is None or near.is_meta:
         block.fixed_positions = "its positions could not be probed"
         return

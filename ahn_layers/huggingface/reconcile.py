@@ -54,7 +54,8 @@ def note_padding(cache: Any, real: Bool[Tensor, "b t"], start: int) -> None:
 def check_memory(cache: Any, identity: str) -> None:
     """Raise a ValueError if the tokens of a cache were taken in by other memory weights than those that go on."""
     for layer in memory_layers(cache):
-        if identity and layer.made_with and layer.made_with != identity:
+        kinds = {text.partition(" ")[0] for text in (identity, layer.made_with)}
+        if len(kinds) == 1 and layer.made_with != identity:  # weights of another dtype are another error
             raise ValueError(
                 "this cache was filled with other memory weights (another adapter, or before training went on): its "
                 "states would be misread. Load the adapter that it was made with, or begin a new cache."

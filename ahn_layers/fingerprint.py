@@ -98,7 +98,8 @@ def memory_identity(model: nn.Module) -> str:
         model: a retrofitted model, or one that contains it.
 
     Returns:
-        The dtype of the weights and a hexadecimal digest; the empty text where weights cannot be read (on the meta device, or offloaded).
+        The dtype of the weights and a hexadecimal digest; the empty text where weights cannot be read (on the meta
+        device, or offloaded).
 
     Raises:
         ValueError: if the model is not retrofitted.

@@ -492,7 +492,7 @@ def test_a_restored_model_does_not_take_the_cache():
 OTHERS = {
     "window": (lambda: retrofitted(window_size=7), 2, "the state belongs to"),
     "dtype": (lambda: retrofitted(dtype=torch.float32), 2, "another dtype"),
-    "compressor": (lambda: retrofitted(compressor=Mamba2), 2, "made by another compressor"),
+    "compressor": (lambda: retrofitted(compressor=Mamba2), 2, "another compressor or adapter"),
     "heads": (lambda: retrofitted(model=base(num_key_value_heads=4)), 2, "another layer or model"),
     "rows": (retrofitted, 3, "2 rows, the tokens have 3"),
 }

@@ -576,8 +576,9 @@ MODEL_CALLS = {
         "same window",
     ),
     "another compressor": (
-        lambda m, ids, cache: retrofitted(compressor=Mamba2)(ids, cache=cache), "write gates ['beta', 'g']",
-        "another compressor",
+        lambda m, ids, cache: retrofitted(compressor=Mamba2)(ids, cache=cache),
+        "filled with other memory weights", "another compressor",
+        "begin a new cache",
     ),
     "another dtype": (
         lambda m, ids, cache: retrofitted(dtype=torch.float32)(ids, cache=cache), "float64 on cpu",

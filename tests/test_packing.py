@@ -158,6 +158,7 @@ def test_sources_that_contradict_each_other_are_an_error():
 
 def test_compiled_models_assert_that_there_is_one_text():
     model, (_, row, positions) = retrofitted(), packed()
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="begin again"):

@@ -28,7 +28,7 @@ class MemoryLayer(CacheLayerMixin):
         overwritten: whether the running call has written into the tensors that were there before it.
         edits: how often tokens or rows have been taken out, so that nothing undoes that.
         made_with: the identity of the memory weights that made it, empty if it is not known.
-        broken: why the layer cannot be used any further, empty if it can.
+        broken: whether a call broke off in the middle of the cache, so that it cannot be used any further.
     """
 
     is_compileable = False
@@ -44,7 +44,7 @@ class MemoryLayer(CacheLayerMixin):
         self.overwritten = False
         self.edits = 0
         self.made_with = ""
-        self.broken = ""
+        self.broken = False
         self.recording: Recording | None = None
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
@@ -53,8 +53,7 @@ class MemoryLayer(CacheLayerMixin):
         Raises:
             RuntimeError: if an earlier call broke off and left the cache unusable.
         """
-        if self.broken:
-            raise RuntimeError(self.broken)
+        self.refuse_broken()
         count = k.shape[2]
         capacity = store.window.capacity
         if self.record_past and count > MAX_ROLLBACK and self.get_seq_length() + count > capacity:
@@ -100,6 +99,14 @@ class MemoryLayer(CacheLayerMixin):
             self.overwritten |= writes
             raise
         self.overwritten |= writes
+
+    def refuse_broken(self) -> None:
+        """Raise a RuntimeError if the layer cannot be used any further."""
+        if self.broken:
+            raise RuntimeError(
+                "this cache is unusable: a call was interrupted after some of its layers had overwritten tokens that "
+                "left the window. Begin a new cache, call cache.reset(), or go back to a clone."
+            )
 
     def _changeable(self) -> MemoryState | None:
         """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
@@ -262,7 +269,7 @@ class MemoryLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.edits += 1
-        self.state, self.padding, self.broken, self.made_with, self.overwritten = None, None, "", "", False
+        self.state, self.padding, self.broken, self.made_with, self.overwritten = None, None, False, "", False
         self.recording = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

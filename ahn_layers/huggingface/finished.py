@@ -19,7 +19,7 @@ class FinishedRows(StoppingCriteriaList):
 
     ends: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Which rows are done."""
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
         ends = torch.full_like(done, -1, dtype=torch.long) if self.ends is None else self.ends

@@ -35,8 +35,7 @@ class StaticMemoryLayer(MemoryLayer):
         """Attend with new tokens and take them in, in place."""
         if torch.compiler.is_compiling():
             return self._run_in_place(store, q, k, v, x, **options)
-        if self.broken:
-            raise RuntimeError(self.broken)
+        self.refuse_broken()
         held = self.state is not None
         with self._overwriting(held):
             return self._run_in_place(store, q, k, v, x, **options)
@@ -137,7 +136,7 @@ class StaticMemoryLayer(MemoryLayer):
             self.state.copy_(empty)
             self.state.length, self.state.padded = None, True
         self._known, self.padding, self.overwritten = (0, False), None, False
-        self.broken, self.made_with = "", ""
+        self.broken, self.made_with = False, ""
         self.pads.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -32,10 +32,7 @@ class Snapshot:
             return
         for layer in (*self.layers, *fresh):
             if isinstance(layer, MemoryLayer):
-                layer.broken = (
-                    "this cache is unusable: a call was interrupted after some of its layers had overwritten tokens "
-                    "that left the window. Begin a new cache, call cache.reset(), or go back to a clone."
-                )
+                layer.broken = True
 
 
 def begin(cache: Cache) -> None:

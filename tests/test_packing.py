@@ -145,6 +145,15 @@ def test_a_padded_row_is_one_text(left):
             assert torch.allclose(out[:1, left:], model(ids[:1, left:], use_cache=False).logits, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_right_padding_in_generate_is_no_second_text(use_cache):
+    """Positions count on from those of the pads, and so they fall; the base model does the same."""
+    model, plain, ids = retrofitted(window_size=40), base(), tokens(4, 9)
+    mask = torch.ones_like(ids).tril(5)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
 def test_sources_that_contradict_each_other_are_an_error():
     positions = torch.cat((torch.arange(4), torch.arange(3)))[None]
     with pytest.raises(ValueError, match="column 4 of row 0"):

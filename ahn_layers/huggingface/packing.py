@@ -22,7 +22,7 @@ def find_texts(
     Args:
         batch_size: rows, B.
         length: tokens in each row, T.
-        position_ids: ``(B or 1, T)``; a text begins where positions do not increase. Positions of several dimensions
+        position_ids: ``(B or 1, T)``; a text begins where positions begin again with 0. Positions of several dimensions
             are read if the first of four is that of the text, else passed over.
         real: False at padding, whose positions mean nothing.
         seq_idx: the number of each token's text, ``(B or 1, T)``.
@@ -112,7 +112,7 @@ def _pick(u: Tensor, columns: list[int], dim: int) -> Tensor:
 def _restarts(
     position_ids: Tensor | None, batch_size: int, length: int, real: Tensor | None, gaps_separate: bool
 ) -> Bool[Tensor, "b t"] | None:
-    """True where the position of a real token does not follow that of the real token before it."""
+    """True where the positions of real tokens begin again."""
     if position_ids is None or length == 1:
         return None
     if position_ids.ndim == 3 and position_ids.shape[0] == 4:
@@ -130,7 +130,8 @@ def _restarts(
         before = positions.gather(1, last.clamp(min=0))
         follows = (last >= 0) & real[:, 1:].to(positions.device)
     step = positions[:, 1:] - before
-    begins = (step != 1) if gaps_separate else (step < 1)
+    # generate counts on from the position of a pad, so positions may fall: only a text of its own begins with 0
+    begins = (step != 1) if gaps_separate else (step < 1) & (positions[:, 1:] == 0)
     return torch.nn.functional.pad(begins & follows, (1, 0))
 
 

@@ -57,8 +57,8 @@ def check_memory(cache: Any, identity: str) -> None:
         kinds = {text.partition(" ")[0] for text in (identity, layer.made_with)}
         if len(kinds) == 1 and layer.made_with != identity:  # weights of another dtype are another error
             raise ValueError(
-                "this cache was filled with other memory weights (another compressor or adapter, or before training went "
-                "on): its states would be misread. Load the adapter that it was made with, or begin a new cache."
+                "this cache was filled with other memory weights (another compressor or adapter, or before training "
+                "went on): its states would be misread. Load the adapter that it was made with, or begin a new cache."
             )
 
 

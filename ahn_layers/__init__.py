@@ -11,8 +11,8 @@ from .compressor import Compressor
 from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
 from .layers import outer
 from .memory import MemoryStore
+from .positions import Rotary
 from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
-from .rotary import Rotary
 from .state import MemoryState
 from .testing import check_compressor
 from .version import __version__

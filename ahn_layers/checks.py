@@ -1,25 +1,16 @@
 """Every way to call a store wrongly, refused before anything has changed."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from .compressor import Compressor
 from .state import MemoryState
 from .tokens import Tokens
-
-if TYPE_CHECKING:
-    from .memory import MemoryStore
+from .window import Window
 
 
 def check_inputs(
-    store: "MemoryStore",
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    x: Tensor | None,
-    valid: Tensor | None,
-    use_memory: bool,
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, valid: Tensor | None, compressor: Compressor | None
 ) -> None:
     """Shapes, devices and dtypes of one call among themselves and against the compressor."""
     for name, u in (("q", q), ("k", k), ("v", v)):
@@ -47,13 +38,11 @@ def check_inputs(
         raise ValueError(
             f"valid has shape {tuple(valid.shape)}, {valid.dtype}: expected a boolean mask of shape {(batch, count)}."
         )
-    if store.compressor is not None and use_memory:
-        _check_compressor(store, q, k, v, x)
+    if compressor is not None:
+        _check_compressor(compressor, q, k, v, x)
 
 
-def _check_compressor(store: "MemoryStore", q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
-    compressor = store.compressor
-    assert compressor is not None
+def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
     name = type(compressor).__name__
     expected = (compressor.num_heads, compressor.num_kv_heads, compressor.head_dim, compressor.value_dim)
     given = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
@@ -70,9 +59,9 @@ def _check_compressor(store: "MemoryStore", q: Tensor, k: Tensor, v: Tensor, x: 
         )
 
 
-def check_state(store: "MemoryStore", state: MemoryState, new: Tokens, use_memory: bool) -> None:
-    """Whether a state can go on with these tokens in this store."""
-    ours, theirs = store.window, state.window
+def check_state(state: MemoryState, new: Tokens, ours: Window, compressor: Compressor | None) -> None:
+    """Whether a state can go on with these tokens in a store of this window and compressor."""
+    theirs = state.window
     if (ours.num_sinks, ours.window_size) != (theirs.num_sinks, theirs.window_size):
         raise ValueError(
             f"the state belongs to {theirs}, the store has {ours}: continue it with a store of the same window."
@@ -93,7 +82,7 @@ def check_state(store: "MemoryStore", state: MemoryState, new: Tokens, use_memor
                 f"the state holds {name} with {its.shape[1]} heads of {its.shape[3]}, the tokens have "
                 f"{mine.shape[1]} heads of {mine.shape[3]}: it was made by another layer or model."
             )
-    remembers = use_memory and store.compressor is not None
+    remembers = compressor is not None
     if remembers != (state.memory is not None):
         made, asked = ("without", "with") if remembers else ("with", "without")
         raise ValueError(

@@ -5,7 +5,7 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,7 @@ from .compressor import Compressor, State, map_state, state_dtype
 from .ops.decode import slot_attention
 from .ops.sharing import share_columns
 from .ops.window_attention import add_to_tail, window_attention
-from .rotary import Rotary
+from .positions import MemoryPositions, Positions, Rotary
 from .state import MemoryState
 from .step import kernel_step
 from .tokens import Tokens, join, take
@@ -26,9 +26,6 @@ _SEGMENT = {"cpu": 1024}
 """Tokens folded in one go, by device type: bounds what the scan expands and converts at a time, within caches."""
 _LONG_SEGMENT = 8192
 """The same for every other device, where launches cost more than memory traffic."""
-
-MemoryPositions = Literal["absolute", "none"]
-"""Whether keys and queries of the memory are rotated."""
 
 
 class MemoryStore(nn.Module):
@@ -86,6 +83,11 @@ class MemoryStore(nn.Module):
     def extra_repr(self) -> str:
         """Window and positions, for ``print(model)``."""
         return f"{self.window!r}, memory_positions={self.memory_positions!r}"
+
+    @property
+    def positions(self) -> Positions:
+        """What sinks and memory are shown of positions."""
+        return Positions(self.window, self.rotary, self.memory_positions)
 
     def init_state(self, tokens: Tokens, *, use_memory: bool = True, full: bool = False) -> MemoryState:
         """An empty state for rows like these tokens.
@@ -154,11 +156,12 @@ class MemoryStore(nn.Module):
             options: dict[str, Any] = {"scale": scale, "softcap": softcap, "inplace": inplace, "dense": dense}
             with torch.autocast(device, enabled=False):
                 return self.forward(q, k, v, x, state, valid=valid, use_memory=use_memory, final=final, **options)
-        check_inputs(self, q, k, v, x, valid, use_memory)
+        compressor = self.compressor if use_memory else None
+        check_inputs(q, k, v, x, valid, compressor)
         new = self.arrive(k, v, x if use_memory else None)
         if state is None:
             state = self.init_state(new, use_memory=use_memory)
-        check_state(self, state, new, use_memory)
+        check_state(state, new, self.window, compressor)
         attention = {"scale": scale, "softcap": softcap}
         if len(new) == 1 and len(state.slots) == self.window.capacity:
             return self._step(q, new, x, state, valid, inplace, attention)
@@ -247,7 +250,7 @@ class MemoryStore(nn.Module):
             rank,
             window_size=window.window_size,
             num_sinks=window.num_sinks,
-            q_sinks=self._sink_queries(q, rank, None if state.length is None else state.length + count),
+            q_sinks=self.positions.facing_sinks(q, rank, None if state.length is None else state.length + count),
             first_rank=state.uniform,
             **attention,  # type: ignore[arg-type]
         )
@@ -274,7 +277,7 @@ class MemoryStore(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """One new token and every slot allocated: read the slot that leaves, fold it, write the new token, attend."""
         if inplace and valid is None:
-            out = kernel_step(self, q, new, x, state, **attention)
+            out = kernel_step(q, new, x, state, self.compressor, self.positions, **attention)
             if out is not None:
                 return out, state
         window = self.window
@@ -295,7 +298,7 @@ class MemoryStore(nn.Module):
             slots.v,
             seen,
             full=state.uniform is not None and state.uniform >= window.capacity,
-            q_sinks=self._sink_queries(q, state.seen.unsqueeze(1), length),
+            q_sinks=self.positions.facing_sinks(q, state.seen.unsqueeze(1), length),
             num_sinks=window.num_sinks,
             **attention,  # type: ignore[arg-type]
         )
@@ -324,7 +327,7 @@ class MemoryStore(nn.Module):
         """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold."""
         assert self.compressor is not None
         compressor, outputs = self.compressor, []
-        q, keys = self._memory_side(q, rank, evicted.k)
+        q, keys = self.positions.for_memory(q, rank, evicted.k)
         size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
         several = len(evicted) > size  # asked first: compiled code for one segment serves every length
         for start in range(0, len(evicted), size) if several else (0,):
@@ -336,17 +339,3 @@ class MemoryStore(nn.Module):
             output = compressor.output(reading, x[:, part])
             outputs.append(output if mask is None else output.masked_fill(~mask[:, None, :, None], 0))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
-
-    def _memory_side(self, q: Tensor, rank: Int[Tensor, "*b t"], keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries of these ranks, and the keys that they push out, as the memory is told them."""
-        if self.memory_positions != "none" or self.rotary is None:
-            return q, keys
-        return self.rotary.turn_back(q, rank), self.rotary.turn_back(keys, rank - self.window.window_size)
-
-    def _sink_queries(self, q: Tensor, rank: Int[Tensor, "*b t"], length: int | None) -> Tensor | None:
-        """Queries as the sinks shall see them, from the first one that is too far away; None while all are near."""
-        limit = None if self.rotary is None else self.window.farthest_sink(self.rotary.trained_length)
-        if limit is None or self.rotary is None or (length is not None and length - 1 <= limit):
-            return None
-        far = q.shape[2] if length is None else min(q.shape[2], length - 1 - limit)
-        return self.rotary.turn_back(q[:, :, -far:], (rank[..., -far:] - limit).clamp(min=0))

@@ -9,7 +9,7 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
-from .memory import MemoryPositions
+from .positions import MemoryPositions
 from .window import SinkPositions, Window
 
 Model = TypeVar("Model", bound=nn.Module)

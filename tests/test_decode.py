@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from ahn_layers.ops import decode
 from ahn_layers.ops.matvec import merge_matvecs
 
-GPU = torch.cuda.is_available()
 # rows, query heads, key/value heads, slots, key size, value size, sinks whose queries are turned
 ATTENTION = [
     (2, 6, 2, 150, 16, 24, 5),
@@ -251,20 +250,20 @@ def test_kernels_in_the_interpreter():
     assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [*ATTENTION, (3, 16, 2, 5000, 128, 128, 128), (1, 2, 1, 400, 256, 256, 9)])
 def test_attention_on_the_gpu(shape, dtype):
     check_attention("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype], *shape)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*MEMORY, (128, 128, 2, 16), (256, 256, 1, 1)])
 def test_memory_on_the_gpu(shape):
     check_memory("cuda", *shape)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "shape", [*STEPS, (2, 16, 2, 5000, 128, 128, 128, 16, True, True), (1, 2, 1, 400, 256, 256, 9, 2, False, True)]
@@ -273,7 +272,7 @@ def test_steps_on_the_gpu(shape, dtype):
     check_step("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}[dtype], *shape)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_one_row_on_the_gpu(dtype):
     check_matvec("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2, MemoryState, MemoryStore, Window
+from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, MemoryState, MemoryStore, Window
 from ahn_layers.layers import outer
 
 from . import oracle
+from .methods import COMPRESSORS
 
-COMPRESSORS = [LinearAttention, DeltaNet, GatedDeltaNet, Mamba2]
 WINDOWS = [(0, 1), (1, 3), (4, 8), (4, 5), (0, 8)]  # sinks, window
 B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 31
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ..attention import HippocampalAttention
 from ..compressor import Compressor
-from ..memory import MemoryPositions, MemoryStore
+from ..memory import MemoryStore
+from ..positions import MemoryPositions
 from ..window import Window
 from .decoder import DecoderAttention
 from .generation import CompiledCall, Prefill, PrepareCache, PrepareInputs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..rotary import Rotary
+from ..positions import Rotary
 from .interface import refuse_unsupported
 
 _NAME = "hippocampal:probe"

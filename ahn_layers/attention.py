@@ -103,10 +103,11 @@ class HippocampalAttention(nn.Module):
         Raises:
             RuntimeError: if the block did not call ``attend`` exactly once.
         """
+        store = self.memory if use_memory else self.memory.without_memory()
 
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             nonlocal state
-            out, state = self.memory(q, k, v, x, state, valid=valid, use_memory=use_memory, **options)
+            out, state = store(q, k, v, x, state, valid=valid, **options)
             return out
 
         attend = Attend(type(self.block).__name__, run)

@@ -79,6 +79,26 @@ class MemoryStore(nn.Module):
         self.compressor = compressor
         self.rotary = rotary
         self.memory_positions = memory_positions
+        # not a child: it has nothing of its own
+        self.__dict__["_plain"] = (
+            None if compressor is None else MemoryStore(window, None, rotary, memory_positions=memory_positions)
+        )
+
+    def without_memory(self) -> "MemoryStore":
+        """The same store without its compressor: sinks and window alone, what leaves is forgotten.
+
+        A view: it has the window of this store, whatever that is at the time. States of the two do not mix.
+
+        Examples:
+            >>> store = MemoryStore(Window(4), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
+            >>> store.without_memory().compressor is None
+            True
+        """
+        plain: MemoryStore | None = self.__dict__["_plain"]
+        if plain is None:
+            return self
+        plain.window = self.window
+        return plain
 
     def extra_repr(self) -> str:
         """Window and positions, for ``print(model)``."""
@@ -89,18 +109,17 @@ class MemoryStore(nn.Module):
         """What sinks and memory are shown of positions."""
         return Positions(self.window, self.rotary, self.memory_positions)
 
-    def init_state(self, tokens: Tokens, *, use_memory: bool = True, full: bool = False) -> MemoryState:
+    def init_state(self, tokens: Tokens, *, full: bool = False) -> MemoryState:
         """An empty state for rows like these tokens.
 
         Args:
             tokens: any tokens, for batch size, sizes, dtype and device.
-            use_memory: False leaves the compressor out.
             full: allocate every slot now (static caches) instead of growing with the text.
         """
         k = tokens.k
-        remembers = use_memory and self.compressor is not None
         slots = tokens.map(lambda u: u.new_zeros(*u.shape[:2], self.window.capacity if full else 0, *u.shape[3:]))
-        memory = self.compressor.init_state(len(k), k.new_zeros((), dtype=state_dtype(k))) if remembers else None  # type: ignore[union-attr]
+        like = k.new_zeros((), dtype=state_dtype(k))
+        memory = None if self.compressor is None else self.compressor.init_state(len(k), like)
         return MemoryState(self.window, slots, torch.zeros(len(k), dtype=torch.long, device=k.device), memory)
 
     def arrive(
@@ -121,7 +140,6 @@ class MemoryStore(nn.Module):
         valid: Bool[Tensor, "b t"] | None = None,
         scale: float | None = None,
         softcap: float | None = None,
-        use_memory: bool = True,
         inplace: bool = False,
         final: bool = False,
         dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
@@ -137,7 +155,6 @@ class MemoryStore(nn.Module):
             valid: False at padding. Padding takes no slot and no rank, and its outputs are zero.
             scale: logit factor, default ``d ** -0.5``.
             softcap: logits become ``softcap * tanh(logits / softcap)``.
-            use_memory: False attends to sinks and window alone. A sequence keeps to one choice.
             inplace: overwrite the tensors of ``state`` once the window is full.
             final: no tokens will follow, as in training: a state need not be made, None may come in its place.
             dense: the base model's own causal attention ``(q, k, v) -> out``, called instead of ours as long as
@@ -155,13 +172,12 @@ class MemoryStore(nn.Module):
             q, k, v = (u if u.dtype == torch.float64 else u.to(low) for u in (q, k, v))
             options: dict[str, Any] = {"scale": scale, "softcap": softcap, "inplace": inplace, "dense": dense}
             with torch.autocast(device, enabled=False):
-                return self.forward(q, k, v, x, state, valid=valid, use_memory=use_memory, final=final, **options)
-        compressor = self.compressor if use_memory else None
-        check_inputs(q, k, v, x, valid, compressor)
-        new = self.arrive(k, v, x if use_memory else None)
+                return self.forward(q, k, v, x, state, valid=valid, final=final, **options)
+        check_inputs(q, k, v, x, valid, self.compressor)
+        new = self.arrive(k, v, x)
         if state is None:
-            state = self.init_state(new, use_memory=use_memory)
-        check_state(state, new, self.window, compressor)
+            state = self.init_state(new)
+        check_state(state, new, self.window, self.compressor)
         attention = {"scale": scale, "softcap": softcap}
         if len(new) == 1 and len(state.slots) == self.window.capacity:
             return self._step(q, new, x, state, valid, inplace, attention)

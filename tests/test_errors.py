@@ -367,7 +367,6 @@ CALLS = {
     "hidden states of all tokens": (changed("x", lambda u: u.repeat(1, 2, 1)), "x has shape (2, 2, 16)", "(2, 1, 16)"),
     "mask of floats": (lambda c: c | {"valid": torch.ones(2, 1)}, "torch.float32", "boolean mask of shape (2, 1)"),
     "mask of all tokens": (lambda c: c | {"valid": torch.ones(2, 21) > 0}, "(2, 21)", "boolean mask of shape (2, 1)"),
-    "without the memory": (lambda c: c | {"use_memory": False}, "made with the long-term", "continued without", "Keep"),
     "another batch": (
         lambda c: {name: u[:1] for name, u in c.items()}, "state has 2 rows, the tokens have 1", "state.reorder(index)",
     ),

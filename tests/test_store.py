@@ -1,5 +1,6 @@
 """The contracts of the memory store, over every compressor, against the token-by-token oracle."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -170,7 +171,7 @@ def test_exactly_once():
     store, (q, k, v, x) = make(sinks=2, window=5)
     v.requires_grad_()
     for use_memory in (False, True):
-        out, _ = store(q, k, v, x, use_memory=use_memory)
+        out, _ = (store if use_memory else store.without_memory())(q, k, v, x)
         for t in (0, 6, 7, 20):
             (gradient,) = torch.autograd.grad(out[:, :, t].sum(), v, retain_graph=True)
             reached = gradient.abs().sum(dim=(0, 1, 3)).nonzero().flatten().tolist()
@@ -217,9 +218,9 @@ def test_in_place_steps_leave_earlier_states_alone():
         _, state = store(*part, state, inplace=True)
         if t < 7:
             kept.append((state, state.clone()))
-    for early, copy in kept[:-1]:
+    for early, kept_copy in kept[:-1]:
         for name, u in early.tensors().items():
-            assert torch.equal(u, copy.tensors()[name]), name
+            assert torch.equal(u, kept_copy.tensors()[name]), name
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
@@ -317,7 +318,7 @@ def test_a_memory_may_know_no_positions(compressor, valid):
 
     def added(store, tokens, cuts=(), **options):
         whole = run(store, tokens, list(cuts), valid, **options)
-        return whole[0] - run(store, tokens, [], valid, use_memory=False)[0], whole[1].memory
+        return whole[0] - run(store.without_memory(), tokens, [], valid)[0], whole[1].memory
 
     expected, state = added(plain, (q, k, v, x))
     assert expected.norm() > 1
@@ -361,7 +362,6 @@ BAD_STATES = {
     "another batch": (lambda s: s.reorder(torch.tensor([0])), {}, "1 rows"),
     "another dtype": (lambda s: s._map(lambda u: u.float() if u.is_floating_point() else u), {}, "torch.float32"),
     "another window": (lambda s: MemoryState(Window(9, 4), s.slots, s.seen, s.memory), {}, "same window"),
-    "another mode": (lambda s: s, {"use_memory": False}, "made with the long-term memory"),
     "another layer": (
         lambda s: MemoryState(s.window, s.slots.map(lambda u: u[:, :1]), s.seen, s.memory),
         {},
@@ -383,9 +383,25 @@ def test_a_state_that_does_not_fit_is_refused_unchanged(case, unchecked):
 
 def test_a_state_without_memory_is_refused():
     store, tokens = make()
-    _, state = store(*tokens, use_memory=False)
+    _, state = store.without_memory()(*tokens)
     with pytest.raises(ValueError, match="made without the long-term memory"):
         store(*tokens, state)
+    _, state = store(*tokens)
+    before = state.clone().tensors()
+    with pytest.raises(ValueError, match="made with the long-term memory and is continued without it"):
+        store.without_memory()(*tokens, state)
+    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items())
+
+
+def test_without_memory_is_a_view_of_the_store():
+    store, tokens = make(sinks=2, window=5)
+    view = store.without_memory()
+    assert view.without_memory() is view and not list(view.parameters())
+    store.window = Window(7, num_sinks=1)
+    torch.testing.assert_close(store.without_memory()(*tokens)[0], MemoryStore(Window(7, num_sinks=1))(*tokens)[0])
+    copied = copy.deepcopy(store)
+    copied.window = Window(3)
+    assert store.without_memory().window.window_size == 7 and copied.without_memory().window.window_size == 3
 
 
 def test_a_state_of_another_compressor_is_refused():

@@ -58,14 +58,14 @@ class MemoryLayer(CacheLayerMixin):
         before = self.state
         out, self.state = store(q, k, v, x, self.state, valid=valid, inplace=inplace, **options)
         if self.record_past:
-            self._record(store, before, (k, v, x, valid), bool(options.get("use_memory", True)))
+            self._record(store, before, (k, v, x, valid))
         elif self._since:
             self._forget()
         return out
 
-    def _record(self, store: MemoryStore, before: MemoryState | None, tokens: Any, use_memory: bool) -> None:
+    def _record(self, store: MemoryStore, before: MemoryState | None, tokens: Any) -> None:
         if not self._since:
-            self._checkpoint, self._store, self._use_memory = before, store, use_memory
+            self._checkpoint, self._store = before, store
         self._since.append(tokens)
         while sum(k.shape[2] for k, *_ in self._since[1:]) >= MAX_ROLLBACK:
             self._checkpoint = self._replay(self._checkpoint, self._since.pop(0))
@@ -76,7 +76,7 @@ class MemoryLayer(CacheLayerMixin):
         k, v, x, valid = tokens
         heads = k.shape[1] if self._store.compressor is None else self._store.compressor.num_heads
         q = k.new_zeros(k.shape[0], heads, *k.shape[2:])
-        after: MemoryState = self._store(q, k, v, x, state, valid=valid, use_memory=self._use_memory)[1]
+        after: MemoryState = self._store(q, k, v, x, state, valid=valid)[1]
         return after
 
     def _forget(self) -> None:
@@ -223,7 +223,7 @@ class StaticMemoryLayer(MemoryLayer):
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Attend with new tokens and take them in, in place."""
         if self.state is None:
-            self._allocate(store, k, v, x, options.get("use_memory", True))
+            self._allocate(store, k, v, x)
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
             out, _ = store(q, k, v, x, self.state, inplace=True, **options)
@@ -241,10 +241,10 @@ class StaticMemoryLayer(MemoryLayer):
             self.padding.add_((~options["valid"]).sum(dim=1))
         return out
 
-    def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor, use_memory: bool) -> None:
+    def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor) -> None:
         with torch.no_grad():
-            tokens = store.arrive(k[:, :, :1], v[:, :, :1], x[:, :1] if use_memory else None)
-            self.state = store.init_state(tokens, use_memory=use_memory, full=True)
+            tokens = store.arrive(k[:, :, :1], v[:, :, :1], x[:, :1])
+            self.state = store.init_state(tokens, full=True)
             self._empty_memory = self.state.clone().memory
         self.padding = torch.zeros_like(self.state.seen)
         if not torch.compiler.is_compiling():

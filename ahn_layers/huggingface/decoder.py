@@ -85,6 +85,11 @@ class DecoderAttention(HippocampalAttention):
         return copied
 
     @property
+    def store(self) -> MemoryStore:
+        """What attends now: the memory, or the window without it."""
+        return self.memory if self.mode == "memory" else self.memory.without_memory()
+
+    @property
     def owns_mask(self) -> bool:
         """Whether its mask is ours, since every layer of its kind is retrofitted."""
         return ("local" if self.found.kind == "sliding" else "full") in self.owned.split("+")
@@ -105,14 +110,14 @@ class DecoderAttention(HippocampalAttention):
         return layer
 
     def _runner(self, layer: MemoryLayer | None, x: Tensor) -> Callable[..., Tensor]:
-        use_memory = self.mode == "memory"
+        store = self.store
 
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             hidden = x.to(q.device)
             if layer is None:
-                out: Tensor = self.memory(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
+                out: Tensor = store(q, k, v, hidden, final=True, **options)[0]
                 return out
-            return layer.run(self.memory, q, k, v, hidden, use_memory=use_memory, **options)
+            return layer.run(store, q, k, v, hidden, **options)
 
         return run
 

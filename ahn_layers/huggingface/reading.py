@@ -149,7 +149,7 @@ def _read_layer(region: Callable[..., Any], size: int, module: nn.Module, /, *ar
     layer = next(u.layer for u in given if isinstance(u, LayerCache))
     hidden = next(u for u in given if isinstance(u, Tensor))
     alike = partial(_without_traits, LayerCache(OpaqueLayer()))
-    with _attending(partial(layer.run, block.memory, valid=None, use_memory=block.mode == "memory")):
+    with _attending(partial(layer.run, block.store, valid=None)):
         return (region if hidden.shape[1] == size else run_plainly)(
             module, *map(alike, args), **{name: alike(u) for name, u in kwargs.items()}
         )

@@ -59,8 +59,18 @@ def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x
         )
 
 
-def check_state(state: MemoryState, new: Tokens, ours: Window, compressor: Compressor | None) -> None:
-    """Whether a state can go on with these tokens in a store of this window and compressor."""
+def check_state(
+    state: MemoryState, new: Tokens, ours: Window, compressor: Compressor | None, kept: dict[str, Tensor]
+) -> None:
+    """Whether a state can go on with these tokens in a store of this window and compressor.
+
+    Args:
+        state: the state.
+        new: the tokens.
+        ours: the window of the store.
+        compressor: its compressor.
+        kept: what its eviction carries, on any device.
+    """
     theirs = state.window
     if (ours.num_sinks, ours.window_size) != (theirs.num_sinks, theirs.window_size):
         raise ValueError(
@@ -93,4 +103,10 @@ def check_state(state: MemoryState, new: Tokens, ours: Window, compressor: Compr
         raise ValueError(
             f"the state holds the write gates {sorted(state.slots.gates)}, the compressor makes {sorted(new.gates)}: "
             "it was made by another compressor."
+        )
+    sizes, expected = ({name: tuple(u.shape) for name, u in held.items()} for held in (state.kept, kept))
+    if sizes != expected:
+        raise ValueError(
+            f"the state holds {sizes or 'nothing'} for the eviction, the store's eviction has {expected or 'nothing'}: "
+            "continue it with a store of the same eviction."
         )

@@ -5,27 +5,34 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .checks import check_inputs, check_state
-from .compressor import Compressor, State, map_state, state_dtype
-from .ops.decode import slot_attention
+from .compressor import Compressor, State, state_dtype
+from .eviction import Eviction, FoldAll, Kept
+from .ops.attend import Between, SoftmaxAttention
 from .ops.sharing import share_columns
-from .ops.window_attention import add_to_tail, window_attention
+from .ops.window_attention import add_to_tail
 from .positions import MemoryPositions, Positions, Rotary
 from .state import MemoryState
 from .step import kernel_step
-from .tokens import Tokens, join, take
+from .tokens import Leaving, Tokens, per_head, take
 from .window import Window
 
 _SEGMENT = {"cpu": 1024}
 """Tokens folded in one go, by device type: bounds what the scan expands and converts at a time, within caches."""
 _LONG_SEGMENT = 8192
 """The same for every other device, where launches cost more than memory traffic."""
+
+
+_RIDES = "eviction."
+"""What the names of the eviction's own gates begin with, beside those of the compressor."""
+_FOLDED = "folded"
+"""Among what is kept: whether anything has been folded in each key/value head."""
 
 
 class MemoryStore(nn.Module):
@@ -45,6 +52,7 @@ class MemoryStore(nn.Module):
         compressor: the long-term memory; None forgets what leaves the window.
         rotary: how the model rotates its queries. Needed to keep the sinks within the trained distance
             (``Window.sink_positions``; without it they stay at their true distance), and for ``memory_positions``.
+        eviction: what happens to a token that leaves the window. Default: ``FoldAll``, it is folded.
         memory_positions: what the memory is told of positions. ``"absolute"``: keys are folded, and queries read, as
             the attention rotated them, as in the paper. ``"none"``: with their rotation turned back, so that the
             memory knows contents only and no distance. A memory has to be used as it was trained.
@@ -68,6 +76,7 @@ class MemoryStore(nn.Module):
         compressor: Compressor | None = None,
         rotary: Rotary | None = None,
         *,
+        eviction: Eviction | None = None,
         memory_positions: MemoryPositions = "absolute",
     ) -> None:
         super().__init__()
@@ -78,18 +87,22 @@ class MemoryStore(nn.Module):
         self.window = window
         self.compressor = compressor
         self.rotary = rotary
+        self.eviction = FoldAll() if eviction is None else eviction
         self.memory_positions = memory_positions
         # not a child: it has nothing of its own
         self.__dict__["_plain"] = (
-            None if compressor is None else MemoryStore(window, None, rotary, memory_positions=memory_positions)
+            None
+            if compressor is None and eviction is None
+            else MemoryStore(window, None, rotary, memory_positions=memory_positions)
         )
 
     def without_memory(self) -> "MemoryStore":
-        """The same store without its compressor: sinks and window alone, what leaves is forgotten.
+        """The same store without compressor and eviction: sinks and window alone, what leaves is forgotten.
 
         A view: it has the window of this store, whatever that is at the time. States of the two do not mix.
 
         Examples:
+            >>> from ahn_layers import GatedDeltaNet
             >>> store = MemoryStore(Window(4), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
             >>> store.without_memory().compressor is None
             True
@@ -120,13 +133,16 @@ class MemoryStore(nn.Module):
         slots = tokens.map(lambda u: u.new_zeros(*u.shape[:2], self.window.capacity if full else 0, *u.shape[3:]))
         like = k.new_zeros((), dtype=state_dtype(k))
         memory = None if self.compressor is None else self.compressor.init_state(len(k), like)
-        return MemoryState(self.window, slots, torch.zeros(len(k), dtype=torch.long, device=k.device), memory)
+        seen = torch.zeros(len(k), dtype=torch.long, device=k.device)
+        return MemoryState(self.window, slots, seen, memory, kept=self.init_kept(tokens))
 
     def arrive(
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
     ) -> Tokens:
         """New tokens with their write gates, which ride in the window in the dtype of ``k``."""
         gates = {} if self.compressor is None or x is None else self.compressor.gates(x)
+        if x is not None:
+            gates = gates | {_RIDES + name: score for name, score in self.eviction.gates(x).items()}
         return Tokens(k, v, {name: gate.to(k.dtype) for name, gate in gates.items()})
 
     def forward(
@@ -138,12 +154,8 @@ class MemoryStore(nn.Module):
         state: MemoryState | None = None,
         *,
         valid: Bool[Tensor, "b t"] | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        inplace: bool = False,
-        final: bool = False,
-        dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[Float[Tensor, "b h t e"], MemoryState | None]:
+        attention: SoftmaxAttention | None = None,
+    ) -> tuple[Float[Tensor, "b h t e"], MemoryState]:
         """Attend with new tokens and take them in.
 
         Args:
@@ -153,12 +165,7 @@ class MemoryStore(nn.Module):
             x: the hidden states that entered the attention block; needed with a compressor.
             state: what the last call returned, None to begin.
             valid: False at padding. Padding takes no slot and no rank, and its outputs are zero.
-            scale: logit factor, default ``d ** -0.5``.
-            softcap: logits become ``softcap * tanh(logits / softcap)``.
-            inplace: overwrite the tensors of ``state`` once the window is full.
-            final: no tokens will follow, as in training: a state need not be made, None may come in its place.
-            dense: the base model's own causal attention ``(q, k, v) -> out``, called instead of ours as long as
-                nothing has left the window and no row is padded, for bit-identical results.
+            attention: how the base model attends, where it is not plain scaled dot-product attention.
 
         Returns:
             The attention output, zero at padding, and the state after these tokens.
@@ -170,28 +177,46 @@ class MemoryStore(nn.Module):
         if device != "meta" and torch.is_autocast_enabled(device):
             low = torch.get_autocast_dtype(device)  # of attention; the memory chooses its dtypes itself
             q, k, v = (u if u.dtype == torch.float64 else u.to(low) for u in (q, k, v))
-            options: dict[str, Any] = {"scale": scale, "softcap": softcap, "inplace": inplace, "dense": dense}
             with torch.autocast(device, enabled=False):
-                return self.forward(q, k, v, x, state, valid=valid, final=final, **options)
+                return self.forward(q, k, v, x, state, valid=valid, attention=attention)
         check_inputs(q, k, v, x, valid, self.compressor)
         new = self.arrive(k, v, x)
-        if state is None:
-            state = self.init_state(new)
-        check_state(state, new, self.window, self.compressor)
-        attention = {"scale": scale, "softcap": softcap}
-        if len(new) == 1 and len(state.slots) == self.window.capacity:
-            return self._step(q, new, x, state, valid, inplace, attention)
-        if final and valid is None and state.uniform == 0:
-            if dense is not None and len(new) <= self.window.capacity:
-                return dense(q, k, v), None
-            return self._attend(q, new, x, state, None, attention)[0], None
+        state = self.init_state(new) if state is None else state
+        kept = {} if self.folds_all else self.init_kept(new.map(lambda u: u.to("meta")))
+        check_state(state, new, self.window, self.compressor, kept)
+        attention = attention or SoftmaxAttention()
         if valid is None:
-            return self._extend(q, new, x, state, None, attention, dense, inplace)
-
+            return self.push(q, new, x, state, None, attention)
+        if len(new) == 1:
+            out, state = self.push(q, new, x, state, valid, attention)
+            return out.masked_fill(~valid[:, None, :, None], 0), state
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in each row
         x = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        out, state = self._extend(take(q, order), new.take(order), x, state, valid.sum(dim=1), attention, None, inplace)
+        out, state = self.push(take(q, order), new.take(order), x, state, valid.gather(1, order), attention)
         return take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0), state
+
+    def push(
+        self,
+        q: Tensor,
+        new: Tokens,
+        x: Tensor | None,
+        state: MemoryState,
+        valid: Bool[Tensor, "b t"] | None,
+        attention: SoftmaxAttention,
+    ) -> tuple[Tensor, MemoryState]:
+        """The equations of this class; padding comes last in each row."""
+        held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
+        if single and held.overwritten and self.folds_all and valid is None:
+            out = kernel_step(q, new, x, state, self.compressor, self.positions, attention)
+            if out is not None:
+                return out, state
+        seen, leaving, held = self.window.push(held, new, valid)
+        others, leaving, kept = self.evict(state.kept, leaving, len(new))
+        ((q, readers),) = share_columns((q, leaving.first, len(new)))
+        recalled, memory = self.recall(state.memory, readers, seen.rank, leaving, x)
+        out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length))
+        out = out if recalled is None else add_to_tail(out, recalled.to(out.dtype))
+        return out, state.after(held, memory, kept)
 
     def bytes_per_row(self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, **_: int) -> int:
         """Bytes that a state holds for each row once the window is full.
@@ -209,149 +234,69 @@ class MemoryStore(nn.Module):
         with torch.no_grad():
             return self.init_state(self.arrive(k, v, x), full=True).nbytes
 
-    def _extend(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        arrivals: Int[Tensor, " b"] | None,
-        attention: dict[str, float | None],
-        dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
-        inplace: bool,
-    ) -> tuple[Tensor, MemoryState]:
-        """Any number of new tokens; with ``arrivals``, only the first so many columns of each row are real."""
-        if dense is not None and state.uniform is not None and arrivals is None:
-            total = state.uniform + len(new)
-            if total <= self.window.capacity:
-                after = state.extended(new)
-                resident = after.slots.columns(0, total)
-                return dense(q, resident.k, resident.v), after
-        out, memory = self._attend(q, new, x, state, arrivals, attention)
-        after = state.extended(new, arrivals, inplace=inplace)
-        after.memory = memory
-        return out, after
+    def init_kept(self, like: Tokens) -> Kept:
+        """What the eviction carries at first, and whether anything has been folded in each key/value head."""
+        kept = self.eviction.init_kept(like)
+        if self.folds_all:
+            return kept
+        return kept | {_FOLDED: torch.zeros(like.k.shape[:2], dtype=torch.bool, device=like.k.device)}
 
-    def _attend(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        arrivals: Int[Tensor, " b"] | None,
-        attention: dict[str, float | None],
-    ) -> tuple[Tensor, State | None]:
-        """What new tokens see in sinks, window and memory; and the memory with what they push out."""
-        window, count, begins = self.window, len(new), state.uniform == 0 and arrivals is None
-        total = None if state.uniform is None or arrivals is not None else state.uniform + count
-        context = join(*state.recent(), new)
-        past, rank = len(context) - count, state.next_rank + torch.arange(count, device=q.device)
-        # Query i pushes out column i - spare of the context; sinks are never pushed out.
-        spare, memory = window.window_size - past, state.memory
-        first = spare + (0 if state.uniform is None else max(0, window.num_sinks + past - state.uniform))
-        evicts = memory is not None and first < count
-        if evicts:
-            leaves = (first - spare, count - spare)
-            shared = share_columns((q, first, count), (context.k, *leaves), (context.v, *leaves))
-            (q, readers), (k, evicted_k), (v, evicted_v) = shared
-            evicted = Tokens(evicted_k, evicted_v, context.columns(*leaves).gates)
-            context = Tokens(k, v, context.gates)
-        sinks = None if begins else state.sinks_with(new, arrivals)
-        out = window_attention(
-            q,
-            None if sinks is None else sinks.k,
-            None if sinks is None else sinks.v,
-            context.k,
-            context.v,
-            rank,
-            window_size=window.window_size,
-            num_sinks=window.num_sinks,
-            q_sinks=self.positions.facing_sinks(q, rank, None if state.length is None else state.length + count),
-            first_rank=state.uniform,
-            **attention,  # type: ignore[arg-type]
-        )
-        if evicts:
-            assert memory is not None and x is not None
-            folds = None
-            if total is None:
-                folds = window.leaves(state.seen.unsqueeze(1) + torch.arange(first, count, device=q.device))
-                if arrivals is not None:
-                    folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
-            recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, x[:, first:], folds)
-            out = add_to_tail(out, recalled.to(out.dtype))
-        return out, memory
+    @property
+    def folds_all(self) -> bool:
+        """Whether everything that leaves the window is folded."""
+        return isinstance(self.eviction, FoldAll)
 
-    def _step(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        valid: Bool[Tensor, "b 1"] | None,
-        inplace: bool,
-        attention: dict[str, float | None],
-    ) -> tuple[Tensor, MemoryState]:
-        """One new token and every slot allocated: read the slot that leaves, fold it, write the new token, attend."""
-        if inplace and valid is None:
-            out = kernel_step(q, new, x, state, self.compressor, self.positions, **attention)
-            if out is not None:
-                return out, state
-        window = self.window
-        slot, arrives = window.slot(state.seen), None if valid is None else valid.squeeze(1)
-        memory, recalled = state.memory, None
-        if memory is not None:
-            folds = window.leaves(state.seen) if arrives is None else window.leaves(state.seen) & arrives
-            evicted = state.slots.take(slot.unsqueeze(1))
-            rank = state.seen.unsqueeze(1)
-            recalled, memory = self._remember(memory, q, rank, evicted, x, folds.unsqueeze(1))  # type: ignore[arg-type]
-        arrived = 1 if arrives is None else arrives.long()
-        slots = state.slots.put(slot, new, arrives, inplace=inplace)
-        seen = state.seen + arrived
-        length = None if state.length is None else state.length + 1
-        out = slot_attention(
-            q,
-            slots.k,
-            slots.v,
-            seen,
-            full=state.uniform is not None and state.uniform >= window.capacity,
-            q_sinks=self.positions.facing_sinks(q, state.seen.unsqueeze(1), length),
-            num_sinks=window.num_sinks,
-            **attention,  # type: ignore[arg-type]
-        )
-        if recalled is not None:
-            out = out + recalled.to(out.dtype)
-        if arrives is not None:
-            out = out.masked_fill(~arrives.view(-1, 1, 1, 1), 0)
-        padded = state.padded or valid is not None
-        if not inplace:
-            return out, replace(state, slots=slots, seen=seen, memory=memory, length=length, padded=padded)
-        state.seen.copy_(seen)
-        if memory is not None and length is None:  # a static state: every address is fixed
-            memory = map_state(lambda old, now: old.copy_(now), state.memory, memory)  # type: ignore[arg-type]
-        state.memory, state.length, state.padded = memory, length, padded
-        return out, state
+    def evict(self, kept: Kept, leaving: Leaving, count: int) -> tuple[Between | None, Leaving, Kept]:
+        """What leaves the window through the eviction; heads read the memory once something has been folded in them."""
+        if self.folds_all or leaving.first == count:
+            return None, leaving, kept
+        own = {name: u for name, u in kept.items() if name != _FOLDED}
+        seen, leaving, after = self.eviction.push(own, leaving)
+        ever = kept[_FOLDED].unsqueeze(2).expand(-1, -1, count - leaving.first)
+        reads = torch.ones_like(ever)
+        if leaving.where is not None:
+            reads = ever | (_by_head(leaving.where).cumsum(dim=2) > 0)
+        return seen, replace(leaving, reading=reads), after | {_FOLDED: reads[:, :, -1]}
 
-    def _remember(
+    def recall(
         self,
-        memory: State,
-        q: Float[Tensor, "b h t d"],
-        rank: Int[Tensor, "*b t"],
-        evicted: Tokens,
-        x: Float[Tensor, "b t n"],
-        folds: Bool[Tensor, "b t"] | None,
-    ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold."""
-        assert self.compressor is not None
-        compressor, outputs = self.compressor, []
-        q, keys = self.positions.for_memory(q, rank, evicted.k)
+        memory: State | None,
+        q: Float[Tensor, "b h u d"],
+        rank: Callable[[], Int[Tensor, "*b t"]],
+        leaving: Leaving,
+        x: Float[Tensor, "b t n"] | None,
+    ) -> tuple[Float[Tensor, "b h u e"] | None, State | None]:
+        """Fold each token that leaves and read with the query that pushed it out; before the first one, read nothing.
+
+        Args:
+            memory: the compressor's state.
+            q: the queries from ``leaving.first`` on.
+            rank: makes the ranks of all queries.
+            leaving: what leaves.
+            x: hidden states of all queries' tokens.
+
+        Returns:
+            What is added to the attention of these queries, None for nothing, and the state.
+        """
+        if self.compressor is None or memory is None or q.shape[2] == 0:
+            return None, memory
+        assert x is not None
+        compressor, outputs, evicted, folds = self.compressor, [], leaving.tokens, leaving.where
+        x, keys = x[:, leaving.first :], evicted.k
+        if self.positions.hidden:
+            q, keys = self.positions.for_memory(q, rank()[..., leaving.first :], keys)
         size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
         several = len(evicted) > size  # asked first: compiled code for one segment serves every length
         for start in range(0, len(evicted), size) if several else (0,):
             part = slice(start, start + size)
             k, v = keys[:, :, part], evicted.v[:, :, part]
-            gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}
-            mask = None if folds is None else folds[:, part]
+            gates = {n: gate[:, :, part] for n, gate in evicted.gates.items() if not n.startswith(_RIDES)}
+            mask, reads = (None if u is None else u[..., part] for u in (folds, leaving.reads))
             reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
             output = compressor.output(reading, x[:, part])
-            outputs.append(output if mask is None else output.masked_fill(~mask[:, None, :, None], 0))
+            outputs.append(output if reads is None else output.masked_fill(~per_head(reads, output), 0))
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
+
+
+def _by_head(mask: Tensor) -> Tensor:
+    return mask if mask.ndim == 3 else mask.unsqueeze(1)

@@ -1,5 +1,6 @@
 """What sinks and memory are shown of positions, and the rotation that has to be known for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,20 +82,20 @@ class Positions:
     memory: MemoryPositions
 
     def facing_sinks(
-        self, q: Float[Tensor, "b h t d"], rank: Int[Tensor, "*b t"], length: int | None
+        self, q: Float[Tensor, "b h t d"], rank: Callable[[], Int[Tensor, "*b t"]], length: int | None
     ) -> Float[Tensor, "b h far d"] | None:
         """Queries as the sinks see them, from the first one that is too far away; None while all are near.
 
         Args:
             q: queries.
-            rank: rank of each query's token.
+            rank: makes the rank of each query's token.
             length: the tokens so far, these included, if the number is known.
         """
         limit = None if self.rotary is None else self.window.farthest_sink(self.rotary.trained_length)
         if limit is None or self.rotary is None or (length is not None and length - 1 <= limit):
             return None
         far = q.shape[2] if length is None else min(q.shape[2], length - 1 - limit)
-        return self.rotary.turn_back(q[:, :, -far:], (rank[..., -far:] - limit).clamp(min=0))
+        return self.rotary.turn_back(q[:, :, -far:], (rank()[..., -far:] - limit).clamp(min=0))
 
     @property
     def hidden(self) -> bool:

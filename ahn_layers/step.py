@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .compressor import Compressor
+from .ops.attend import SoftmaxAttention
 from .ops.decode import decode_step, fits_step
 from .positions import Positions
 from .state import MemoryState
@@ -17,13 +18,11 @@ def kernel_step(
     state: MemoryState,
     compressor: Compressor | None,
     positions: Positions,
-    *,
-    scale: float | None,
-    softcap: float | None,
+    attention: SoftmaxAttention,
 ) -> Float[Tensor, "b h 1 e"] | None:
     """One new token in every row of a state whose slots are all allocated; the state is changed in place.
 
-    The same as ``MemoryStore._step``.
+    The same as ``MemoryStore.push`` for such a call.
 
     Args:
         q: queries.
@@ -32,14 +31,13 @@ def kernel_step(
         state: the state.
         compressor: the long-term memory.
         positions: what sinks and memory are shown of positions.
-        scale: logit factor.
-        softcap: see ``MemoryStore.forward``.
+        attention: how the base model attends.
 
     Returns:
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
     memory, window = state.memory, state.window
-    if softcap is not None or compressor is None or not compressor.rule_holds:
+    if attention.softcap is not None or compressor is None or not compressor.rule_holds:
         return None
     if not fits_step(q, state.slots.tensors, memory):
         return None
@@ -53,8 +51,8 @@ def kernel_step(
     slots = state.slots
     out, reading = decode_step(
         q, (new.k, new.v, new.gates), (slots.k, slots.v, slots.gates), state.seen, memory, rule,
-        num_sinks=window.num_sinks, scale=scale, q_sinks=positions.facing_sinks(q, rank, length), asking=asking,
-        key=key,
+        num_sinks=window.num_sinks, scale=attention.scale, asking=asking, key=key,
+        q_sinks=positions.facing_sinks(q, lambda: rank, length),
     )  # fmt: skip
     state.length = length
     if rule.matrix is None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ahn_layers import Window
 from ahn_layers.ops import decode
 from ahn_layers.ops.matvec import merge_matvecs
+from ahn_layers.tokens import Tokens
 
 # rows, query heads, key/value heads, slots, key size, value size, sinks whose queries are turned
 ATTENTION = [
@@ -54,6 +56,21 @@ def check_memory(device, d, e, states, heads):
         assert torch.equal(single[0], before)
 
 
+def plain_step(q, new, slots, seen, memory, rule, *, num_sinks, q_sinks=None, asking=None, key=None):
+    """``decode_step`` in the words of the window and the rule."""
+    new, slots = Tokens(*new), Tokens(*slots)
+    window = Window(len(slots) - num_sinks, num_sinks=num_sinks)
+    slot, leaves = window.slot(seen), window.leaves(seen).view(-1, 1, 1, 1)
+    gone = slots.take(slot.unsqueeze(1))
+    slots.put(slot, new, None, inplace=True)
+    seen += 1
+    out = decode.slot_attention(q, slots.k, slots.v, seen, full=False, q_sinks=q_sinks, num_sinks=num_sinks)
+    asking, key = q if asking is None else asking, gone.k if key is None else key
+    added, reading, after = decode.follow(rule, memory, asking, key, gone.v, gone.gates)
+    memory.copy_(torch.where(leaves, after, memory))
+    return (out if added is None else out + added.masked_fill(~leaves, 0)), reading.masked_fill(~leaves, 0)
+
+
 def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, delta, matrix):
     """Over several steps, some rows not full at first; empty slots and the scratch memory are poisoned."""
 
@@ -77,9 +94,9 @@ def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, de
         near = [u.double().cpu() for u in new]
         weight, gate, w = low(torch.randn(e)), low(torch.randn(b, h)), low(torch.randn(h, e, e))
         results = []
-        for place, slot, token, count, state in (
-            (lambda u: u.double().cpu(), exact, near, seen, memory),
-            (lambda u: u, half, new, seen_there, memory_there),
+        for step, place, slot, token, count, state in (
+            (plain_step, lambda u: u.double().cpu(), exact, near, seen, memory),
+            (decode.decode_step, lambda u: u, half, new, seen_there, memory_there),
         ):
             rule = decode.StepRule(
                 "g" if t != 1 else None, place(-torch.ones(states).to(weight)) if t != 2 else None,
@@ -90,9 +107,7 @@ def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, de
             options = {"q_sinks": token[5] if sinks and t != 1 else None, "num_sinks": sinks}
             options |= {"asking": token[6], "key": token[0]} if t == 1 else {}
             new_token, held = ((u[0], u[1], {"g": u[2], "beta": u[3]}) for u in (token, slot))
-            results.append(
-                (*decode.decode_step(token[4], new_token, held, count, state, rule, **options), state, *slot)
-            )
+            results.append((*step(token[4], new_token, held, count, state, rule, **options), state, *slot))
         assert torch.equal(seen, seen_there.cpu())
         for i, (there, here) in enumerate(zip(results[1], results[0], strict=True)):
             there = there.nan_to_num() if i > 2 else there

@@ -57,13 +57,13 @@ class DeltaNet(Compressor):
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
         gates: dict[str, Tensor],
-        mask: Bool[Tensor, "b t"] | None = None,
+        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
         q = l2_normalize(as_operand(q, state), scale=self.head_dim**-0.5)
         k = l2_normalize(as_operand(k, state))
-        beta = gates["beta"] if mask is None else gates["beta"].masked_fill(~mask.unsqueeze(1), 0)
+        beta = gates["beta"] if mask is None else gates["beta"].masked_fill(~self.per_state(mask), 0)
         return gated_delta_scan(state, q, k, v, beta)
 
     def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:

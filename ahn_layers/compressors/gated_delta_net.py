@@ -71,7 +71,7 @@ class GatedDeltaNet(Compressor):
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
         gates: dict[str, Tensor],
-        mask: Bool[Tensor, "b t"] | None = None,
+        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
@@ -79,7 +79,7 @@ class GatedDeltaNet(Compressor):
         k = l2_normalize(as_operand(k, state))
         g, beta = gates["g"], gates["beta"]
         if mask is not None:
-            g, beta = (gate.masked_fill(~mask.unsqueeze(1), 0) for gate in (g, beta))
+            g, beta = (gate.masked_fill(~self.per_state(mask), 0) for gate in (g, beta))
         return gated_delta_scan(state, q, k, v, beta, g)
 
     def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:

@@ -42,13 +42,13 @@ class LinearAttention(Compressor):
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
         gates: dict[str, Tensor],
-        mask: Bool[Tensor, "b t"] | None = None,
+        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
         q, k = (l2_normalize(as_operand(u, state)) for u in (q, k))
         if mask is not None:
-            k = k.masked_fill(~mask[:, None, :, None], 0)
+            k = k.masked_fill(~(mask if mask.ndim == 3 else mask.unsqueeze(1)).unsqueeze(3), 0)
         return gated_linear_scan(state, q, k, v)
 
     def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:

@@ -61,14 +61,14 @@ class Mamba2(Compressor):
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
         gates: dict[str, Tensor],
-        mask: Bool[Tensor, "b t"] | None = None,
+        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
         q, k = (F.normalize(u.to(state.dtype), dim=-1).to(as_operand(u, state).dtype) for u in (q, k))
         dt = gates["dt"].to(state.dtype)
         if mask is not None:
-            dt = dt.masked_fill(~mask.unsqueeze(1), 0)
+            dt = dt.masked_fill(~self.per_state(mask), 0)
         g = -dt * self.A_log.to(dt.dtype).exp().unsqueeze(-1)
         v = dt.unflatten(1, (v.shape[1], -1)).unsqueeze(-1) * v.unsqueeze(2)
         return gated_linear_scan(state, q, k, v.flatten(1, 2).to(k.dtype), g)

@@ -54,9 +54,10 @@ class MemoryLayer(CacheLayerMixin):
     def _run(
         self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, valid: Tensor | None, **options: Any
     ) -> Tensor:
-        inplace = not self.record_past and not torch.is_grad_enabled()
         before = self.state
-        out, self.state = store(q, k, v, x, self.state, valid=valid, inplace=inplace, **options)
+        if before is not None:
+            before.inplace = not self.record_past
+        out, self.state = store(q, k, v, x, before, valid=valid, **options)
         if self.record_past:
             self._record(store, before, (k, v, x, valid))
         elif self._since:
@@ -226,13 +227,13 @@ class StaticMemoryLayer(MemoryLayer):
             self._allocate(store, k, v, x)
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
-            out, _ = store(q, k, v, x, self.state, inplace=True, **options)
+            out, _ = store(q, k, v, x, self.state, **options)
             self._known = None
         else:
             before = self.state
             if self._known is not None and not torch.compiler.is_compiling():
                 before = replace(before, length=self._known[0], padded=self._known[1])
-            out, after = store(q, k, v, x, before, inplace=not torch.is_grad_enabled(), **options)
+            out, after = store(q, k, v, x, before, **options)
             with torch.no_grad():
                 self.state.copy_(after)
             self._known = None if after.length is None else (after.length, after.padded)
@@ -245,7 +246,8 @@ class StaticMemoryLayer(MemoryLayer):
         with torch.no_grad():
             tokens = store.arrive(k[:, :, :1], v[:, :, :1], x[:, :1])
             self.state = store.init_state(tokens, full=True)
-            self._empty_memory = self.state.clone().memory
+            self.state.inplace = True
+            self._empty = self.state.clone().memory, self.state.clone().kept
         self.padding = torch.zeros_like(self.state.seen)
         if not torch.compiler.is_compiling():
             for u in (*self.state.tensors().values(), self.padding):
@@ -279,7 +281,7 @@ class StaticMemoryLayer(MemoryLayer):
         if self.state is not None:
             empty = self.state.clone()
             empty.slots, empty.seen = empty.slots.map(torch.zeros_like), torch.zeros_like(empty.seen)
-            empty.memory, empty.length, empty.padded = self._empty_memory, 0, False
+            (empty.memory, empty.kept), empty.length, empty.padded = self._empty, 0, False
             self.state.copy_(empty)
             self.state.length, self.state.padded = None, True
         self._known = (0, False)

@@ -115,7 +115,7 @@ class DecoderAttention(HippocampalAttention):
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             hidden = x.to(q.device)
             if layer is None:
-                out: Tensor = store(q, k, v, hidden, final=True, **options)[0]
+                out: Tensor = store(q, k, v, hidden, **options)[0]
                 return out
             return layer.run(store, q, k, v, hidden, **options)
 

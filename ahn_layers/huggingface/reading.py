@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..memory import MemoryStore
+from ..ops.attend import SoftmaxAttention
 from .cache_layers import LayerCache, MemoryLayer
 from .decoder import CACHE, DecoderAttention
 from .region import compiled_region, only_device, run_plainly, twin
@@ -100,13 +101,12 @@ class OpaqueLayer(MemoryLayer):
         x: Tensor,
         *,
         valid: Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
+        attention: SoftmaxAttention | None = None,
         **_: Any,
     ) -> Tensor:
         """Attend with new tokens, none of them padding, and take them in."""
-        assert valid is None
-        return attend_to_piece(q, k, v, x, scale, softcap).transpose(1, 2)
+        assert valid is None and attention is not None
+        return attend_to_piece(q, k, v, x, attention.scale, attention.softcap).transpose(1, 2)
 
 
 class _Reading(threading.local):
@@ -125,7 +125,7 @@ def attend_to_piece(q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float | N
     The cache that takes the tokens in is not among the arguments: a compiler would tell layers apart by it.
     """
     assert _READING.attend is not None
-    return _READING.attend(q, k, v, x, scale=scale, softcap=softcap).transpose(1, 2).contiguous()
+    return _READING.attend(q, k, v, x, attention=SoftmaxAttention(scale, softcap)).transpose(1, 2).contiguous()
 
 
 @attend_to_piece.register_fake

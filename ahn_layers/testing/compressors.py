@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compressor import Compressor, State, map_state
-from .memory import MemoryStore
-from .ops.decode import decode_step
-from .window import Window
+from ..compressor import Compressor, State, map_state
+from ..memory import MemoryStore
+from ..ops.decode import follow
+from ..window import Window
 
 _B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
 
@@ -140,21 +140,23 @@ def _check_splits(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor
 
 
 def _check_rule(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
-    head, last, store = slice(0, _T - 1), slice(_T - 1, _T), MemoryStore(Window(5, num_sinks=2), memory)
+    head, last = slice(0, _T - 1), slice(_T - 1, _T)
     rule = memory.rule(x[:, last])
     if rule is None:
         return
     with torch.no_grad():
-        state = store(q[:, :, head], k[:, :, head], v[:, :, head], x[:, head])[1]
-        ours, new = state.clone(), store.arrive(k[:, :, last], v[:, :, last], x[:, last])
-        expected, after = store(q[:, :, last], k[:, :, last], v[:, :, last], x[:, last], state)
-        (tokens, slots), folded = ((u.k, u.v, u.gates) for u in (new, ours.slots)), ours.memory
-        assert isinstance(folded, Tensor), "rule() describes memories of one tensor: return None."
-        out, reading = decode_step(q[:, :, last], tokens, slots, ours.seen, folded, rule, num_sinks=2)
-        if rule.matrix is None:
-            out = out + memory.output(reading, x[:, last])
-    for name, one, other in (("output", out, expected), ("state", folded, after.memory)):
-        error = float((one - other).abs().max())
+        gates = memory.gates(x)
+        before, one = ({name: u[:, :, part] for name, u in gates.items()} for part in (head, last))
+        state = memory.loop(
+            memory.init_state(_B, k.new_zeros(())), q[:, :, head], k[:, :, head], v[:, :, head], before
+        )[1]
+        assert isinstance(state, Tensor), "rule() describes memories of one tensor: return None."
+        reading, after = memory.loop(state, q[:, :, last], k[:, :, last], v[:, :, last], one)
+        out, found, folded = follow(rule, state, q[:, :, last], k[:, :, last], v[:, :, last], one)
+        out = memory.output(found, x[:, last]) if out is None else out
+        expected = memory.output(reading, x[:, last])
+    for name, mine, other in (("output", out, expected), ("state", folded, after)):
+        error = float((mine - other).abs().max())  # type: ignore[operator]
         assert error < 1e-8, f"rule(): the {name} of a step differs from fold, read and output by {error:.2g}."
 
 

@@ -14,6 +14,7 @@ from .layers import outer
 from .memory import MemoryStore
 from .ops.attend import SoftmaxAttention
 from .positions import Rotary
+from .recurrent import Recurrence, Recurrent
 from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
 from .state import MemoryState
 from .testing import check_compressor, check_eviction
@@ -27,6 +28,8 @@ __all__ = [
     "__version__",
     "Window",
     "Compressor",
+    "Recurrent",
+    "Recurrence",
     "Eviction",
     "FoldAll",
     "keep_best",

@@ -4,13 +4,20 @@ import torch
 from torch import Tensor
 
 from .compressor import Compressor
+from .eviction import Eviction, FoldAll, first_kept
 from .state import MemoryState
 from .tokens import Tokens
 from .window import Window
 
 
 def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, x: Tensor | None, valid: Tensor | None, compressor: Compressor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor | None,
+    valid: Tensor | None,
+    compressor: Compressor | None,
+    eviction: Eviction,
 ) -> None:
     """Shapes, devices and dtypes of one call among themselves and against the compressor."""
     for name, u in (("q", q), ("k", k), ("v", v)):
@@ -40,6 +47,8 @@ def check_inputs(
         )
     if compressor is not None:
         _check_compressor(compressor, q, k, v, x)
+    elif x is None and type(eviction).gates is not Eviction.gates:
+        raise ValueError(f"x=None: {type(eviction).__name__} needs the hidden states that enter the attention block.")
 
 
 def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
@@ -60,7 +69,7 @@ def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x
 
 
 def check_state(
-    state: MemoryState, new: Tokens, ours: Window, compressor: Compressor | None, kept: dict[str, Tensor]
+    state: MemoryState, new: Tokens, ours: Window, compressor: Compressor | None, eviction: Eviction
 ) -> None:
     """Whether a state can go on with these tokens in a store of this window and compressor.
 
@@ -69,7 +78,7 @@ def check_state(
         new: the tokens.
         ours: the window of the store.
         compressor: its compressor.
-        kept: what its eviction carries, on any device.
+        eviction: its eviction.
     """
     theirs = state.window
     if (ours.num_sinks, ours.window_size) != (theirs.num_sinks, theirs.window_size):
@@ -104,6 +113,9 @@ def check_state(
             f"the state holds the write gates {sorted(state.slots.gates)}, the compressor makes {sorted(new.gates)}: "
             "it was made by another compressor."
         )
+    if isinstance(eviction, FoldAll) and not state.kept:
+        return
+    kept = first_kept(eviction, new.map(lambda u: u.to("meta")))
     sizes, expected = ({name: tuple(u.shape) for name, u in held.items()} for held in (state.kept, kept))
     if sizes != expected:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,11 @@ from .tokens import Leaving, Tokens
 
 Kept = dict[str, Tensor]
 """What a policy carries between calls: tensors by name, each with the batch as its first dimension."""
+
+RIDES = "eviction."
+"""What the names of an eviction's own gates begin with, beside those of the compressor."""
+_FOLDED = "folded"
+"""Among what is kept: whether anything has been folded in each key/value head."""
 
 
 class Eviction(nn.Module, ABC):
@@ -140,3 +146,31 @@ def keep_best(
     empty = torch.arange(size, device=score.device) >= now.unsqueeze(2)
     held = every.take(index).zeroed(empty)
     return seen, Leaving.of(leaving.first, losers, lost), held.named() | {"filled": now}
+
+
+def first_kept(eviction: Eviction, like: Tokens) -> Kept:
+    """What a store carries for an eviction at first: beside its own, whether anything has been folded in each head."""
+    kept = eviction.init_kept(like)
+    if isinstance(eviction, FoldAll):
+        return kept
+    return kept | {_FOLDED: torch.zeros(like.k.shape[:2], dtype=torch.bool, device=like.k.device)}
+
+
+def evict(eviction: Eviction, kept: Kept, leaving: Leaving, count: int) -> tuple[Between | None, Leaving, Kept]:
+    """What leaves the window through an eviction; a head reads the memory once something has been folded in it.
+
+    Args:
+        eviction: the policy.
+        kept: what ``first_kept`` or the last call returned.
+        leaving: what leaves the window.
+        count: tokens of the call; nothing leaves if ``leaving`` begins after them.
+    """
+    if isinstance(eviction, FoldAll) or leaving.first == count:
+        return None, leaving, kept
+    seen, leaving, after = eviction.push({name: u for name, u in kept.items() if name != _FOLDED}, leaving)
+    ever, where = kept[_FOLDED].unsqueeze(2).expand(-1, -1, count - leaving.first), leaving.where
+    if where is None:
+        reads = torch.ones_like(ever)
+    else:
+        reads = ever | ((where if where.ndim == 3 else where.unsqueeze(1)).cumsum(dim=2) > 0)
+    return seen, replace(leaving, reading=reads), after | {_FOLDED: reads[:, :, -1]}

@@ -3,36 +3,24 @@
 Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size, e value size, n hidden size.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .checks import check_inputs, check_state
-from .compressor import Compressor, State, state_dtype
-from .eviction import Eviction, FoldAll, Kept
-from .ops.attend import Between, SoftmaxAttention
+from .compressor import Compressor, state_dtype
+from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
+from .ops.attend import SoftmaxAttention
 from .ops.sharing import share_columns
 from .ops.window_attention import add_to_tail
 from .positions import MemoryPositions, Positions, Rotary
+from .recall import recall
 from .state import MemoryState
 from .step import kernel_step
-from .tokens import Leaving, Tokens, per_head, take
+from .tokens import Tokens, take
 from .window import Window
-
-_SEGMENT = {"cpu": 1024}
-"""Tokens folded in one go, by device type: bounds what the scan expands and converts at a time, within caches."""
-_LONG_SEGMENT = 8192
-"""The same for every other device, where launches cost more than memory traffic."""
-
-
-_RIDES = "eviction."
-"""What the names of the eviction's own gates begin with, beside those of the compressor."""
-_FOLDED = "folded"
-"""Among what is kept: whether anything has been folded in each key/value head."""
 
 
 class MemoryStore(nn.Module):
@@ -134,7 +122,7 @@ class MemoryStore(nn.Module):
         like = k.new_zeros((), dtype=state_dtype(k))
         memory = None if self.compressor is None else self.compressor.init_state(len(k), like)
         seen = torch.zeros(len(k), dtype=torch.long, device=k.device)
-        return MemoryState(self.window, slots, seen, memory, kept=self.init_kept(tokens))
+        return MemoryState(self.window, slots, seen, memory, kept=first_kept(self.eviction, tokens))
 
     def arrive(
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
@@ -142,7 +130,7 @@ class MemoryStore(nn.Module):
         """New tokens with their write gates, which ride in the window in the dtype of ``k``."""
         gates = {} if self.compressor is None or x is None else self.compressor.gates(x)
         if x is not None:
-            gates = gates | {_RIDES + name: score for name, score in self.eviction.gates(x).items()}
+            gates = gates | {RIDES + name: score for name, score in self.eviction.gates(x).items()}
         return Tokens(k, v, {name: gate.to(k.dtype) for name, gate in gates.items()})
 
     def forward(
@@ -179,11 +167,10 @@ class MemoryStore(nn.Module):
             q, k, v = (u if u.dtype == torch.float64 else u.to(low) for u in (q, k, v))
             with torch.autocast(device, enabled=False):
                 return self.forward(q, k, v, x, state, valid=valid, attention=attention)
-        check_inputs(q, k, v, x, valid, self.compressor)
+        check_inputs(q, k, v, x, valid, self.compressor, self.eviction)
         new = self.arrive(k, v, x)
         state = self.init_state(new) if state is None else state
-        kept = {} if self.folds_all else self.init_kept(new.map(lambda u: u.to("meta")))
-        check_state(state, new, self.window, self.compressor, kept)
+        check_state(state, new, self.window, self.compressor, self.eviction)
         attention = attention or SoftmaxAttention()
         if valid is None:
             return self.push(q, new, x, state, None, attention)
@@ -206,14 +193,14 @@ class MemoryStore(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """The equations of this class; padding comes last in each row."""
         held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
-        if single and held.overwritten and self.folds_all and valid is None:
+        if single and held.overwritten and isinstance(self.eviction, FoldAll) and valid is None:
             out = kernel_step(q, new, x, state, self.compressor, self.positions, attention)
             if out is not None:
                 return out, state
         seen, leaving, held = self.window.push(held, new, valid)
-        others, leaving, kept = self.evict(state.kept, leaving, len(new))
+        others, leaving, kept = evict(self.eviction, state.kept, leaving, len(new))
         ((q, readers),) = share_columns((q, leaving.first, len(new)))
-        recalled, memory = self.recall(state.memory, readers, seen.rank, leaving, x)
+        recalled, memory = recall(self.compressor, state.memory, readers, x, leaving, seen.rank, self.positions)
         out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length))
         out = out if recalled is None else add_to_tail(out, recalled.to(out.dtype))
         return out, state.after(held, memory, kept)
@@ -233,70 +220,3 @@ class MemoryStore(nn.Module):
             x = torch.zeros_like(x, device=next(self.compressor.parameters()).device)  # type: ignore[union-attr]
         with torch.no_grad():
             return self.init_state(self.arrive(k, v, x), full=True).nbytes
-
-    def init_kept(self, like: Tokens) -> Kept:
-        """What the eviction carries at first, and whether anything has been folded in each key/value head."""
-        kept = self.eviction.init_kept(like)
-        if self.folds_all:
-            return kept
-        return kept | {_FOLDED: torch.zeros(like.k.shape[:2], dtype=torch.bool, device=like.k.device)}
-
-    @property
-    def folds_all(self) -> bool:
-        """Whether everything that leaves the window is folded."""
-        return isinstance(self.eviction, FoldAll)
-
-    def evict(self, kept: Kept, leaving: Leaving, count: int) -> tuple[Between | None, Leaving, Kept]:
-        """What leaves the window through the eviction; heads read the memory once something has been folded in them."""
-        if self.folds_all or leaving.first == count:
-            return None, leaving, kept
-        own = {name: u for name, u in kept.items() if name != _FOLDED}
-        seen, leaving, after = self.eviction.push(own, leaving)
-        ever = kept[_FOLDED].unsqueeze(2).expand(-1, -1, count - leaving.first)
-        reads = torch.ones_like(ever)
-        if leaving.where is not None:
-            reads = ever | (_by_head(leaving.where).cumsum(dim=2) > 0)
-        return seen, replace(leaving, reading=reads), after | {_FOLDED: reads[:, :, -1]}
-
-    def recall(
-        self,
-        memory: State | None,
-        q: Float[Tensor, "b h u d"],
-        rank: Callable[[], Int[Tensor, "*b t"]],
-        leaving: Leaving,
-        x: Float[Tensor, "b t n"] | None,
-    ) -> tuple[Float[Tensor, "b h u e"] | None, State | None]:
-        """Fold each token that leaves and read with the query that pushed it out; before the first one, read nothing.
-
-        Args:
-            memory: the compressor's state.
-            q: the queries from ``leaving.first`` on.
-            rank: makes the ranks of all queries.
-            leaving: what leaves.
-            x: hidden states of all queries' tokens.
-
-        Returns:
-            What is added to the attention of these queries, None for nothing, and the state.
-        """
-        if self.compressor is None or memory is None or q.shape[2] == 0:
-            return None, memory
-        assert x is not None
-        compressor, outputs, evicted, folds = self.compressor, [], leaving.tokens, leaving.where
-        x, keys = x[:, leaving.first :], evicted.k
-        if self.positions.hidden:
-            q, keys = self.positions.for_memory(q, rank()[..., leaving.first :], keys)
-        size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
-        several = len(evicted) > size  # asked first: compiled code for one segment serves every length
-        for start in range(0, len(evicted), size) if several else (0,):
-            part = slice(start, start + size)
-            k, v = keys[:, :, part], evicted.v[:, :, part]
-            gates = {n: gate[:, :, part] for n, gate in evicted.gates.items() if not n.startswith(_RIDES)}
-            mask, reads = (None if u is None else u[..., part] for u in (folds, leaving.reads))
-            reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
-            output = compressor.output(reading, x[:, part])
-            outputs.append(output if reads is None else output.masked_fill(~per_head(reads, output), 0))
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
-
-
-def _by_head(mask: Tensor) -> Tensor:
-    return mask if mask.ndim == 3 else mask.unsqueeze(1)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .compressor import State, map_state
 from .files import load_tensors, reading, save_tensors
+from .ring import Held
 from .tokens import Later, Tokens
-from .window import Held, Window
+from .window import Window
 
 
 @dataclass

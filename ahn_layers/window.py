@@ -4,52 +4,19 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from .ops.attend import InSlots, InWindow
 from .ops.sharing import share_columns
+from .ring import Held, Ring
 from .tokens import Later, Leaving, Tokens, join
 
 SinkPositions = Literal["trained", "streaming", "absolute"]
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What a window holds.
-
-    Attributes:
-        made: resident tokens, one column per slot; empty slots hold zeros.
-        seen: real tokens seen so far, per row, ``(B,)`` int64.
-        length: columns seen so far, padding included; None where it is known on the device only.
-        padded: whether any column was padding, so that rows may have seen different numbers of tokens.
-        overwritten: whether the tensors may be, or were, overwritten.
-    """
-
-    made: Later[Tokens]
-    seen: Int[Tensor, " b"]
-    length: int | None
-    padded: bool
-    overwritten: bool = False
-
-    @property
-    def slots(self) -> Tokens:
-        """The resident tokens."""
-        return self.made()
-
-    @property
-    def uniform(self) -> int | None:
-        """Tokens seen by every row, None if rows may differ or the number is known on the device only."""
-        return None if self.padded else self.length
-
-    @property
-    def next_rank(self) -> int | Int[Tensor, "b 1"]:
-        """Rank of the next token: one number if it is the same in every row and known, else per row."""
-        return self.seen.unsqueeze(1) if self.uniform is None else self.uniform
-
-
 @dataclass(frozen=True)
-class Window:
+class Window(Ring):
     """Attention sinks and a sliding window over one row of ``num_sinks + window_size`` slots.
 
     A token's *rank* is its number among the real tokens of its row, from 0; padding has none. Rank ``r`` sits in slot
@@ -74,8 +41,6 @@ class Window:
         tensor([0, 1, 2, 3, 4, 5, 2, 3])
     """
 
-    window_size: int
-    num_sinks: int = 0
     sink_positions: SinkPositions = "trained"
 
     def __post_init__(self) -> None:
@@ -85,31 +50,6 @@ class Window:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
         if self.sink_positions not in get_args(SinkPositions):
             raise ValueError(f"sink_positions={self.sink_positions!r}: expected one of {get_args(SinkPositions)}.")
-
-    @property
-    def capacity(self) -> int:
-        """Tokens kept without loss: ``num_sinks + window_size``."""
-        return self.num_sinks + self.window_size
-
-    def slot(self, rank: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """The slot that the token of this rank takes."""
-        return torch.where(rank < self.num_sinks, rank, self.num_sinks + (rank - self.num_sinks) % self.window_size)
-
-    def next_slot(self, seen: int) -> int:
-        """The slot that the next token takes once ``seen`` tokens have filled them all: that of the window's oldest."""
-        return self.num_sinks + (seen - self.num_sinks) % self.window_size
-
-    def resident(self, slot: Int[Tensor, " c"], seen: Int[Tensor, "b 1"]) -> Int[Tensor, "b c"]:
-        """Rank of the token that sits in each slot once ``seen`` tokens have arrived, -1 for an empty slot."""
-        newest = seen - 1 - self.num_sinks
-        in_ring = self.num_sinks + newest - (newest - (slot - self.num_sinks)) % self.window_size
-        rank = torch.where(slot < self.num_sinks, slot, in_ring)
-        empty = (rank >= seen) | ((slot >= self.num_sinks) & (rank < self.num_sinks))
-        return torch.where(empty, -1, rank)
-
-    def leaves(self, rank: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-        """Whether the arrival of this rank pushes a token out: the one of rank ``rank - window_size``."""
-        return rank >= self.capacity
 
     def farthest_sink(self, trained_length: int) -> int | None:
         """Largest distance from a query to sink 0 that is shown to the model, None for the true distance."""
@@ -138,7 +78,7 @@ class Window:
         total = None if held.uniform is None or valid is not None else held.uniform + count
         turns = held.overwritten and total is not None and total - count >= self.capacity
         after = Held(
-            Later(lambda: self._overwritten(held, new) if turns else self._slots_with(held, new, real)),
+            Later(lambda: self.overwritten(held, new) if turns else self.slots_with(held, new, real)),
             held.seen + (count if real is None else real),
             None if held.length is None else held.length + count,
             held.padded or valid is not None,
@@ -153,7 +93,7 @@ class Window:
             )  # fmt: skip
             return seen, Leaving(count, Later(lambda: new.columns(0, 0)), Later(lambda: None)), after
 
-        context = join(*self._recent(held), new)
+        context = join(*self.recent(held), new)
         past = len(context) - count
         spare = self.window_size - past  # query i pushes out column i - spare of the context, but no sink
         first = spare + (0 if held.uniform is None else max(0, self.num_sinks + past - held.uniform))
@@ -173,7 +113,7 @@ class Window:
             return out if real is None else out & (arrival < real.unsqueeze(1))
 
         begins = held.uniform == 0 and valid is None
-        sinks = None if begins else self._sinks(held, new, after, valid)
+        sinks = None if begins else self.sinks(held, new, after, valid)
         pieces = (None if sinks is None else (sinks.k, sinks.v), (context.k, context.v))
         seen = InWindow(Later(lambda: pieces), rank, held.uniform, self.window_size, self.num_sinks)
         return seen, Leaving(first, Later(lambda: leavers), Later(leaves)), after
@@ -206,70 +146,3 @@ class Window:
             return None, (whole.k, whole.v)
         sinks, context = whole.columns(0, self.num_sinks), whole.columns(min(self.num_sinks, past), len(whole))
         return (sinks.k, sinks.v), (context.k, context.v)
-
-    def _recent(self, held: Held) -> list[Tokens]:
-        """The tokens of the window in the order of rank, the latest last, in pieces; columns before rank 0 are filler.
-
-        As many columns as the fullest row can have; the tokens of rank below ``num_sinks`` are left out.
-        """
-        size = self.window_size
-        if held.length is not None:
-            size = min(size, max(0, held.length - self.num_sinks))
-        if held.uniform is not None and held.uniform <= self.capacity:
-            return [held.slots.columns(held.uniform - size, held.uniform)]
-        if held.uniform is not None:
-            oldest = self.next_slot(held.uniform)
-            return [held.slots.columns(oldest, self.capacity), held.slots.columns(self.num_sinks, oldest)]
-        rank = held.next_rank + torch.arange(-size, 0, device=held.seen.device)
-        return [held.slots.take(self.slot(rank).clamp(min=0, max=max(len(held.slots) - 1, 0)))]
-
-    def _sinks(self, held: Held, new: Tokens, after: Held, valid: Tensor | None) -> Tokens:
-        """The sinks once new tokens have arrived: as many columns as there may be, at most ``num_sinks``."""
-        if valid is None and held.uniform is not None:
-            count = min(held.uniform, self.num_sinks)
-            return join(held.slots.columns(0, count), new.columns(0, self.num_sinks - count))
-        return after.slots.columns(0, self.num_sinks)
-
-    def _slots_with(self, held: Held, new: Tokens, real: Int[Tensor, " b"] | None) -> Tokens:
-        """Each slot keeps its token, or takes the last of the new ones that belongs there."""
-        slots, size = held.slots, len(held.slots)
-        uniform = None if real is not None else held.uniform
-        if uniform == size and size + len(new) <= self.capacity:
-            return slots.cat(new)
-        if uniform is not None and uniform >= self.capacity:
-            return self._around(slots, new, self.next_slot(uniform))
-        if uniform == 0 and len(new) >= self.capacity:
-            return self._around(new.columns(0, self.num_sinks), new.columns(self.num_sinks, len(new)), self.num_sinks)
-        needed = self.capacity if held.length is None else min(self.capacity, held.length + len(new))
-        slot = torch.arange(max(needed, size), device=held.seen.device)
-        total = held.next_rank + (len(new) if real is None else real.unsqueeze(1))
-        rank = self.resident(slot, torch.as_tensor(total, device=slot.device).view(-1, 1))
-        rank = rank.squeeze(0) if isinstance(total, int) else rank
-        source = torch.where(rank >= held.next_rank, size + rank - held.next_rank, slot)
-        source = torch.where(rank < 0, size + len(new), source)  # empty slots take the column of zeros
-        nothing = new.map(lambda u: u.new_zeros(*u.shape[:2], 1, *u.shape[3:]))
-        return slots.cat(new, nothing).take(source)
-
-    def _overwritten(self, held: Held, new: Tokens) -> Tokens:
-        """The same tensors, the last of the new tokens over the oldest."""
-        assert held.uniform is not None
-        start = max(0, len(new) - self.window_size)
-        while start < len(new):
-            slot = self.next_slot(held.uniform + start)
-            size = min(len(new) - start, self.capacity - slot)
-            held.slots.columns(slot, slot + size).zip(Tensor.copy_, new.columns(start, start + size))
-            start += size
-        return held.slots
-
-    def _around(self, slots: Tokens, new: Tokens, slot: int) -> Tokens:
-        """New tokens from ``slot`` on, round the window and over the oldest; ``slots`` may lack a full window."""
-        first, end, size, count = self.num_sinks, self.capacity, self.window_size, len(new)
-        if count > size:  # only the last ones stay
-            return self._around(slots, new.columns(count - size, count), first + (slot - first + count - size) % size)
-        wrapped = max(0, slot + count - end)
-        return slots.columns(0, first).cat(
-            new.columns(count - wrapped, count),
-            slots.columns(first + wrapped, slot),
-            new.columns(0, count - wrapped),
-            slots.columns(slot + count - wrapped, end),
-        )

@@ -12,9 +12,9 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 
 # from the bottom up: a module imports what stands above it in this list, types included; a package is all its modules
 ORDER = [
-    *("version", "files", "ops", "layers", "tokens", "window", "positions", "compressor", "recurrent", "compressors"),
-    *("eviction", "state", "checks", "step", "memory", "attention", "huggingface", "retrofit", "adapter", "cost"),
-    *("distillation", "huggingface/trainer", "testing"),
+    *("version", "files", "ops", "layers", "tokens", "ring", "window", "positions", "compressor", "recurrent"),
+    *("compressors", "eviction", "recall", "state", "checks", "step", "memory", "attention", "huggingface"),
+    *("retrofit", "adapter", "cost", "distillation", "huggingface/trainer", "testing"),
 ]
 EXCEPTIONS = {("distillation/__init__.py", "huggingface/trainer")}  # for the trainer's name only
 

@@ -170,7 +170,7 @@ def test_in_training_slots_are_made_when_asked_for(compressor, valid, unchecked,
         expected, end = run(store, tokens, [], valid)
     with monkeypatch.context() as patch:
         if valid is None:  # the sinks of padded rows are taken from the slots
-            patch.setattr(Window, "_slots_with", None)
+            patch.setattr(Window, "slots_with", None)
         out, state = store(*tokens, valid=valid)
         assert torch.equal(out, expected)
     for after in (copy.copy(state), state):

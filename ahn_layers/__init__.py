@@ -12,9 +12,11 @@ from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
 from .eviction import Eviction, FoldAll, empty_slots, keep_best
 from .layers import outer
 from .memory import MemoryStore
+from .missing import needs_transformers
 from .ops.attend import SoftmaxAttention
 from .positions import Rotary
 from .recurrent import Recurrence, Recurrent
+from .registration import register_saved_models
 from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
 from .state import MemoryState
 from .testing import check_compressor, check_eviction
@@ -60,7 +62,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "HippocampalCache":  # needs transformers, which the rest does not
-        from .huggingface.cache import HippocampalCache
-
+        try:
+            from .huggingface.cache import HippocampalCache
+        except ImportError as error:
+            raise needs_transformers(name) from error
         return HippocampalCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_saved_models()

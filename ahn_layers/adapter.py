@@ -1,31 +1,26 @@
-"""The memory weights alone, in files: our own format, and the released AHN naming.
-
-An adapter is a folder with ``adapter.safetensors`` (``layers.<layer_idx>.<parameter>``) and ``adapter.json``.
-"""
+"""The memory of a model in files: save it, load it into a model, check that both belong together."""
 
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from . import adapter_files
+from .adapter_files import Weights
 from .attention import HippocampalAttention
 from .compressor import Compressor
-from .files import write_atomically
-from .retrofit import find_retrofitted, retrofit
+from .fingerprint import base_fingerprint, differences, whole
+from .peft import in_use
+from .record import Retrofitted, find_retrofitted
+from .retrofit import retrofit
+from .undo import unchanged_on_failure
 from .version import __version__
 
-FORMAT_VERSION = 1
-_WEIGHTS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
-_OURS = re.compile(r"layers\.(\d+)\.(.+)")
-_RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.ahn\.fn\.(.+)")
-_DESCRIBED = (
-    "compressor", "compressor_options", "window_size", "num_sinks", "sink_positions", "memory_positions", "layers",
-    "sizes", "base_model_type",
-)  # fmt: skip
-_Weights = dict[int, dict[str, Tensor]]
+Checked = Literal["all", "weights", "nothing"]
+"""What of the base is compared: config and weights, weights alone, or nothing."""
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -39,41 +34,21 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         ValueError: if the model is not retrofitted or has no compressor.
+        OSError: if the folder cannot be written to.
     """
-    from safetensors.torch import save
-
     inner, record = find_retrofitted(model)
     if record.compressor is None:
         raise ValueError("the model was retrofitted without a compressor: there are no memory weights to save.")
-    layers = _compressors(inner)
-    tensors = {
-        f"layers.{index}.{name}": _whole(u.detach()).cpu().contiguous()
-        for index, compressor in layers.items()
-        for name, u in compressor.state_dict().items()
-    }
-    config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-    description = {
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "compressor": record.compressor,
-        "compressor_options": record.options,
-        "window_size": record.window.window_size,
-        "num_sinks": record.window.num_sinks,
-        "sink_positions": record.window.sink_positions,
-        "memory_positions": record.memory_positions,
-        "layers": sorted(layers),
-        "sizes": _sizes(next(iter(layers.values()))),
-        "base_model_type": config.model_type,
-        "base_model": getattr(inner.config, "_name_or_path", "") or None,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _WEIGHTS, save(tensors, {"format": "pt"}))
-    write_atomically(folder / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+    adapter_files.write(folder, gather_weights(inner), describe_adapter(inner, record))
 
 
 def load_adapter(
-    model: nn.Module, source: str | Path, *, window_size: int | None = None, num_sinks: int | None = None
+    model: nn.Module,
+    source: str | Path,
+    *,
+    window_size: int | None = None,
+    num_sinks: int | None = None,
+    check_base: bool = True,
 ) -> nn.Module:
     """Load memory weights into a model, in place; the model is unchanged if anything about them is wrong.
 
@@ -85,6 +60,7 @@ def load_adapter(
             holds either.
         window_size: of a model that is not retrofitted yet, instead of the adapter's own.
         num_sinks: likewise.
+        check_base: False loads the memory into another base model than the one it was trained for, if its shapes fit.
 
     Returns:
         The same model.
@@ -94,53 +70,126 @@ def load_adapter(
         ValueError: if the adapter belongs to another base model or compressor, a parameter is missing, unknown, wrongly
             shaped or not finite, or a file is damaged. The message names it.
     """
-    files = _find(source)
-    weights = _read(files)
-    description = _read_description(files[0].parent / _DESCRIPTION) if files[0].name == _WEIGHTS else None
-    chosen = {"window_size": window_size, "num_sinks": num_sinks}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if description is not None:
-        model = _retrofit_as_described(model, description | chosen)
-    inner, record = find_retrofitted(model)
-    for name, size in chosen.items():
-        if getattr(record.window, name) != size:
+    asked = {"window_size": window_size, "num_sinks": num_sinks}
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    return load_checked(model, source, chosen, "all" if check_base else "nothing")
+
+
+def load_checked(
+    model: nn.Module, source: str | Path, chosen: dict[str, int], checked: Checked, *, keep_dtype: bool = False
+) -> nn.Module:
+    """``load_adapter``, with a choice of what is compared; ``keep_dtype`` gives the memory the dtype of the file."""
+    files = adapter_files.read(source)
+    description = files.description
+    with unchanged_on_failure(model):
+        if description is not None and not _is_retrofitted(model):
+            check_base_model(model, description, source, checked)  # before anything else can go wrong about it
+            retrofit_as_described(model, description | chosen)
+        inner, record = find_retrofitted(model)
+        _check_window(record, chosen)
+        if description is not None:
+            _check_memory(inner, record, description, source)
+            check_base_model(inner, description, source, checked)
+        elif record.memory_positions != "absolute":
             raise ValueError(
-                f"{name}={size}: the model is retrofitted already, with {name}={getattr(record.window, name)}. Choose "
-                "the window there, or call restore(model) first."
+                f"{source}: released memories were trained with memory_positions='absolute', the model was retrofitted "
+                f"with {record.memory_positions!r}."
             )
-    if description is not None:
-        _check_base(inner, record, description, source)
-    elif record.memory_positions != "absolute":
-        raise ValueError(
-            f"{source}: released memories were trained with memory_positions='absolute', the model was retrofitted "
-            f"with {record.memory_positions!r}."
-        )
-    updates = _match(_compressors(inner), weights, source)
-    with torch.no_grad():
-        for parameter, value in updates:
-            parameter.copy_(_as_sharded(value, parameter))
+        updates = _match(_compressors(inner), files.weights, source)
+        files.check_hash()
+        _write_parameters(updates, keep_dtype)
     return model
 
 
-def _whole(u: Tensor) -> Tensor:
-    """A tensor in one piece: FSDP2 shards it, and all processes gather it together."""
-    gathered: Tensor = u.full_tensor() if hasattr(u, "full_tensor") else u
-    return gathered
+def describe(record: Retrofitted) -> dict[str, Any]:
+    """What ``retrofit`` was asked for, as JSON values.
+
+    Raises:
+        ValueError: if the compressor's options are no JSON values.
+    """
+    try:
+        options = json.loads(json.dumps(record.options))
+    except TypeError as error:
+        raise ValueError(
+            f"compressor_options={record.options!r}: cannot be written as JSON ({error}). Use numbers, texts, lists."
+        ) from error
+    return {
+        "format_version": adapter_files.FORMAT_VERSION,
+        "library_version": __version__,
+        "compressor": record.compressor,
+        "compressor_options": options,
+        "window_size": record.window.window_size,
+        "num_sinks": record.window.num_sinks,
+        "sink_positions": record.window.sink_positions,
+        "memory_positions": record.memory_positions,
+        "layers": sorted(record.layers),
+    }
 
 
-def _as_sharded(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, laid out over the processes as the parameter is."""
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What ``adapter.json`` says, except the hash of the weights; of the base weights in a given state dict."""
+    return describe(record) | {
+        "sizes": _sizes(next(iter(_compressors(inner).values()))),
+        "base_model_type": inner.config.get_text_config(decoder=True).model_type,
+        "base_model": getattr(inner.config, "_name_or_path", "") or None,
+        "base": base_fingerprint(inner, given),
+    }
 
-    value = value.to(parameter.device, parameter.dtype)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+
+def gather_weights(inner: nn.Module) -> Weights:
+    """The memory weights of a model, each in one piece."""
+    layers = _compressors(inner)
+    return {i: {name: whole(u.detach()) for name, u in own.state_dict().items()} for i, own in layers.items()}
+
+
+def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:
+    """Retrofit a model the way that ``describe`` says."""
+    name = description["compressor"]
+    return retrofit(
+        model,
+        None if name is None else Compressor.by_name[name],
+        window_size=description["window_size"],
+        num_sinks=description["num_sinks"],
+        sink_positions=description["sink_positions"],
+        memory_positions=description["memory_positions"],
+        layers=description["layers"],
+        **description["compressor_options"],
+    )
+
+
+def check_base_model(model: Any, description: dict[str, Any], source: str | Path, checked: Checked) -> None:
+    """Raise a ValueError if the adapter was made for another base model than this one."""
+    if checked == "nothing" or not hasattr(model, "config"):
+        return
+    theirs, ours = description["base_model_type"], model.config.get_text_config(decoder=True).model_type
+    found = [f"base_model_type={theirs!r}, the model has {ours!r}"] if theirs != ours else []
+    if not found and "base" in description:
+        found = list(differences(description["base"], model, facts=checked == "all"))
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"{source}: the adapter was made for another base model ({description.get('base_model')}): "
+            f"{'; '.join(found[:3])}{more}. Load it into that model, or pass check_base=False to use it with this one."
+        )
+
+
+def _is_retrofitted(model: nn.Module) -> bool:
+    return any(isinstance(module.__dict__.get("hippocampus"), Retrofitted) for module in model.modules())
 
 
 def _compressors(inner: nn.Module) -> dict[int, Compressor]:
     blocks = [module for module in inner.modules() if isinstance(module, HippocampalAttention)]
-    return {block.layer_idx: block.memory.compressor for block in blocks if block.memory.compressor is not None}
+    compressors = {
+        block.layer_idx: in_use(block.memory.compressor) for block in blocks if block.memory.compressor is not None
+    }
+    for index, compressor in compressors.items():
+        for name, u in compressor.state_dict().items():
+            if not isinstance(u, Tensor):
+                raise ValueError(
+                    f"the memory of layer {index} was quantized ({name!r} is a {type(u).__name__}): save and load "
+                    "adapters before quantize_dynamic, or leave the memory out of it."
+                )
+    return compressors  # type: ignore[return-value]
 
 
 def _sizes(compressor: Compressor) -> dict[str, int]:
@@ -150,109 +199,20 @@ def _sizes(compressor: Compressor) -> dict[str, int]:
     }
 
 
-def _find(source: str | Path) -> list[Path]:
-    """The safetensors files of a source: our own file if there is one."""
-    path = Path(source)
-    if not path.exists():
-        path = _download(str(source))
-    if path.is_file():
-        return [path]
-    if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{source}: no safetensors file in this folder.")
-    return files
+def _check_window(record: Retrofitted, chosen: dict[str, int]) -> None:
+    for name, size in chosen.items():
+        if getattr(record.window, name) != size:
+            raise ValueError(
+                f"{name}={size}: the model is retrofitted already, with {name}={getattr(record.window, name)}. Choose "
+                "the window there, or call restore(model) first."
+            )
 
 
-def _download(source: str) -> Path:
-    missing = FileNotFoundError(f"{source}: no such file or folder, and not a hub repository that can be reached.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise missing
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise missing from None
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:
-        raise FileNotFoundError(f"{missing} ({type(error).__name__}: {error})") from error
-
-
-def _read(files: list[Path]) -> _Weights:
-    """All memory weights by layer and name; anything else in released full checkpoints is passed over."""
-    from safetensors import SafetensorError, safe_open
-
-    weights: _Weights = {}
-    for path in files:
-        pattern = _OURS if path.name == _WEIGHTS else _RELEASED
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    match = pattern.fullmatch(key)
-                    if match:
-                        weights.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
-                    elif pattern is _OURS:
-                        raise ValueError(f"{path}: unknown key {key!r}, expected layers.<index>.<parameter>.")
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error
-    if not weights:
-        raise ValueError(
-            f"{', '.join(str(path) for path in files)}: no memory weights, expected keys like "
-            "'model.layers.0.ahn.fn.o_proj.weight'."
-        )
-    return weights
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    """The JSON beside our own weights, with all that is needed to use them."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, it says which compressor and base the weights belong to.")
-    try:
-        description: dict[str, Any] = json.loads(path.read_text())
-        version = description["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the description of an adapter ({error}).") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: adapter format version {version}, this library reads {FORMAT_VERSION}. Load it with the version "
-            "of ahn_layers that wrote it."
-        )
-    for name in _DESCRIBED:
-        if name not in description:
-            raise ValueError(f"{path}: lacks {name!r}.")
-    if description["compressor"] not in Compressor.by_name:
-        raise ValueError(
-            f"{path}: unknown compressor {description['compressor']!r}, known are {sorted(Compressor.by_name)}. Import "
-            "the module that defines the class first."
-        )
-    return description
-
-
-def _retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:
-    try:
-        find_retrofitted(model)
-    except ValueError:
-        return retrofit(
-            model,
-            Compressor.by_name[description["compressor"]],
-            window_size=description["window_size"],
-            num_sinks=description["num_sinks"],
-            sink_positions=description["sink_positions"],
-            memory_positions=description["memory_positions"],
-            layers=description["layers"],
-            **description["compressor_options"],
-        )
-    return model
-
-
-def _check_base(inner: nn.Module, record: Any, description: dict[str, Any], source: str | Path) -> None:
-    config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+def _check_memory(inner: nn.Module, record: Retrofitted, description: dict[str, Any], source: str | Path) -> None:
     compressors = _compressors(inner)
     facts: dict[str, Any] = {
-        "base_model_type": config.model_type,
         "compressor": record.compressor,
-        "compressor_options": record.options,
+        "compressor_options": describe(record)["compressor_options"],
         "memory_positions": record.memory_positions,
         "layers": sorted(compressors),
     }
@@ -263,7 +223,7 @@ def _check_base(inner: nn.Module, record: Any, description: dict[str, Any], sour
             raise ValueError(f"{source}: the adapter has {name}={description[name]!r}, the model has {ours!r}.")
 
 
-def _match(compressors: dict[int, Compressor], weights: _Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
+def _match(compressors: dict[int, Compressor], weights: Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
     """Each parameter with its new value, every one of them checked."""
     if compressors.keys() != weights.keys():
         raise ValueError(
@@ -288,3 +248,30 @@ def _match(compressors: dict[int, Compressor], weights: _Weights, source: str | 
                 raise ValueError(f"{source}: layer {index} {name!r} holds values that are not finite.")
             updates.append((parameter, value))
     return updates
+
+
+@torch.no_grad()
+def _write_parameters(updates: list[tuple[Tensor, Tensor]], keep_dtype: bool) -> None:
+    """Write all values or none of them."""
+    before = [(parameter, parameter.data, parameter.detach().clone()) for parameter, _ in updates]
+    try:
+        for parameter, value in updates:
+            if keep_dtype and parameter.dtype != value.dtype:
+                parameter.data = value.to(parameter.device, copy=True)
+            else:
+                parameter.copy_(_as_sharded(value, parameter))
+    except BaseException:
+        for parameter, data, old in before:
+            parameter.data = data
+            parameter.copy_(old)
+        raise
+
+
+def _as_sharded(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, laid out over the processes as the parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .memory import MemoryStore
 from .ops.attend import SoftmaxAttention
+from .peft import running
 from .state import MemoryState
 
 
@@ -69,6 +70,12 @@ class HippocampalAttention(nn.Module):
                 raise
             return getattr(self.__dict__["block"], name)
 
+    @property
+    def store(self) -> MemoryStore:
+        """The memory that runs: ``memory``, or the copy of it that PEFT trains (``modules_to_save``)."""
+        memory: nn.Module = self.memory
+        return memory if isinstance(memory, MemoryStore) else running(memory)  # type: ignore[return-value]
+
     def train(self, mode: bool = True) -> "HippocampalAttention":
         """Set training mode, in the block too."""
         self.block.training = mode
@@ -104,7 +111,7 @@ class HippocampalAttention(nn.Module):
         Raises:
             RuntimeError: if the block did not call ``attend`` exactly once.
         """
-        store = self.memory if use_memory else self.memory.without_memory()
+        store = self.store if use_memory else self.store.without_memory()
 
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             nonlocal state
@@ -138,7 +145,7 @@ class Attend:
         *,
         scale: float | None = None,
         softcap: float | None = None,
-        dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        dense: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b h t e"]:
         """Attend through the store.

@@ -1,5 +1,8 @@
 """Every way to call a store wrongly, refused before anything has changed."""
 
+from itertools import permutations
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -8,6 +11,8 @@ from .eviction import Eviction, FoldAll, first_kept
 from .state import MemoryState
 from .tokens import Tokens
 from .window import Window
+
+LAYOUT = ("batch", "heads", "tokens", "size")
 
 
 def check_inputs(
@@ -29,26 +34,67 @@ def check_inputs(
     groups = k.shape[1]
     if count == 0:
         raise ValueError("q has no tokens (shape[2] == 0): call the store with at least one.")
+    _check_order(compressor, q, k, v, x)
     if k.shape != (batch, groups, count, size) or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected the same batch and tokens in all, "
             "the same size in q and k, the same heads in k and v. Pass the new tokens only, not the cached ones."
         )
     if heads % groups:
-        raise ValueError(f"{heads} query heads and {groups} key/value heads: expected a multiple.")
+        raise ValueError(
+            f"{heads} query heads and {groups} key/value heads: expected a multiple. Pass keys and values as they are "
+            "projected, not repeated for the query heads."
+        )
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(
             f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}: expected one dtype "
-            "and one device."
+            "and one device. Convert them before the call."
         )
-    if valid is not None and (valid.shape != (batch, count) or valid.dtype != torch.bool):
-        raise ValueError(
-            f"valid has shape {tuple(valid.shape)}, {valid.dtype}: expected a boolean mask of shape {(batch, count)}."
-        )
+    if valid is not None:
+        _check_valid(valid, batch, count)
     if compressor is not None:
         _check_compressor(compressor, q, k, v, x)
     elif x is None and type(eviction).gates is not Eviction.gates:
         raise ValueError(f"x=None: {type(eviction).__name__} needs the hidden states that enter the attention block.")
+
+
+def _check_order(compressor: Compressor | None, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
+    """Dimensions in another order, where the sizes that are known give it away."""
+    if compressor is not None and x is not None and x.ndim == 3:
+        known = (x.shape[0], compressor.num_heads, x.shape[1], compressor.head_dim)
+        for order in permutations(range(4)) if (q.shape[1], q.shape[3]) != (known[1], known[3]) else ():
+            if tuple(q.shape[i] for i in order) == known:
+                _refuse_order("q", q, order, "k and v too")
+    count = q.shape[2]
+    for name, u in (("k", k), ("v", v)):
+        if u.shape[2] != count != 1 and u.shape[1] == count and q.shape[1] % max(1, u.shape[2]) == 0:
+            _refuse_order(name, u, (0, 2, 1, 3))
+    if q.shape[1] == k.shape[1] == v.shape[1] and 0 < k.shape[2] == v.shape[2] < count and count % k.shape[2] == 0:
+        _refuse_order("q", q, (0, 2, 1, 3), "k and v too")  # grouped heads where tokens should be
+
+
+def _refuse_order(name: str, u: Tensor, order: tuple[int, ...], others: str = "") -> NoReturn:
+    """Raise for a tensor that ``u.permute(order)`` would put right."""
+    looks = ", ".join(LAYOUT[order.index(i)] for i in range(4))
+    raise ValueError(
+        f"{name} has shape {tuple(u.shape)}, which looks like ({looks}): expected ({', '.join(LAYOUT)}). Pass "
+        f"{name}.permute{order}{', ' if others else ''}{others}."
+    )
+
+
+def _check_valid(valid: Tensor, batch: int, count: int) -> None:
+    """A boolean mask of the new tokens."""
+    if valid.shape == (batch, count) and valid.dtype == torch.bool:
+        return
+    remedy = ""
+    if valid.ndim == 2 and valid.shape[0] == batch and valid.shape[1] > count:
+        remedy = f" Pass the new tokens' part, valid[:, -{count}:]."
+    elif valid.shape == (batch, count):
+        remedy = " It is True at real tokens: pass valid.bool() if yours is 1 there and 0 at padding."
+    raise ValueError(
+        f"valid has shape {tuple(valid.shape)}, {valid.dtype}: expected a boolean mask of shape {(batch, count)}."
+        f"{remedy}"
+    )
 
 
 def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
@@ -56,30 +102,44 @@ def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x
     expected = (compressor.num_heads, compressor.num_kv_heads, compressor.head_dim, compressor.value_dim)
     given = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     for what, want, got in zip(("num_heads", "num_kv_heads", "head_dim", "value_dim"), expected, given, strict=True):
-        # query-head states take any grouping of the keys that divides the heads
-        if want != got and not (what == "num_kv_heads" and not compressor.shared_state):
+        if want == got:
+            continue
+        if what != "num_kv_heads":
             raise ValueError(f"{name} was made for {what}={want}, the attention has {got}: make it with {what}={got}.")
+        if compressor.shared_state:  # query-head states take any grouping of the keys that divides the heads
+            raise ValueError(
+                f"{name} was made for num_kv_heads={want}, the attention has {got}: pass keys and values as they are "
+                f"projected, not repeated for the query heads, or make it with num_kv_heads={got}."
+            )
     if x is None:
-        raise ValueError(f"x=None: {name} needs the hidden states that enter the attention block.")
-    if x.shape != (q.shape[0], q.shape[2], compressor.hidden_size):
         raise ValueError(
-            f"x has shape {tuple(x.shape)}: expected (batch, tokens, hidden_size) = "
-            f"{(q.shape[0], q.shape[2], compressor.hidden_size)}."
+            f"x=None: {name} needs the hidden states that enter the attention block. Pass them, or call "
+            "store.without_memory()."
         )
+    shape = (q.shape[0], q.shape[2], compressor.hidden_size)
+    if x.shape != shape or not x.is_floating_point():
+        remedy = ""
+        if x.ndim == 3 and (x.shape[1], x.shape[0], x.shape[2]) == shape:
+            remedy = " Pass x.transpose(0, 1)."
+        elif x.ndim == 3 and x.shape[1] > shape[1]:
+            remedy = f" Pass those of the new tokens, x[:, -{shape[1]}:]."
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, {x.dtype}: expected floating (batch, tokens, hidden_size) = {shape}."
+            f"{remedy}"
+        )
+    if x.device != q.device:
+        raise ValueError(f"x is on {x.device}, q on {q.device}: expected one device. Pass x.to(q.device).")
 
 
 def check_state(
     state: MemoryState, new: Tokens, ours: Window, compressor: Compressor | None, eviction: Eviction
 ) -> None:
-    """Whether a state can go on with these tokens in a store of this window and compressor.
-
-    Args:
-        state: the state.
-        new: the tokens.
-        ours: the window of the store.
-        compressor: its compressor.
-        eviction: its eviction.
-    """
+    """Whether a state can go on with these tokens in a store of this window, compressor and eviction."""
+    if not isinstance(state, MemoryState):
+        raise TypeError(
+            f"state is a {type(state).__name__}: expected the state that the last call returned beside its output, or "
+            "None to begin."
+        )
     theirs = state.window
     if (ours.num_sinks, ours.window_size) != (theirs.num_sinks, theirs.window_size):
         raise ValueError(
@@ -99,7 +159,8 @@ def check_state(
         if (mine.shape[1], mine.shape[3]) != (its.shape[1], its.shape[3]):
             raise ValueError(
                 f"the state holds {name} with {its.shape[1]} heads of {its.shape[3]}, the tokens have "
-                f"{mine.shape[1]} heads of {mine.shape[3]}: it was made by another layer or model."
+                f"{mine.shape[1]} heads of {mine.shape[3]}: it was made by another layer or model, or from keys "
+                "and values that were repeated for the query heads. Continue it as it was begun."
             )
     remembers = compressor is not None
     if remembers != (state.memory is not None):

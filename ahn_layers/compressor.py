@@ -1,8 +1,10 @@
 """The contract of a long-term memory: a fixed-size state that tokens are folded into and queries read."""
 
+import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,7 +42,8 @@ class Compressor(nn.Module, ABC):
       the same result.
 
     Keys and queries come as the attention uses them (after the rotation). The state is float32, or float64 in a
-    float64 model. A subclass is known to adapter files by its class name.
+    float64 model. A subclass is known to adapter files by its class name, so two classes cannot have the same; defining
+    a class again (in a notebook) replaces it.
 
     Args:
         hidden_size: width of the hidden states that gates are computed from.
@@ -51,7 +54,8 @@ class Compressor(nn.Module, ABC):
         shared_state: one state per key/value head instead of one per query head: G / H of the memory.
 
     Raises:
-        ValueError: if a size is not positive, or ``num_heads`` is not a multiple of ``num_kv_heads``.
+        ValueError: if a size is not positive, or ``num_heads`` is not a multiple of ``num_kv_heads``; where a subclass
+            is defined, if there is another one of that name.
 
     Examples:
         >>> class Average(Compressor):
@@ -61,7 +65,7 @@ class Compressor(nn.Module, ABC):
         torch.Size([2, 4, 16, 16])
     """
 
-    by_name: ClassVar[dict[str, type["Compressor"]]] = {}
+    by_name: ClassVar[MutableMapping[str, type["Compressor"]]] = WeakValueDictionary()
     unused_parameters: ClassVar[tuple[str, ...]] = ()
     """Names that released weight files carry and the computation does not use: skipped in loading."""
     rule_holds: ClassVar[bool] = False
@@ -69,6 +73,7 @@ class Compressor(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        _refuse_second(cls)
         Compressor.by_name[cls.__name__] = cls
         made = {
             name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
@@ -222,6 +227,25 @@ class Compressor(nn.Module, ABC):
             x: hidden states of the queries' own tokens.
         """
         return self.o_proj(rms_normalize(r))
+
+
+def _refuse_second(cls: type[Compressor]) -> None:
+    """Adapter files name a class: the same name must not mean two."""
+    if _namesake(cls) is not None:
+        gc.collect()  # classes are parts of cycles: one that nobody can use any more counts until it is collected
+    other = _namesake(cls)
+    if other is not None:
+        raise ValueError(
+            f"a second compressor class is called {cls.__name__!r}: {cls.__module__}.{cls.__qualname__}, after "
+            f"{other.__module__}.{other.__qualname__}. Adapter files know a class by its name: choose another one."
+        )
+
+
+def _namesake(cls: type[Compressor]) -> type[Compressor] | None:
+    """A class of the same name that was defined elsewhere."""
+    other = Compressor.by_name.get(cls.__name__)
+    same = other is None or (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+    return None if same else other
 
 
 def state_dtype(like: Tensor) -> torch.dtype:

@@ -13,7 +13,8 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
-from .retrofit import find_retrofitted, full_attention
+from .record import find_retrofitted
+from .retrofit import full_attention
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,10 @@ class CostReport:
 
     def plot(self, path: str) -> None:
         """Draw relative FLOPs and bytes over the length to an image file; needs matplotlib."""
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install matplotlib.") from error
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)

@@ -1,8 +1,9 @@
 """Tensors in safetensors files: versioned, written atomically, every defect named."""
 
+import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +24,40 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, descri
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that it is complete or not there, whatever happens meanwhile."""
+    """Write a file so that it is complete or not there, whatever happens meanwhile.
+
+    Its permissions are those of any new file (0666 without the umask).
+
+    Raises:
+        OSError: if the folder cannot be written to, as the subclass that says why (``PermissionError``, ...).
+    """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        file = temporary.open("xb")
+    except OSError as error:
+        reason = f"cannot write {path.name} into this folder ({error.strerror})"
+        raise OSError(error.errno, reason, str(path.parent)) from error
+    try:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def sha256(data: bytes | Path) -> str:
+    """The SHA-256 of some bytes, or of a file."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    with data.open("rb") as file:
+        found = hashlib.sha256()
+        while piece := file.read(2**20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:

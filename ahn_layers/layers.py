@@ -11,14 +11,18 @@ def outer(k: Float[Tensor, "*h d"], v: Float[Tensor, "*h e"]) -> Float[Tensor, "
     return k.unsqueeze(-1) * v.unsqueeze(-2)
 
 
-def project(linear: nn.Linear, x: Float[Tensor, "b t n"], *, widen: bool = True) -> Float[Tensor, "b h t"]:
+def project(linear: nn.Module, x: Float[Tensor, "b t n"], *, widen: bool = True) -> Float[Tensor, "b h t"]:
     """One scalar per head from hidden states: in the narrower of the two dtypes, returned in float32 at least.
 
     Args:
-        linear: the layer.
+        linear: the layer; one that has been quantized or adapted is called as it is.
         x: hidden states.
         widen: False leaves what is returned in the dtype it was computed in.
     """
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        # quantized and adapted layers compute something else than weight and bias say, in their own way
+        y = linear(x)
+        return (y.to(torch.promote_types(y.dtype, torch.float32)) if widen else y).transpose(1, 2)
     x, weight = narrower(x, linear.weight)
     bias: Tensor | None = linear.bias
     idle = -linear.out_features % 8 if x.is_cuda and x.shape[1] > 1 else 0

@@ -3,6 +3,9 @@
 Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size, e value size, n hidden size.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import get_args
 
 import torch
@@ -13,14 +16,25 @@ from .checks import check_inputs, check_state
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
 from .ops.attend import SoftmaxAttention
+from .ops.idle import with_idle
 from .ops.sharing import share_columns
 from .ops.window_attention import add_to_tail
+from .padded import LARGEST_MASK, attend_at_end, ends_of_padding
+from .peft import is_choosing, is_of_peft
 from .positions import MemoryPositions, Positions, Rotary
 from .recall import recall
 from .state import MemoryState
 from .step import kernel_step
 from .tokens import Tokens, take
 from .window import Window
+
+
+def as_autocast(u: Tensor) -> Tensor:
+    """A query, key or value in the dtype of attention under ``torch.autocast``; the memory chooses its own dtypes."""
+    device = u.device.type
+    if device == "meta" or u.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return u
+    return u.to(torch.get_autocast_dtype(device))
 
 
 class MemoryStore(nn.Module):
@@ -105,6 +119,15 @@ class MemoryStore(nn.Module):
         """Window and positions, for ``print(model)``."""
         return f"{self.window!r}, memory_positions={self.memory_positions!r}"
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; PEFT, when it looks for modules to adapt, finds none below this one."""
+        walk = super().named_modules(memo, prefix, remove_duplicate)
+        if is_choosing():
+            return ((name, module) for name, module in walk if module is self or is_of_peft(module))
+        return walk
+
     @property
     def positions(self) -> Positions:
         """What sinks and memory are shown of positions."""
@@ -152,35 +175,62 @@ class MemoryStore(nn.Module):
             v: their values.
             x: the hidden states that entered the attention block; needed with a compressor.
             state: what the last call returned, None to begin.
-            valid: False at padding. Padding takes no slot and no rank, and its outputs are zero.
+            valid: False at padding. Padding takes no slot and no rank. Its queries see what the last real token of
+                their row saw; before the first one their outputs are zero.
             attention: how the base model attends, where it is not plain scaled dot-product attention.
 
         Returns:
-            The attention output, zero at padding, and the state after these tokens.
+            The attention output and the state after these tokens.
 
         Raises:
             ValueError: if shapes, devices or dtypes do not fit together or do not fit the state. Nothing has changed.
         """
         device = q.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            low = torch.get_autocast_dtype(device)  # of attention; the memory chooses its dtypes itself
-            q, k, v = (u if u.dtype == torch.float64 else u.to(low) for u in (q, k, v))
+            q, k, v = (as_autocast(u) for u in (q, k, v))
             with torch.autocast(device, enabled=False):
                 return self.forward(q, k, v, x, state, valid=valid, attention=attention)
         check_inputs(q, k, v, x, valid, self.compressor, self.eviction)
         new = self.arrive(k, v, x)
         state = self.init_state(new) if state is None else state
         check_state(state, new, self.window, self.compressor, self.eviction)
-        attention = attention or SoftmaxAttention()
-        if valid is None:
-            return self.push(q, new, x, state, None, attention)
-        if len(new) == 1:
-            out, state = self.push(q, new, x, state, valid, attention)
-            return out.masked_fill(~valid[:, None, :, None], 0), state
-        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in each row
-        x = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        out, state = self.push(take(q, order), new.take(order), x, state, valid.gather(1, order), attention)
-        return take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0), state
+        return self.take_in(q, new, x, state, valid, attention or SoftmaxAttention())
+
+    def take_in(
+        self,
+        q: Tensor,
+        new: Tokens,
+        x: Tensor | None,
+        state: MemoryState,
+        valid: Bool[Tensor, "b t"] | None,
+        attention: SoftmaxAttention,
+    ) -> tuple[Tensor, MemoryState]:
+        """``push`` with padding wherever it is: real tokens first, the call cut where they go on after padding."""
+        if valid is None or (len(new) == 1 and len(state.slots) == self.window.capacity):
+            return self.push(q, new, x, state, valid, attention)
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+        lossless = state.uniform == 0 and len(new) <= self.window.capacity
+        if attention.dense is not None and lossless and len(q) * len(new) ** 2 <= LARGEST_MASK:
+            out = attention.dense(q, new.k, new.v, valid)
+            if torch.compiler.is_compiling() or not bool(out.isnan().any()):  # of rows that see nothing, in float64
+                held = self.window.push(state.held, new.take(order), valid.gather(1, order))[2]
+                return self._idle(out), state.after(held, state.memory, state.kept)
+        attention, outs = replace(attention, dense=None), []
+        ends = ends_of_padding(valid, state.seen)
+        for a, b in pairwise((0, *ends, len(new))) if ends else ():
+            part = None if x is None else x[:, a:b]
+            out, state = self.take_in(q[:, :, a:b], new.columns(a, b), part, state, valid[:, a:b], attention)
+            outs.append(out)
+        if outs:
+            return torch.cat(outs, dim=2), state
+        ordered = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
+        out, state = self.push(take(q, order), new.take(order), ordered, state, valid.gather(1, order), attention)
+        out = take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0)
+        return attend_at_end(out, q, x, state, valid, attention, self.compressor, self.eviction, self.positions), state
+
+    def _idle(self, out: Tensor) -> Tensor:
+        """The output of a call that folds nothing: the memory's parameters get gradients all the same, zeros."""
+        return out if self.compressor is None else with_idle(out, self.compressor.parameters())
 
     def push(
         self,
@@ -202,7 +252,9 @@ class MemoryStore(nn.Module):
         ((q, readers),) = share_columns((q, leaving.first, len(new)))
         recalled, memory = recall(self.compressor, state.memory, readers, x, leaving, seen.rank, self.positions)
         out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length))
-        out = out if recalled is None else add_to_tail(out, recalled.to(out.dtype))
+        out = self._idle(out) if recalled is None else add_to_tail(out, recalled.to(out.dtype))
+        if single and valid is not None:
+            out = out.masked_fill((held.seen == 0).view(-1, 1, 1, 1), 0)
         return out, state.after(held, memory, kept)
 
     def bytes_per_row(self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, **_: int) -> int:

@@ -2,44 +2,20 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
+from .missing import needs_transformers
+from .peft import out_of_use
 from .positions import MemoryPositions
+from .record import Mode, Retrofitted, find_retrofitted
+from .undo import unchanged_on_failure
 from .window import SinkPositions, Window
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass
-class Retrofitted:
-    """What ``retrofit`` did to a model, kept on the model as ``hippocampus``.
-
-    Attributes:
-        window: the window of every retrofitted layer.
-        compressor: name of the compressor class, None for the window alone.
-        memory_positions: whether the memory's keys and queries are rotated.
-        options: keyword arguments of the compressor, as the user gave them.
-        layers: cache indices of the retrofitted layers.
-        skipped: why the other attention blocks were left alone, by name.
-        base: the attention implementation that the model had.
-        ours: the one it has now.
-        configs: the config objects in which it is set.
-    """
-
-    window: Window
-    compressor: str | None
-    memory_positions: MemoryPositions
-    options: dict[str, Any]
-    layers: list[int]
-    base: str
-    ours: str
-    configs: list[Any]
-    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def retrofit(
@@ -93,26 +69,23 @@ def retrofit(
     try:
         from .huggingface import install, probe
     except ImportError as error:
-        raise ImportError("retrofit needs transformers: pip install 'ahn-layers[transformers]'.") from error
+        raise needs_transformers("retrofit") from error
 
     install.check_model(model)
-    blocks = probe.find_attention_blocks(model)
-    chosen, skipped = install.choose(blocks, window, None if layers is None else list(layers))
+    found = probe.probe_model(model)
+    chosen, skipped = install.choose(found.blocks, window, None if layers is None else list(layers))
     stores = [install.make_store(block, window, compressor, memory_positions, compressor_options) for block in chosen]
-    base = model.config.get_text_config(decoder=True)._attn_implementation  # type: ignore[union-attr,operator]
-    ours = install.replace_blocks(model, blocks, chosen, stores, base)
-    model.hippocampus = Retrofitted(  # type: ignore[assignment]
+    record = Retrofitted(
         window,
         None if compressor is None else compressor.__name__,
         memory_positions,
         compressor_options,
         [block.layer_idx for block in chosen],
-        base,
-        ours,
-        probe.attention_configs(model),
         skipped,
+        found.owned(chosen),
     )
-    _set_implementation(model.hippocampus, ours)  # type: ignore[arg-type]
+    with unchanged_on_failure(model):
+        install.replace_blocks(model, found, chosen, stores, record)
     return model
 
 
@@ -128,16 +101,15 @@ def restore(model: Model) -> Model:
     Raises:
         ValueError: if the model is not retrofitted.
     """
-    from .huggingface.generation import REPLACED
+    from .huggingface import install
 
     inner, record = find_retrofitted(model)
+
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, HippocampalAttention):
                 setattr(parent, name, child.unwrap())
-    _set_implementation(record, record.base)
-    for name in ("hippocampus", *REPLACED):
-        delattr(inner, name)
+    install.take_back(inner, record)
     return model
 
 
@@ -181,14 +153,17 @@ def memory_attention(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trainable parameters of the memory alone, by their names in the model.
+    """The parameters of the memory alone, by their names in the model.
+
+    Where PEFT trains a copy of the memory (``modules_to_save``), these are the parameters of the active adapter's copy.
 
     Args:
         model: any model that contains [`HippocampalAttention`][ahn_layers.HippocampalAttention] blocks.
     """
     for name, module in model.named_modules():
         if isinstance(module, HippocampalAttention):
-            yield from ((f"{name}.memory.{key}", p) for key, p in module.memory.named_parameters())
+            idle = out_of_use(module.memory)
+            yield from ((f"{name}.memory.{key}", p) for key, p in module.memory.named_parameters() if p not in idle)
 
 
 def memory_report(model: nn.Module) -> str:
@@ -222,34 +197,11 @@ def memory_report(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def find_retrofitted(model: nn.Module) -> tuple[nn.Module, Retrofitted]:
-    """The retrofitted transformers model in ``model`` (itself, or inside a wrapper), and what was done to it."""
-    for module in model.modules():
-        record = module.__dict__.get("hippocampus")
-        if isinstance(record, Retrofitted):
-            return module, record
-    raise ValueError(f"{type(model).__name__} is not retrofitted: call retrofit(model, ...) first.")
-
-
-def _set_implementation(record: Retrofitted, name: str) -> None:
-    for config in record.configs:
-        config._attn_implementation_internal = name
-
-
 @contextmanager
-def _switched(model: nn.Module, mode: str) -> Iterator[None]:
+def _switched(model: nn.Module, mode: Mode) -> Iterator[None]:
     _, record = find_retrofitted(model)
-    blocks: list[Any] = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
-    before = [block.mode for block in blocks], record.configs[0]._attn_implementation
-    _set_modes(blocks, [mode] * len(blocks))
-    _set_implementation(record, record.base if mode == "full" else record.ours)
+    before, record.mode = record.mode, mode
     try:
         yield
     finally:
-        _set_modes(blocks, before[0])
-        _set_implementation(record, before[1])
-
-
-def _set_modes(blocks: list[Any], modes: list[str]) -> None:
-    for block, mode in zip(blocks, modes, strict=True):
-        block.mode = mode
+        record.mode = before

@@ -118,7 +118,7 @@ class Leaving:
     first: int
     made: Later[Tokens]
     mask: Later[Bool[Tensor, "*b t"] | None]
-    reading: Bool[Tensor, "b g t"] | None = None
+    reading: Bool[Tensor, "*b t"] | None = None
 
     @classmethod
     def of(cls, first: int, tokens: Tokens, where: Bool[Tensor, "*b t"] | None) -> "Leaving":

@@ -137,8 +137,12 @@ class Window(Ring):
         )
         full = held.uniform is not None and held.uniform >= self.capacity
         rank = Later(lambda: held.seen.unsqueeze(1))
+        reads = None
+        if arrives is not None:  # a query at padding sees what the last real token saw
+            rank = Later(lambda: (seen - 1).clamp(min=0).unsqueeze(1))
+            reads = self.leaves(seen - 1).unsqueeze(1)
         view = InSlots(Later(lambda: (slots().k, slots().v)), rank, seen, full, self.num_sinks)
-        return view, Leaving(0, Later(lambda: held.slots.take(slot.unsqueeze(1))), Later(leaves)), after
+        return view, Leaving(0, Later(lambda: held.slots.take(slot.unsqueeze(1))), Later(leaves), reads), after
 
     def _cut(self, whole: Tokens, past: int) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
         """Sinks, unless the context begins with them, and context, of all tokens in the order of rank."""

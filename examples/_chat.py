@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import add_memory_options, find_adapter, give_memory, positive
 from smollm2 import load_causal_lm
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, TextStreamer
 
-from ahn_layers import Compressor, HippocampalCache, load_adapter, retrofit
+from ahn_layers import HippocampalCache
 
 CHUNK = 512
 """Tokens read per call of the model: bounds the activations."""
@@ -43,7 +44,7 @@ class Chat:
         out = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            past_key_values=self.cache,
+            cache=self.cache,
             max_new_tokens=max_new_tokens,
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             pad_token_id=self.tokenizer.eos_token_id,
@@ -56,9 +57,14 @@ class Chat:
 
     def figures(self) -> str:
         """Bytes that the cache holds, and what full attention would hold by now."""
-        tokens = self.cache.get_seq_length()
-        full = sum(tokens * u.nbytes // u.shape[2] for layer in self.cache.layers for u in (layer.keys, layer.values))
-        return f"{tokens:,} tokens, cache {self.cache.nbytes / 1e6:.2f} MB, full attention {full / 1e6:.2f} MB"
+        tokens, held = self.cache.get_seq_length(), self.cache.nbytes
+        capacity = self.model.hippocampus.window.capacity
+        if tokens <= capacity:
+            return f"{tokens:,} tokens, cache {held / 1e6:.2f} MB, it grows up to {capacity:,} tokens"
+        token = sum(u.nbytes // u.shape[2] for layer in self.cache.layers for u in (layer.keys, layer.values))
+        full = f"full attention {tokens * token / 1e6:.2f} MB"
+        pays = "" if tokens * token > held else f", which is more from {held // token + 1:,} tokens on"
+        return f"{tokens:,} tokens, cache {held / 1e6:.2f} MB, it grows no further; {full}{pays}"
 
     def _format(self, message: str) -> str:
         """The message in the chat template, behind the end of the reply before it, if there was one."""
@@ -75,7 +81,7 @@ class Chat:
         begin, end = self.cache.get_seq_length(), self.ids.shape[1] - 1
         with tqdm(total=end - begin, desc="reading", unit=" tokens", disable=end - begin <= CHUNK) as bar:
             for part in self.ids[:, begin:end].split(CHUNK, dim=1):
-                self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.model(part, cache=self.cache, use_cache=True, logits_to_keep=1)
                 bar.update(part.shape[1])
                 bar.set_postfix_str(self.figures())
 
@@ -94,11 +100,10 @@ def main(argv: Sequence[str] | None, *, description: str, config: PretrainedConf
     """
     args = _parse(argv, description, default)
     try:
-        model, tokenizer = random_model(config) if args.random_weights else _load(args)
-        retrofit(model, Compressor.by_name[args.compressor], window_size=args.window, num_sinks=args.sinks)
-        if args.adapter:
-            load_adapter(model, args.adapter)
         document = f"{args.document.read_text(encoding='utf-8')}\n\n" if args.document else ""
+        adapter = find_adapter(args.adapter)
+        model, tokenizer = random_model(config) if args.random_weights else _load(args)
+        give_memory(model, adapter, window=args.window, sinks=args.sinks, compressor=args.compressor)
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
     if not args.adapter:
@@ -119,12 +124,10 @@ def _parse(argv: Sequence[str] | None, description: str, default: str | None) ->
     )
     parser.add_argument("--random-weights", action="store_true", help="a tiny model with random weights: no network")
     parser.add_argument("--adapter", help="trained memory: folder, file or hub id (default: none)")
-    parser.add_argument("--compressor", default="GatedDeltaNet", choices=sorted(Compressor.by_name))
-    parser.add_argument("--window", type=int, default=1920, help="tokens kept without loss (default: 1920)")
-    parser.add_argument("--sinks", type=int, default=128, help="first tokens kept for ever (default: 128)")
+    add_memory_options(parser)
     parser.add_argument("--document", type=Path, help="text file that stands before the first message")
     parser.add_argument("--prompt", action="append", help="message, may be repeated (default: type them)")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=positive, default=256)
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     return parser.parse_args(argv)

@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
+# --8<-- [start:imports]
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ahn_layers import Compressor, HippocampalAttention, MemoryState, MemoryStor
 KEYS, VALUES, NOISE, PAIRS = 32, 32, 16, 4
 VOCABULARY = KEYS + VALUES + NOISE
 HIDDEN, HEADS, LAYERS, WINDOW = 64, 2, 2, 16
+# --8<-- [end:imports]
 GAP, LONG_GAP = 24, 96
 """Tokens of noise in training, and in the longest test."""
 
@@ -45,13 +47,13 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-# --8<-- [end:attention]
 def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864)."""
     first, second = u.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+# --8<-- [end:attention]
 # --8<-- [start:decoder]
 class Layer(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import count, find_adapter, give_memory, positive
+from gap import SEGMENT, measure, stretch_losses
 from matplotlib.figure import Figure
 from needles import TASKS, make, score
 from quickstart import compare, format_table, load_text, read, smooth
@@ -27,8 +29,8 @@ from texts import stretches
 from torch import Tensor
 from tqdm import tqdm
 
-from ahn_layers import HippocampalAttention, full_attention, load_adapter, memory_report, window_only
-from ahn_layers.distillation import arm_losses, gap_closed, use_window
+from ahn_layers import Compressor, HippocampalAttention, full_attention, memory_report, window_only
+from ahn_layers.distillation import use_window
 
 ARMS = {"full": full_attention, "window": window_only, "memory": lambda _: nullcontext()}
 Results = dict[str, Any]
@@ -37,10 +39,11 @@ Results = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Run the parts that were asked for; returns what is written to ``results.json``."""
     options = parse(arguments)
-    model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
-    load_adapter(model, options.adapter)
+    try:
+        model, tokenizer, documents = load(options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"evaluate: {error}") from None
     print(memory_report(model).splitlines()[-1])
-    documents = [tokens_of(tokenizer, load_text(path)) for path in options.text or [None]]
     capacities = options.capacities or [own_window(model)]
     results: Results = {"model": options.model, "adapter": str(options.adapter), "tables": []}
     if options.tokens:
@@ -51,13 +54,38 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         results["needles"] = needles(model, tokenizer, documents, options, capacities[0], results["tables"])
     if options.sink_positions:
         results["sinks"] = sinks(model, documents, options, capacities[0], results["tables"])
-    options.output.mkdir(parents=True, exist_ok=True)
     plot(results, options.output / "results.png")
     print("\n\n".join(["", *results["tables"]]))
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.output / "results.txt").write_text("\n\n".join(results["tables"]) + "\n")
     print(f"\n{options.output}/results.json, results.txt, results.png")
     return results
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any, list[Tensor]]:
+    """The model with its memory, its tokenizer, and the texts as token ids."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    texts, adapter = [load_text(path) for path in options.text or [None]], find_adapter(options.adapter)
+    model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
+    window, num_sinks = (options.capacities or [(None, None)])[0]
+    give_memory(model, adapter, window=window, sinks=num_sinks, compressor=options.compressor)
+    documents = [tokens_of(tokenizer, text) for text in texts]
+    check(documents, options.capacities or [own_window(model)], options)
+    return model, tokenizer, documents
+
+
+def check(documents: list[Tensor], capacities: list[tuple[int, int]], options: argparse.Namespace) -> None:
+    """Stop before an hour of work if a later part has nothing to measure."""
+    largest, longest = max(map(sum, capacities)), max(map(len, documents))
+    if options.stretches and longest < options.length:
+        raise ValueError(f"--length {options.length}: the longest text has {longest} tokens. Choose a shorter length.")
+    if options.stretches and options.length < max(largest, options.start) + 2:
+        raise ValueError(
+            f"--length {options.length}: nothing is measured before position {max(largest, options.start)} "
+            "(--capacities, --start). Choose longer stretches, or a smaller window."
+        )
+    if options.tokens and longest < 2:
+        raise ValueError(f"--tokens {options.tokens}: the longest text has {longest} tokens.")
 
 
 def tokens_of(tokenizer: Any, text: str) -> Tensor:
@@ -110,7 +138,7 @@ def gaps(
     capacities: list[tuple[int, int]],
     tables: list[str],
 ) -> Results:
-    """Mean loss beyond the capacity, and ``(window - memory) / (window - full)``.
+    """Mean loss beyond the capacity, and ``(window - memory) / (window - full)`` where there is a gap to close.
 
     A memory that is trained on the next token also adapts the model to its kind of text. What this text's own memory is
     worth is the difference to reading the memory of another text, half the list away.
@@ -118,68 +146,35 @@ def gaps(
     found = stretches(documents, options.length, options.stretches)
     pieces = [piece["input_ids"][None].to(options.device) for piece in found]
     results: Results = {}
-    rows = [("capacity", *ARMS, "another text's memory", "gap closed", "+- (s.e.)", "by this text's memory")]
+    rows = [("capacity", *ARMS, "another text's memory", "window - full", "gap closed", "by this text's memory")]
     for window, sinks in capacities:
-        losses: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        others = []
         with use_window(model, window, sinks):
-            for i, piece in enumerate(tqdm(pieces, desc=f"{window}+{sinks}", unit=" texts")):
-                start = max(window + sinks, options.start)
-                for arm, values in arm_losses(model, piece, start=start).items():
-                    losses[arm].append(float(values.double().mean()))
-                if len(pieces) > 1:
-                    with swapped_memories(model):
-                        pair = torch.cat((piece, pieces[i - len(pieces) // 2]))
-                        found_there = arm_losses(model, pair, start=start, arms=["memory"])["memory"]
-                        others.append(float(found_there[0].double().mean()))
-        means = {arm: sum(values) / len(values) for arm, values in losses.items()}
-        other = sum(others) / len(others) if others else float("nan")
-        closed, error = gap_closed(**means), jackknife(losses)
-        own = gap_closed(means["full"], means["window"], means["window"] + means["memory"] - other)
-        results[f"{window}+{sinks}"] = {
-            **means, "another_text": other, "gap_closed": closed, "standard_error": error, "by_own_memory": own,
-            "by_text": {**losses, "another_text": others},
-        }  # fmt: skip
-        cells = (*(f"{means[arm]:.4f}" for arm in ARMS), f"{other:.4f}")
-        shares = (f"{100 * u:.1f} %" for u in (closed, error, own))
-        rows.append((f"{window}+{sinks}", *cells, *shares))
-    title = f"{len(pieces)} stretches of {options.length:,} tokens, positions from max(capacity, {options.start:,})"
-    tables.append(table(title, rows))
+            start = max(window + sinks, options.start)
+            bar = tqdm(range(len(pieces)), desc=f"{window}+{sinks}", unit=" texts")
+            losses = [stretch_losses(model, pieces, i, start) for i in bar]
+        cell = measure(losses)
+        results[f"{window}+{sinks}"] = cell
+        shares = [cell["verdict"], "-"]
+        if cell["gap_closed"] is not None:
+            shares = [with_error(100 * cell["gap_closed"], 100 * cell["standard_error"], ".1f", " %"), "-"]
+            shares[1] = "-" if cell["by_own_memory"] is None else f"{100 * cell['by_own_memory']:.1f} %"
+        means = ("-" if cell[arm] is None else f"{cell[arm]:.4f}" for arm in (*ARMS, "another_text"))
+        measured = with_error(cell["window"] - cell["full"], cell["gap_error"], ".4f", "")
+        rows.append((f"{window}+{sinks}", *means, measured, *shares))
+    tables.append(
+        table(
+            f"{len(pieces)} stretches of {options.length:,} tokens, positions from max(capacity, {options.start:,}); "
+            f"+- standard error.\nThe gap is significant if zero lies outside its 95 % interval (paired differences by "
+            f"text, for few texts by segments of {SEGMENT} tokens).",
+            rows,
+        )
+    )
     return results
 
 
-@contextmanager
-def swapped_memories(model: Any) -> Iterator[None]:
-    """Of two texts side by side, each reads the other's memory: what is left of the gain is not about this text."""
-    memories = [m.memory.compressor for m in model.modules() if isinstance(m, HippocampalAttention)]
-
-    def swap(scan: Any) -> Any:
-        def swapped(state: Any, q: Tensor, *tokens: Any) -> tuple[Tensor, Any]:
-            reading, after = scan(state, q.flip(0), *tokens)
-            return reading.flip(0), after
-
-        return swapped
-
-    for memory in memories:
-        memory.scan = swap(memory.scan)
-    try:
-        yield
-    finally:
-        for memory in memories:
-            del memory.scan
-
-
-def jackknife(losses: dict[str, list[float]]) -> float:
-    """Standard error of the gap closed over texts, each left out in turn; NaN for fewer than two."""
-    count = len(losses["full"])
-    if count < 2:
-        return float("nan")
-    means = [
-        gap_closed(**{arm: (sum(values) - values[i]) / (count - 1) for arm, values in losses.items()})
-        for i in range(count)
-    ]
-    center = sum(means) / count
-    return float(((count - 1) / count * sum((u - center) ** 2 for u in means)) ** 0.5)
+def with_error(value: float, error: float | None, digits: str, unit: str) -> str:
+    """A value with its standard error, where there is one."""
+    return f"{value:{digits}}{unit}" + ("" if error is None else f" +- {error:{digits}}")
 
 
 def needles(
@@ -291,8 +286,9 @@ def plot(results: Results, path: Path) -> None:
         loss.legend()
     if "gap" in parts:
         ax = axes.pop(0)
-        bars = [100 * cell["gap_closed"] for cell in results["gap"].values()]
-        ax.bar(list(results["gap"]), bars)
+        bars = [100 * (cell["gap_closed"] or 0) for cell in results["gap"].values()]
+        labels = [f"{name}\n{cell['verdict']}" for name, cell in results["gap"].items()]
+        ax.bar(labels, bars)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(ylabel="gap closed, %", xlabel="window + sinks", ylim=(min(0, *bars) - 5, max(100, *bars)))
     if "needles" in parts:
@@ -317,6 +313,8 @@ def draw_needles(ax: Any, tasks: Results) -> None:
 def capacity(text: str) -> tuple[int, int]:
     """``480+32`` as window and sinks."""
     window, _, sinks = text.partition("+")
+    if not window.isdecimal() or not (sinks or "0").isdecimal() or int(window) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WINDOW+SINKS, such as 480+32")
     return int(window), int(sinks or 0)
 
 
@@ -327,15 +325,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
     add("--adapter", required=True, help="trained memory: folder, file or hub id")
+    add("--compressor", choices=sorted(Compressor.by_name), help="of released weights (default: GatedDeltaNet)")
     add("--text", type=Path, nargs="+", help="UTF-8 text files; default: the reference of the Python language")
-    add("--tokens", type=int, default=16_384, help="length of the text that streams by")
-    add("--chunk", type=int, default=512, help="tokens per call")
+    add("--tokens", type=count, default=16_384, help="length of the text that streams by")
+    add("--chunk", type=positive, default=512, help="tokens per call")
     add("--capacities", type=capacity, nargs="+", help="such as 480+32 1920+128; default: the adapter's own")
-    add("--stretches", type=int, default=8, help="stretches of text to measure the gap on")
-    add("--length", type=int, default=8192, help="tokens in each")
-    add("--start", type=int, default=512, help="positions before this are never counted")
-    add("--needles", type=int, default=8, help="prompts for each needle task")
-    add("--needle-length", type=int, default=4096, help="tokens in each prompt")
+    add("--stretches", type=count, default=8, help="stretches of text to measure the gap on")
+    add("--length", type=positive, default=8192, help="tokens in each")
+    add("--start", type=count, default=512, help="positions before this are never counted")
+    add("--needles", type=count, default=8, help="prompts for each needle task")
+    add("--needle-length", type=positive, default=4096, help="tokens in each prompt")
     add("--sink-positions", nargs="*", default=[], choices=["trained", "streaming", "absolute"], help="ways to compare")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if gpu else "cpu")

@@ -6,7 +6,7 @@
     python examples/llama.py --random-weights --prompt "Hello"   # no network, no sense either
 
 You will see the document being read with a running figure of the cache, the reply as it is written, and after each
-turn the bytes held beside what full attention would hold. Each turn reads its own tokens only.
+turn the bytes held and, once the window is full, what full attention would hold. Each turn reads its own tokens only.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@
 
 Models with a sliding window of their own (v0.1: 4,096 tokens) take a window that fits into it: ``--window 3968``.
 You will see the document being read with a running figure of the cache, the reply as it is written, and after each
-turn the bytes held beside what full attention would hold. Each turn reads its own tokens only.
+turn the bytes held and, once the window is full, what full attention would hold. Each turn reads its own tokens only.
 """
 
 from collections.abc import Sequence

@@ -14,6 +14,7 @@ from uuid import UUID
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 # fmt: off
 WORDS = (
@@ -208,10 +209,10 @@ def score(model: Any, example: Example, chunk: int) -> list[Needle]:
     ids = torch.tensor([example.prompt + answer[:-1]], device=device)
     begins = list(range(0, max(1, len(example.prompt) - 1), chunk))
     begins = [b for b in begins if b < len(example.prompt)]
-    cache, logits = None, torch.empty(0)
+    cache, logits = DynamicCache(config=model.config), torch.empty(0)
     for begin, end in zip(begins, [*begins[1:], ids.shape[1]], strict=True):
-        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True, logits_to_keep=len(answer))
-        cache, logits = out.past_key_values, out.logits[0].float()
+        out = model(ids[:, begin:end], cache=cache, use_cache=True, logits_to_keep=len(answer))
+        logits = out.logits[0].float()
     return _judge(example.needles, logits[-len(answer) :], torch.tensor(answer, device=device))
 
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         torch.nn.init.normal_(layer.self_attn.memory.compressor.o_proj.weight, std=0.1)
 
     ids, cache = torch.randint(256, (1, args.tokens)), HippocampalCache()
-    text = model.generate(ids, past_key_values=cache, max_new_tokens=args.new_tokens, do_sample=False)
+    text = model.generate(ids, cache=cache, max_new_tokens=args.new_tokens, do_sample=False)
     print(f"{text.shape[1]} tokens read or written, {cache.nbytes:,} bytes held: 64 slots and the memory per layer")
     with torch.no_grad():
         logits = model(ids).logits[0, -1]

@@ -13,7 +13,7 @@ class PeakMemory:
     """The most memory that a ``with`` block added at any time.
 
     On a GPU the tensors that PyTorch allocated; on a CPU under Linux the resident memory of the process, reset by the
-    kernel at the start. ``nbytes`` is None where neither can be had.
+    kernel at the start. ``nbytes`` is None where neither is known.
 
     Args:
         device: where the work runs.

@@ -9,7 +9,6 @@ bytes, peak memory, speed), draws it to a PNG, and lets the retrofitted model co
 
 import argparse
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,13 +18,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _common import SINKS, WINDOW, count, find_adapter, give_memory, positive
 from matplotlib.figure import Figure
 from peak_memory import PeakMemory
 from smollm2 import load_causal_lm
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
-from ahn_layers import GatedDeltaNet, full_attention, load_adapter, memory_report, retrofit, window_only
+from ahn_layers import full_attention, memory_report, window_only
 
 TRAINED = Path(__file__).parent / "adapters" / "smollm2-135m-instruct-gdn"
 """A trained memory for the default model."""
@@ -63,15 +64,15 @@ def read(model: Any, ids: Tensor, chunk: int, name: str) -> tuple[Reading, Any]:
     Returns:
         What was measured, and the cache, which has seen all tokens but the last.
     """
-    cache, losses, positions, sizes = None, [], [], []
+    cache: Any = DynamicCache(config=model.config)
+    losses, positions, sizes = [], [], []
     inputs, targets = ids[:, :-1], ids[:, 1:]
     with PeakMemory(ids.device) as peak, tqdm(total=inputs.shape[1], desc=f"{name:14}", unit=" tokens") as bar:
         start = time.perf_counter()
         for begin in range(0, inputs.shape[1], chunk):
             part = slice(begin, begin + chunk)
-            out = model(inputs[:, part], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            losses.append(F.cross_entropy(out.logits[0].float(), targets[0, part], reduction="none").cpu())
+            logits = model(inputs[:, part], cache=cache, use_cache=True).logits
+            losses.append(F.cross_entropy(logits[0].float(), targets[0, part], reduction="none").cpu())
             bar.update(len(losses[-1]))
             positions.append(bar.n)
             sizes.append(cache_bytes(cache))
@@ -171,9 +172,7 @@ def smooth(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def continue_text(model: Any, tokenizer: Any, ids: Tensor, cache: Any, count: int = 60) -> str:
     """Greedy continuation of a text of which all but the last token is in the cache."""
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=count, do_sample=False
-    )
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=count, do_sample=False)
     return str(tokenizer.decode(out[0, ids.shape[1] :]))
 
 
@@ -198,14 +197,6 @@ def choose_adapter(args: argparse.Namespace) -> str | Path | None:
     return TRAINED
 
 
-def positive(text: str) -> int:
-    """A whole number above zero, for the command line."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
-    return value
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     gpu = torch.cuda.is_available()
@@ -218,8 +209,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the reference of the Python language)")
     parser.add_argument("--tokens", type=positive, default=16_384, help="length of text to read")
     parser.add_argument("--chunk", type=positive, default=512, help="tokens per call of the model")
-    parser.add_argument("--window", type=int, default=1920, help="most recent tokens kept without loss")
-    parser.add_argument("--sinks", type=int, default=128, help="first tokens kept without loss")
+    parser.add_argument("--window", type=positive, default=WINDOW, help="most recent tokens kept without loss")
+    parser.add_argument("--sinks", type=count, default=SINKS, help="first tokens kept without loss")
     parser.add_argument("--plot", type=Path, default=Path("quickstart.png"), help="where the picture goes")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
@@ -233,15 +224,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ``readings`` by arm, ``table``, ``continuation`` and ``plot``.
     """
     args = parse(argv)
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")  # its new name came with 5.24
     try:
-        text = load_text(args.text)
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        text, adapter = load_text(args.text), find_adapter(choose_adapter(args))
         model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
-        adapter, window = choose_adapter(args), {"window_size": args.window, "num_sinks": args.sinks}
-        if adapter is None or not (Path(adapter) / "adapter.json").exists():
-            retrofit(model, GatedDeltaNet, **window)  # released files do not say how
-        if adapter is not None:
-            load_adapter(model, adapter, **window)
+        give_memory(model, adapter, window=args.window, sinks=args.sinks)
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
         if ids.shape[1] < 2:
             raise ValueError(f"--text {args.text}: expected at least 2 tokens, found {ids.shape[1]}.")

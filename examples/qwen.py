@@ -1,4 +1,4 @@
-r"""Chat with a Qwen model over a document of any length, in constant memory; released AHN memories fit Qwen2.5.
+r"""Chat with a Qwen model over a document of any length, in constant memory. Released AHN memories are for Qwen2.5.
 
     python examples/qwen.py                                      # Qwen2.5-0.5B-Instruct, no trained memory
     python examples/qwen.py --model Qwen/Qwen2.5-3B-Instruct --window 32640 --sinks 128 --document book.txt \
@@ -6,7 +6,7 @@ r"""Chat with a Qwen model over a document of any length, in constant memory; re
     python examples/qwen.py --random-weights --prompt "Hello"    # no network, no sense either
 
 You will see the document being read with a running figure of the cache, the reply as it is written, and after each
-turn the bytes held beside what full attention would hold. Each turn reads its own tokens only.
+turn the bytes held and, once the window is full, what full attention would hold. Each turn reads its own tokens only.
 """
 
 from collections.abc import Sequence

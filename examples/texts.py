@@ -1,6 +1,7 @@
 """Texts as token sequences: random crops to train on, consecutive stretches to measure on."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,39 +13,93 @@ from tqdm import tqdm
 
 from ahn_layers.distillation import repeat_spans
 
+SUFFIXES = (".txt", ".md", ".jsonl")
+"""What is read of a folder."""
 
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The contents of text files, and of all ``.txt`` and ``.md`` files below folders.
+
+def read_texts(paths: Sequence[Path], column: str = "text") -> list[str]:
+    """The contents of text files, and of all ``.txt``, ``.md`` and ``.jsonl`` files below folders.
+
+    Args:
+        paths: files and folders.
+        column: the field of each line of a ``.jsonl`` file that holds its text.
 
     Raises:
         FileNotFoundError: if a path does not exist or a folder holds no text.
+        ValueError: if a line of a ``.jsonl`` file is not an object with that field.
     """
     files: list[Path] = []
     for path in paths:
-        found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md"))
+        found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
         if not found:
-            raise FileNotFoundError(f"{path}: no such text file, and no folder with .txt or .md files.")
+            raise FileNotFoundError(f"{path}: no such text file, and no folder with {', '.join(SUFFIXES)} files.")
         files += found
-    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return [text for file in files for text in _texts_of(file, column)]
 
 
-def read_dataset(name: str, split: str, column: str) -> Iterable[str]:
-    """The texts of a dataset of the hub, or of a folder that ``datasets`` can load."""
-    from datasets import load_dataset
+def _texts_of(file: Path, column: str) -> Iterator[str]:
+    content = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix != ".jsonl":
+        yield content
+        return
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[column]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number}: expected a JSON object with the field {column!r} ({error!r}). Name another "
+                "field by --column."
+            ) from None
+        if not isinstance(text, str):
+            raise ValueError(f"{file}, line {number}: the field {column!r} is {text!r}, expected text.")
+        yield text
 
-    return load_dataset(name, split=split)[column]  # type: ignore[no-any-return]
+
+def read_dataset(name: str, config: str | None, split: str, column: str, streaming: bool) -> Iterable[str]:
+    """The texts of a dataset of the hub, of a folder, or of a local data file.
+
+    Args:
+        name: hub id or folder, or a ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file.
+        config: configuration of the dataset, None if it has a single one.
+        split: which part of it.
+        column: which column holds the text.
+        streaming: read it row by row while it is downloaded.
+
+    Raises:
+        ValueError: if there is no such dataset, configuration, split or column; the message lists those that exist.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError("--dataset needs the package datasets: pip install datasets") from None
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    kind = kinds.get(Path(name).suffix) if Path(name).is_file() else None
+    try:
+        if kind:
+            rows = load_dataset(kind, config, data_files=name, split=split, streaming=streaming)
+        else:
+            rows = load_dataset(name, config, split=split, streaming=streaming)
+        first = next(iter(rows), {})
+    except Exception as error:  # the library raises errors of many kinds
+        raise ValueError(f"--dataset {name}: {error}") from error
+    if not isinstance(first.get(column), str):
+        raise ValueError(f"--column {column}: no column of text in {name}, expected one of {sorted(first)}.")
+    return (row[column] for row in rows)
 
 
-def tokenize(tokenizer: Any, texts: Iterable[str], name: str) -> list[Tensor]:
-    """Token ids of every text, int32, without special tokens."""
+def tokenize(tokenizer: Any, texts: Iterable[str], name: str, enough: float = float("inf")) -> list[Tensor]:
+    """Token ids of every text, int32, without special tokens; no further texts once there are enough tokens."""
     backend, documents, waiting = getattr(tokenizer, "backend_tokenizer", None), [], iter(texts)
     with tqdm(desc=name, unit=" texts") as bar:
-        while batch := list(islice(waiting, 16)):  # several texts side by side
+        while enough > 0 and (batch := list(islice(waiting, 16))):  # several texts side by side
             if backend is not None:
                 found = [encoding.ids for encoding in backend.encode_batch(batch, add_special_tokens=False)]
             else:
                 found = [tokenizer(text, add_special_tokens=False).input_ids for text in batch]
             documents += [torch.tensor(ids, dtype=torch.int32) for ids in found]
+            enough -= sum(map(len, found))
             bar.update(len(batch))
     return documents
 

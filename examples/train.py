@@ -1,26 +1,31 @@
 """Train the memory of a model by self-distillation, and write it as an adapter.
 
     python examples/train.py --text books/train --dev books/dev --output my_adapter
-    accelerate launch examples/train.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset wikitext ...   # several GPUs
-    accelerate launch --config_file fsdp.yaml examples/train.py ...                             # sharded with FSDP2
+    python examples/train.py --dataset Salesforce/wikitext --config wikitext-103-raw-v1 --streaming --output my_adapter
+    accelerate launch --multi_gpu examples/train.py --text books/train --output my_adapter            # several GPUs
+    accelerate launch --config_file fsdp.yaml examples/train.py --text books/train --output my_adapter    # FSDP2
 
 The base model is frozen. Ctrl-C finishes the step and writes a checkpoint; ``--resume`` goes on from the last one.
 """
 
 import argparse
 import json
+import math
+import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from smollm2 import load_causal_lm
+from _common import add_memory_options, count, find_adapter, give_memory, number, positive
+from gap import Difference
+from smollm2 import load_causal_lm, load_tokenizer
 from texts import Crops, read_dataset, read_texts, stretches, tokenize
 from torch import Tensor
 from tqdm import tqdm
@@ -28,7 +33,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import ahn_layers
-from ahn_layers import Compressor, adapter_parameters, load_adapter, memory_report, retrofit
+from ahn_layers import adapter_parameters, memory_report
 from ahn_layers.distillation import (
     DistillationTrainer,
     align_layers,
@@ -38,35 +43,47 @@ from ahn_layers.distillation import (
     use_window,
 )
 
+WINDOW, SINKS = 480, 32
+"""The window of the adapter. Each training step draws its own."""
+
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, measure, write the adapter; returns what is written to ``training.json``."""
     options = parse(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    model, tokenizer = load_causal_lm(options.model, dtype)
-    torch.manual_seed(options.seed)
-    extra: dict[str, Any] = {"shared_state": True} if options.shared_state else {}
-    extra |= {"window_size": options.window, "num_sinks": options.sinks}
-    retrofit(model, Compressor.by_name[options.compressor], memory_positions=options.memory_positions, **extra)
-    if options.start_from:
-        load_adapter(model, options.start_from)
+    try:
+        resume, adapter = last_checkpoint(options), find_adapter(options.start_from)
+        train, dev = load_data(load_tokenizer(options.model), options)
+        model, _ = load_causal_lm(options.model, dtype)
+        torch.manual_seed(options.seed)
+        give_memory(
+            model,
+            adapter,
+            window=options.window,
+            sinks=options.sinks,
+            compressor=options.compressor,
+            memory_positions=options.memory_positions,
+            shared_state=options.shared_state or None,
+            default=(WINDOW, SINKS),
+        )
+        check_dev_length(options, model.hippocampus.window.capacity)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"train: {error}") from None
     parameters = freeze_base(model)
     half = dtype in (torch.bfloat16, torch.float16)
     if (device == "cuda" and half) if options.compile is None else options.compile:
         compile_layers(model)
     print(memory_report(model).splitlines()[-1])
 
-    train, dev = load_data(tokenizer, options)
     trainer = make_trainer(model, train, dev, options, device)
     start = time.time()
     if options.align_steps and not options.resume:
         align(model.to(trainer.args.device), train, options)
-    resume = get_last_checkpoint(str(options.output / "checkpoints")) if options.resume else None
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.time() - start
     with torch.compiler.set_stance("force_eager"):  # other shapes: compiling them takes longer than they do
-        metrics = trainer.evaluate() if dev else {}
+        metrics = judge(trainer.evaluate(), len(dev)) if dev else {}
 
     for parameter in parameters if not trainer.is_fsdp_enabled else []:
         parameter.data = parameter.data.bfloat16()
@@ -82,23 +99,42 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def load_data(tokenizer: Any, options: argparse.Namespace) -> tuple[Crops, list[dict[str, Tensor]]]:
     """Random crops to train on, and stretches to measure on (none without ``--dev``)."""
-    texts = (
-        read_dataset(options.dataset, options.split, options.column) if options.dataset else read_texts(options.text)
-    )
-    documents = tokenize(tokenizer, texts, "training text")
-    world = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else world_size()
-    count = options.steps * options.batch * options.accumulate * world
+    held_out = read_texts(options.dev, options.column)
+    if options.dataset:
+        source = (options.dataset, options.config, options.split, options.column, options.streaming)
+        texts: Iterable[str] = read_dataset(*source)
+    else:
+        texts = read_texts(options.text, options.column)
+    count = options.steps * options.batch * options.accumulate * world_size()
+    enough = count * options.length if options.streaming else float("inf")
+    documents = tokenize(tokenizer, texts, "training text", enough)
     train = Crops(documents, options.length, count, copies=options.copies, seed=options.seed)
     if not options.dev:
         return train, []
-    held_out = tokenize(tokenizer, read_texts(options.dev), "held-out text")
-    return train, stretches(held_out, options.dev_length, options.dev_count)
+    return train, stretches(tokenize(tokenizer, held_out, "held-out text"), options.dev_length, options.dev_count)
+
+
+def last_checkpoint(options: argparse.Namespace) -> str | None:
+    """Where ``--resume`` goes on, None without it."""
+    if not options.resume:
+        return None
+    folder = options.output / "checkpoints"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise FileNotFoundError(f"--resume: no checkpoint in {folder}. Leave --resume out to begin.")
+    return str(found)
+
+
+def check_dev_length(options: argparse.Namespace, capacity: int) -> None:
+    """Raise unless the texts of ``--dev`` go on beyond the window."""
+    if options.dev and options.dev_length < capacity + 2:
+        raise ValueError(
+            f"--dev-length {options.dev_length}: expected at least {capacity + 2}, since the window holds {capacity}."
+        )
 
 
 def world_size() -> int:
     """Number of processes that a launcher has started."""
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -106,7 +142,8 @@ def make_trainer(
     model: Any, train: Crops, dev: list[dict[str, Tensor]], options: argparse.Namespace, device: str
 ) -> DistillationTrainer:
     """The trainer with the paper's optimiser: AdamW, 10 % warm-up, cosine, weight decay 0.1."""
-    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # renamed in 5.24
+    checkpointing = {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(options.output / "checkpoints"),
         max_steps=options.steps,
@@ -122,10 +159,9 @@ def make_trainer(
         eval_steps=options.eval_every or None,
         save_steps=options.save_every,
         save_total_limit=2,
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         ddp_find_unused_parameters=False,
         use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
         seed=options.seed,
         report_to="none",
         **(checkpointing if options.gradient_checkpointing else {}),
@@ -169,8 +205,16 @@ def align(model: Any, train: Crops, options: argparse.Namespace) -> None:
         bar.set_postfix(error=f"{errors.mean():.4f}")
 
 
+def judge(metrics: dict[str, float], texts: int) -> dict[str, Any]:
+    """The metrics, without a share of a gap that is not significant."""
+    gap = Difference(metrics["eval_window"] - metrics["eval_full"], metrics["eval_gap_error"], texts)
+    share = metrics["eval_gap_closed"] if gap.sign > 0 else None
+    error = gap.error if math.isfinite(gap.error) else None
+    return {**metrics, "eval_gap_closed": share, "eval_gap_error": error, "eval_gap": gap.verdict}
+
+
 def describe(
-    options: argparse.Namespace, trainer: DistillationTrainer, metrics: dict[str, float], seconds: float
+    options: argparse.Namespace, trainer: DistillationTrainer, metrics: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What a model card needs: data, steps, tokens, losses, hardware, command, date."""
     sequences = trainer.state.global_step * options.batch * options.accumulate * trainer.args.world_size
@@ -178,7 +222,7 @@ def describe(
     return {
         "model": options.model or "SmolLM2-135M-Instruct",
         "command": shlex.join(["python", "examples/train.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": f"{trainer.args.world_size} x {gpu}"
         if gpu
         else f"{torch.get_num_threads()} threads of {platform.machine()}",
@@ -200,50 +244,56 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
-    add("--text", type=Path, nargs="+", default=[], help="text files, or folders of them, to train on")
-    add("--dataset", help="a name for datasets.load_dataset, instead of --text")
+    add("--text", type=Path, nargs="+", default=[], help="files (.txt, .md, .jsonl) or folders of them, to train on")
+    add("--dataset", help="hub id, folder or file (.jsonl, .json, .csv, .parquet) for datasets, instead of --text")
+    add("--config", help="configuration of the dataset, if it has several")
     add("--split", default="train", help="split of the dataset")
-    add("--column", default="text", help="column of the dataset")
-    add("--dev", type=Path, nargs="+", default=[], help="text files, or folders of them, to measure on")
-    add("--dev-length", type=int, default=8192)
-    add("--dev-count", type=int, default=8, help="stretches to measure on")
-    add("--compressor", choices=sorted(Compressor.by_name), default="GatedDeltaNet")
+    add("--column", default="text", help="column of the dataset, or field of .jsonl files, that holds the text")
+    add("--streaming", action="store_true", help="read no more of the dataset than the steps need")
+    add("--dev", type=Path, nargs="+", default=[], help="files or folders, as for --text, to measure on")
+    add("--dev-length", type=positive, default=8192)
+    add("--dev-count", type=positive, default=8, help="stretches to measure on")
+    add_memory_options(parser, WINDOW, SINKS)
     add("--shared-state", action="store_true", help="one state per key/value head")
-    add(
-        "--memory-positions",
-        choices=["absolute", "none"],
-        default="absolute",
-        help="rotated keys in the memory, or not",
-    )
-    add("--start-from", type=Path, help="adapter to go on from, with a new schedule, instead of an empty memory")
-    add("--window", type=int, default=480, help="window size of the adapter; training draws its own")
-    add("--sinks", type=int, default=32)
-    add("--steps", type=int, default=200)
-    add("--align-steps", type=int, default=0, help="steps of the cheap first stage, layer by layer")
-    add("--length", type=int, default=4096, help="tokens in each training sequence")
-    add("--batch", type=int, default=8, help="sequences a step and process")
-    add("--accumulate", type=int, default=1, help="batches a step")
-    add("--lr", type=float, default=2e-3)
-    add("--ce", type=float, default=0.0, help="weight of the cross-entropy")
-    add("--layer-loss", type=float, default=0.0, help="weight of the error of each layer's attention output")
-    add("--shortest", type=float, default=0.0, help="smallest capacity drawn, as a share of the length")
-    add("--draw-sinks", type=int, nargs="+", default=[4, 16, 32, 64, 128], help="numbers of sinks to draw from")
-    add("--copies", type=float, default=0.5, help="share of sequences with repeated spans")
+    add("--memory-positions", choices=["absolute", "none"], help="rotated keys in the memory (default), or not")
+    add("--start-from", help="adapter to go on from, with a new schedule, instead of an empty memory")
+    add("--steps", type=positive, default=200)
+    add("--align-steps", type=count, default=0, help="steps of the cheap first stage, layer by layer")
+    add("--length", type=positive, default=4096, help="tokens in each training sequence")
+    add("--batch", type=positive, default=8, help="sequences a step and process")
+    add("--accumulate", type=positive, default=1, help="batches a step")
+    add("--lr", type=number(10.0), default=2e-3)
+    add("--ce", type=number(1000.0), default=0.0, help="weight of the cross-entropy")
+    add("--layer-loss", type=number(1000.0), default=0.0, help="weight of the error of each layer's attention output")
+    add("--shortest", type=number(0.99), default=0.0, help="smallest capacity drawn, as a share of the length")
+    add("--draw-sinks", type=count, nargs="+", default=[4, 16, 32, 64, 128], help="numbers of sinks to draw from")
+    add("--copies", type=number(1.0), default=0.5, help="share of sequences with repeated spans")
     add("--gradient-checkpointing", action="store_true")
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="compile the layers; default: in half precision on a GPU",
     )
-    add("--dtype", help="of the base; default: bfloat16 on a GPU, float32 on a CPU")
-    add("--eval-every", type=int, default=0)
-    add("--save-every", type=int, default=100)
-    add("--seed", type=int, default=0)
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--eval-every", type=count, default=0)
+    add("--save-every", type=positive, default=100)
+    add("--seed", type=count, default=0)
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--output", type=Path, required=True, help="folder for the adapter and its checkpoints")
     options = parser.parse_args(arguments)
-    if not options.text and not options.dataset:
-        parser.error("give --text or --dataset")
+    if bool(options.text) == bool(options.dataset):
+        parser.error("give one of --text and --dataset")
+    if not options.dataset and (options.config or options.streaming or options.split != "train"):
+        parser.error("--config, --split and --streaming are for --dataset")
+    if options.eval_every and not options.dev:
+        parser.error("--eval-every: give texts to measure on, by --dev")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"--output {options.output}: a file, expected a folder")
+    try:
+        sinks = SINKS if options.sinks is None else options.sinks
+        check_dev_length(options, 1 if options.start_from else (options.window or WINDOW) + sinks)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 

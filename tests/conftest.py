@@ -24,12 +24,21 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked as a test of the GPU is skipped where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test that cannot run here is skipped once, not for each of its parameters: the rest is deselected."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+    seen: set[tuple[str, str]] = set()
+    kept, dropped = [], []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        reasons = {(name, mark.kwargs["reason"]) for mark in item.iter_markers("skipif") if mark.args[0] is True}
+        (dropped if reasons & seen else kept).append(item)
+        seen |= reasons
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True)

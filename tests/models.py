@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ahn_layers import Compressor, GatedDeltaNet, adapter_parameters, retrofit
 from ahn_layers.huggingface.decoder import CACHE
-from ahn_layers.retrofit import find_retrofitted
+from ahn_layers.record import find_retrofitted
 
 WINDOW, SINKS = 6, 2
 CAPACITY = WINDOW + SINKS
@@ -95,6 +95,7 @@ FAMILIES = {
         latent=True, dtype=torch.float32,
     ),
     "mixtral": Family("mixtral", "experts", EXPERTS),
+    "phimoe": Family("phimoe", "own windows that blocks do not know", EXPERTS | {"sliding_window": NARROW}),
     "llama4": Family(
         "llama4_text", "chunked layers",
         EXPERTS | {
@@ -116,8 +117,8 @@ LACKING = {"gpt2": ("intermediate_size", "num_key_value_heads", "head_dim")}
 REFUSED = {
     "gpt_oss": Family("gpt_oss", "learned sink logits are not supported", EXPERTS, attention="eager"),
     "diffllama": Family("diffllama", "calls the attention function 2 times in one forward"),
-    "doge": Family("doge", "makes a mask of its own"),
-    "falcon_h1": Family("falcon_h1", "attends by hybrid", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    "doge": Family("doge", "changes the mask"),
+    "falcon_h1": Family("falcon_h1", "is a 'hybrid' layer", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
     "bloom": Family("bloom", "does not use the attention interface", {"n_head": 4}, attention="eager"),
 }
 """Families that cannot be retrofitted; their trait is what the error says."""

@@ -57,21 +57,28 @@ def memory_store(
     x: Tensor,
     valid: Tensor | None = None,
 ):
-    """Outputs ``(B, H, T, E)`` and final states ``(B, H, D, E)``; outputs are zero where ``valid`` is False."""
+    """Outputs ``(B, H, T, E)`` and final states ``(B, H, D, E)``.
+
+    A query where ``valid`` is False sees what the last real token saw; its output is zero if there was none.
+    """
     batch, heads, length, _ = q.shape
     valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
     k, v = (u.repeat_interleave(heads // u.shape[1], dim=1) for u in (k, v))
     out, states = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), []
     for b in range(batch):
         tokens = valid[b].nonzero().flatten().tolist()
-        state = q.new_zeros(heads, q.shape[-1], v.shape[-1])
-        for p, t in enumerate(tokens):
+        state = before = q.new_zeros(heads, q.shape[-1], v.shape[-1])
+        for t in range(length):
+            p = sum(j <= t for j in tokens) - 1
+            if p < 0:
+                continue
             seen = [j for i, j in enumerate(tokens[: p + 1]) if i < num_sinks or i > p - window_size]
             logits = torch.einsum("hd,hjd->hj", q[b, :, t], k[b][:, seen]) / math.sqrt(q.shape[-1])
             y = torch.einsum("hj,hje->he", logits.softmax(-1), v[b][:, seen])
             if p >= num_sinks + window_size:
                 j = tokens[p - window_size]
-                state, added = recurrence(memory, state, q[b, :, t], k[b, :, j], v[b, :, j], x[b, j], x[b, t])
+                before = state if valid[b, t] else before
+                state, added = recurrence(memory, before, q[b, :, t], k[b, :, j], v[b, :, j], x[b, j], x[b, t])
                 y = y + added
             out[b, :, t] = y
         states.append(state)

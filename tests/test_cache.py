@@ -24,7 +24,9 @@ from ahn_layers import (
     window_only,
 )
 from ahn_layers.huggingface import cache as cache_module
-from ahn_layers.huggingface.cache_layers import MAX_ROLLBACK, MemoryLayer, StaticMemoryLayer
+from ahn_layers.huggingface.cache_layers import MemoryLayer
+from ahn_layers.huggingface.recording import MAX_ROLLBACK
+from ahn_layers.huggingface.static_layer import StaticMemoryLayer
 
 from .methods import COMPRESSORS
 from .models import CAPACITY, FAMILIES, base, generate, logits, positions, retrofitted, tokens
@@ -387,10 +389,10 @@ def test_what_is_recorded_is_bounded(model):
     cache.activate_past_recording()
     expected = logits(model, ids, ids.shape[1], cache)
     close(expected, logits(model, ids))
-    assert sum(k.shape[2] for k, *_ in cache.layers[0]._since) <= 2 * MAX_ROLLBACK
+    assert len(cache.layers[0].recording) <= 2 * MAX_ROLLBACK
     for token in tokens(1, MAX_ROLLBACK + 10, seed=1).split(1, dim=1):
         logits(model, token, 1, cache)
-    assert sum(k.shape[2] for k, *_ in cache.layers[0]._since) == MAX_ROLLBACK
+    assert len(cache.layers[0].recording) == MAX_ROLLBACK
     cache.crop(-MAX_ROLLBACK)
     text = torch.cat((ids, tokens(1, MAX_ROLLBACK + 10, seed=1)[:, :10]), dim=1)
     close(go_on(model, cache, rows=1), go_on(model, read(model, text), rows=1))
@@ -462,7 +464,7 @@ def test_a_cache_keeps_to_the_mode_it_began_in(model, first, second, length):
     before = tensors(cache)
     for wrong in (
         lambda: go_on(model, cache, rows=2),
-        lambda: generate(model, tokens(2, LONG + 9), past_key_values=cache),
+        lambda: generate(model, tokens(2, LONG + 9), cache=cache),
     ):
         with pytest.raises(ValueError, match=r"full attention|long-term memory"):
             in_mode(second, model, wrong)

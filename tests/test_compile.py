@@ -324,9 +324,7 @@ def test_two_static_caches_in_turn(models, steps):
     caches = [StaticCache(config=model.config, max_cache_len=64) for _ in texts]
     for _ in range(3):
         for i, cache in enumerate(caches):
-            out = models.generate(
-                model, texts[i], 7, past_key_values=cache, compile_config=compiling("eager")["compile_config"]
-            )
+            out = models.generate(model, texts[i], 7, cache=cache, compile_config=compiling("eager")["compile_config"])
             assert torch.equal(out, models.generate(model, texts[i], 7))
             texts[i] = torch.cat((out, models.tokens(2, 2, seed=i)), dim=1)
     assert graphs.count == 1
@@ -340,10 +338,10 @@ def test_a_static_cache_of_ones_own(models):
     position = torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
-            model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :5], cache=cache, use_cache=True)
             position.fill_(5)
             for t in range(5, 40):
-                out = step(input_ids=ids[:, t : t + 1], position_ids=position, past_key_values=cache, use_cache=True)
+                out = step(input_ids=ids[:, t : t + 1], position_ids=position, cache=cache, use_cache=True)
                 torch.testing.assert_close(out.logits[:, 0], expected[:, t], rtol=0, atol=1e-9)
                 position += 1
             cache.reset()

@@ -16,34 +16,34 @@ def test_the_contract(compressor, shared_state):
     check_compressor(compressor, shared_state=shared_state)
 
 
-class Average(Compressor):
+class Mean(Compressor):
     """The shortest one."""
 
     def fold(self, state, k, v):
         return 0.99 * state + outer(k, v)
 
 
-class InPlace(Average):
+class WritesInPlace(Mean):
     def fold(self, state, k, v):
         return state.add_(outer(k, v))
 
 
-class Growing(Average):
+class Growing(Mean):
     def fold(self, state, k, v):
         return torch.cat((state, outer(k, v)), dim=1)
 
 
-class Loud(Average):
+class Loud(Mean):
     def output(self, r, x):
         return r
 
 
-class UnknownGate(Average):
+class UnknownGate(Mean):
     def gates(self, x):
         return {"beta": x.mean(-1)[:, None].expand(-1, self.num_states, -1)}
 
 
-class WrongGateShape(Average):
+class WrongGateShape(Mean):
     def gates(self, x):
         return {"beta": x.mean(-1)}
 
@@ -51,29 +51,29 @@ class WrongGateShape(Average):
         return super().fold(state, k, v)
 
 
-class WrongScan(Average):
+class WrongScan(Mean):
     def scan(self, state, q, k, v, gates, mask=None):
         r, end = super().scan(state, q, k, v, gates, mask)
         return 1.001 * r, end
 
 
-class IgnoresMask(Average):
+class IgnoresMask(Mean):
     def scan(self, state, q, k, v, gates, mask=None):
         return super().scan(state, q, k, v, gates)
 
 
-class MixesRows(Average):
+class MixesRows(Mean):
     def fold(self, state, k, v):
         return super().fold(state, k, v).mean(0, keepdim=True).expand_as(state)
 
 
-class UnusedParameter(Average):
+class UnusedParameter(Mean):
     def build(self):
         self.forgotten = torch.nn.Parameter(torch.ones(3))
 
 
 BROKEN = {
-    InPlace: "fold changed the state",
+    WritesInPlace: "fold changed the state",
     Growing: "a memory has a fixed size",
     Loud: "a fresh memory changes the output",
     UnknownGate: r"gates\(x\) returns \['beta'\], fold takes \[\]",
@@ -92,7 +92,7 @@ def test_a_broken_contract_is_explained(compressor, unchecked):
 
 
 def test_the_shortest_compressor_is_sound():
-    check_compressor(Average)
+    check_compressor(Mean)
 
 
 def test_a_rule_that_says_something_else_is_explained(unchecked):
@@ -119,7 +119,7 @@ def test_a_rule_does_not_hold_for_what_a_subclass_changes():
     check_compressor(Slower)  # its scan is no longer that of the recurrence either
     check_compressor(Louder)
     assert Louder.rule_holds and Louder(8, 2, 4).rule(torch.zeros(1, 1, 8)).matrix is None
-    assert GatedDeltaNet.rule_holds and Renamed.rule_holds and not Slower.rule_holds and not Average.rule_holds
+    assert GatedDeltaNet.rule_holds and Renamed.rule_holds and not Slower.rule_holds and not Mean.rule_holds
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_bytes_are_those_of_the_real_tensors(dtype, shared, length):
     row = cost_report(model, [length]).rows[0]
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.arange(length)[None], past_key_values=cache)
+        model(torch.arange(length)[None], cache=cache)
     assert row.state_bytes == sum(layer.state.nbytes for layer in cache.layers)
     assert row.full_bytes == 2 * length * 2 * 2 * 8 * dtype.itemsize  # k and v, layers, heads, size
 

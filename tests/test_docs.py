@@ -1,27 +1,34 @@
 """The documentation is true: its code runs, its links lead somewhere, every public name and every error is in it.
 
-Code blocks of a page run in order and share their names. Models are small and random: whatever a block loads by name
-is made on the spot. A block below a comment ``<!-- not run: reason -->`` is compiled only.
+The code blocks of a page run in order in one fresh namespace, as a reader would paste them: what a block uses, it or
+one before it on that page has imported or made. Whatever they load by name is small, random and made on the spot. A
+block below a comment ``<!-- not run: reason -->`` is compiled, and the names that it uses are looked up.
 """
 
 import ast
+import builtins
 import doctest
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import ahn_layers
-from ahn_layers import Compressor
+import ahn_layers.distillation
+
+from .small_models import install
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+INCLUDED = re.compile(r'^-+8<-+ "([^"]+\.md)"$', re.MULTILINE)
 FENCE = re.compile(r"^( *)(`{3,})(?: \{ \.)?(\w*)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'^-+8<-+ "([^":]+)(?::(\w+))?"$')
 RAISED = {"AttributeError", "FileNotFoundError", "ImportError", "RuntimeError", "TypeError", "ValueError"}
@@ -32,9 +39,14 @@ def page_name(page):
     return str(page.relative_to(ROOT))
 
 
+def markdown(page):
+    """What a page says, with the other pages that it takes in."""
+    return INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(), page.read_text())
+
+
 def fences(page, *languages):
     """``(line, code, whether it runs)`` of each fenced block in one of the languages."""
-    text = page.read_text()
+    text = markdown(page)
     for match in FENCE.finditer(text):
         if match[3] in languages:
             indent, before = len(match[1]), text[: match.start()]
@@ -50,64 +62,68 @@ def python_blocks(page):
             yield line, code, runs
 
 
-@pytest.fixture
-def examples(monkeypatch):
-    """Modules of examples/ can be imported."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-
-
-@pytest.fixture
-def small_models(monkeypatch, examples):
-    """``from_pretrained`` and the hub give small random models, tokenizers and adapters."""
-    import huggingface_hub
-    from _chat import SMALL, random_model
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
-
-    def make(name):
-        config = Qwen2Config if "qwen" in name.lower() else LlamaConfig
-        return random_model(config(**SMALL, num_key_value_heads=2, max_position_embeddings=8192))
-
-    def download(name, **_):
-        kinds = {"GDN": "GatedDeltaNet", "DN": "DeltaNet", "Mamba2": "Mamba2"}
-        kind = Compressor.by_name[kinds[re.search(r"AHN-(\w+)-for", name)[1]]]
-        memory = kind(SMALL["hidden_size"], SMALL["num_attention_heads"], 16, num_kv_heads=2)
-        names = [(f"model.layers.{i}.ahn.fn.{key}", u) for i in range(2) for key, u in memory.state_dict().items()]
-        save_file({key: torch.randn_like(u) for key, u in names}, "released.safetensors")
-        return str(Path.cwd())
-
-    def tokenizer(name, **options):
-        found = make(name)[1]
-        for key, value in options.items():
-            setattr(found, key, value)
-        return found
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **_: make(name)[0])
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-
-
-def names_of_example(code):
-    """What the example a block is taken from has in scope, and the part that is shown."""
+def shown(code):
+    """The code that the site shows: a marked part of an example in place of a line that takes it in."""
     included = SNIPPET.match(code.strip())
     if included is None:
-        return {}, code
-    module = importlib.import_module(Path(included[1]).stem)
+        return code
     text = (ROOT / included[1]).read_text()
     start, end = (f"# --8<-- [{mark}:{included[2]}]\n" for mark in ("start", "end"))
-    return vars(module), text[text.index(start) + len(start) : text.index(end)]
+    return text[text.index(start) + len(start) : text.index(end)]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if list(python_blocks(p))], ids=page_name)
-def test_code_blocks_run(page, small_models, tmp_path, monkeypatch, unchecked):
-    monkeypatch.chdir(tmp_path)
+def test_code_blocks_run(page, tmp_path, monkeypatch, unchecked):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    shipped = any("examples/adapters" in block for _, block, _ in python_blocks(page))
+    install(monkeypatch, tmp_path, fits_shipped_adapters=shipped)
+    monkeypatch.delitem(sys.modules, "_chat")  # pages stand without the examples
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(ROOT / "examples")])
     names = {"__name__": "documentation"}
     for line, block, runs in python_blocks(page):
-        given, code = names_of_example(block)
-        names |= {name: value for name, value in given.items() if not name.startswith("__")}
+        code = shown(block)
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")
         if runs:
             exec(compiled, names)
+        else:
+            assert unknown_names(code) <= names.keys() | vars(builtins).keys()
+            names |= dict.fromkeys(bound_names(code))
+
+
+def bound_names(code):
+    """Names that a block makes."""
+    nodes = list(ast.walk(ast.parse(code)))
+    imports = [u for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for u in n.names]
+    imported = {(u.asname or u.name).split(".")[0] for u in imports}
+    return imported | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def unknown_names(code):
+    """Names that a block uses and does not make."""
+    nodes = ast.walk(ast.parse(code))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - bound_names(code)
+
+
+def inline_calls():
+    """``(page, call, function)`` of each call of a public function that the text of a page shows."""
+    modules = (ahn_layers, ahn_layers.distillation)
+    for page in PAGES:
+        for code in re.findall(r"(?<!`)`([A-Za-z_.]+\([^`]*\))`", FENCE.sub("", markdown(page))):
+            try:
+                call = ast.parse(code, mode="eval").body
+            except SyntaxError:
+                continue
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
+                found = next((getattr(m, call.func.id) for m in modules if call.func.id in m.__all__), None)
+                if found is not None:
+                    yield pytest.param(call, found, id=f"{page_name(page)}: {code}")
+
+
+@pytest.mark.parametrize("call, function", inline_calls())
+def test_calls_in_the_text_have_arguments_that_exist(call, function):
+    parameters = inspect.signature(function).parameters
+    free = any(u.kind is u.VAR_KEYWORD for u in parameters.values())
+    assert free or {keyword.arg for keyword in call.keywords} <= parameters.keys()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -144,20 +160,6 @@ def test_public_names_of_a_module_have_an_entry(name):
     public = {u for u in getattr(module, "__all__", own) if not u.startswith("_")}
     page = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
     assert set(re.findall(rf"^::: ahn_layers\.{name}\.(\w+)$", page, re.MULTILINE)) == public
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_commands_name_examples_and_options_that_exist(page):
-    for line, code, _ in fences(page, "bash"):
-        for command in code.replace("\\\n", " ").splitlines():
-            script = re.search(r"examples/\w+\.py", command)
-            if script is None:
-                continue
-            source = (ROOT / script[0]).read_text()
-            if "from _chat import" in source:
-                source += (ROOT / "examples" / "_chat.py").read_text()
-            for option in re.findall(r"(?<= )--[\w-]+", command[script.end() :].split("&&")[0]):
-                assert f'"{option}"' in source, f"{page_name(page)}:{line}: {script[0]} has no {option}"
 
 
 def test_every_example_is_shown_on_a_page():
@@ -216,6 +218,29 @@ def test_every_error_is_in_the_troubleshooting_page():
 @pytest.mark.parametrize("row", rows())
 def test_every_row_of_the_troubleshooting_page_is_an_error(row):
     assert any(shows(row, text) for _, text in messages()), "no such message in the library"
+
+
+QUALIFIED = {
+    r"3\.3 to\s+3\.5 ms": r'cache_implementation="static"',
+    r"\b22\.(1|05) GB": r"unchunked",
+    r"(?<![\d.])(86|74) ms\b": r"plain|full\s+attention",
+}
+"""A number or a claim, and what its paragraph has to say with it."""
+UNTRUE = (r"one\s+changed\s+line", r"load as they are", r"kernels do\s+the forward pass\b", r"instead of 22\.1")
+
+
+def paragraphs(page):
+    """The paragraphs, lists and tables of a page."""
+    return re.split(r"\n\s*\n|\n(?=- )", FENCE.sub("", markdown(page)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_claims_say_what_they_are_for(page):
+    for text in paragraphs(page):
+        for claim, needed in QUALIFIED.items():
+            assert not re.search(claim, text) or re.search(needed, text), text
+        for claim in UNTRUE:
+            assert not re.search(claim, text), text
 
 
 def test_the_readme_has_one_command_for_the_tests():

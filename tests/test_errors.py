@@ -39,6 +39,7 @@ from ahn_layers import (
     window_only,
 )
 from ahn_layers.huggingface.cache_layers import MemoryLayer
+from ahn_layers.huggingface.decoder import CACHE
 
 from .models import CAPACITY, SINKS, WINDOW, base, generate, logits, retrofitted, tokens
 from .test_docs import rows, shows
@@ -161,12 +162,6 @@ def flex():
     return model
 
 
-def with_attentions():
-    model = base()
-    model.config._output_attentions = True
-    return model
-
-
 def encoder_decoder():
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32, "max_position_embeddings": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -187,7 +182,6 @@ RETROFITTING = {
         lambda: put(base("bloom", torch.float32)), ValueError, "BloomForCausalLM", "HippocampalAttention",
     ),
     "another attention": (lambda: put(flex()), ValueError, "'flex_attention'", "('sdpa', 'eager')", "Load the model"),
-    "output_attentions": (lambda: put(with_attentions()), ValueError, "output_attentions=True", "set it to False"),
     "an object for a class": (
         lambda: put(base(), GatedDeltaNet(32, 4, 8)), TypeError, "GatedDeltaNet(", "the class, not an object",
     ),
@@ -364,9 +358,18 @@ CALLS = {
     "size of values": (changed("v", lambda u: u[..., :6]), "value_dim=8, the attention has 6", "value_dim=6"),
     "number of heads": (changed("q", lambda u: u[:, :2]), "num_heads=4, the attention has 2", "num_heads=2"),
     "no hidden states": (lambda c: c | {"x": None}, "x=None", "needs the hidden states"),
-    "hidden states of all tokens": (changed("x", lambda u: u.repeat(1, 2, 1)), "x has shape (2, 2, 16)", "(2, 1, 16)"),
+    "hidden states of all tokens": (
+        changed("x", lambda u: u.repeat(1, 2, 1)), "x has shape (2, 2, 16)", "(2, 1, 16)", "x[:, -1:]",
+    ),
     "mask of floats": (lambda c: c | {"valid": torch.ones(2, 1)}, "torch.float32", "boolean mask of shape (2, 1)"),
-    "mask of all tokens": (lambda c: c | {"valid": torch.ones(2, 21) > 0}, "(2, 21)", "boolean mask of shape (2, 1)"),
+    "mask of all tokens": (
+        lambda c: c | {"valid": torch.ones(2, 21) > 0}, "(2, 21)", "boolean mask of shape (2, 1)", "valid[:, -1:]",
+    ),
+    "mask of integers": (lambda c: c | {"valid": torch.ones(2, 1).long()}, "int64", "a boolean mask", "valid.bool()"),
+    "hidden states of integers": (changed("x", lambda u: u.long()), "x has shape", "int64", "expected floating"),
+    "hidden states of another layer": (changed("x", lambda u: u[..., :12]), "x has shape (2, 1, 12)", "(2, 1, 16)"),
+    "hidden states, tokens first": (changed("x", lambda u: u.transpose(0, 1)), "(1, 2, 16)", "Pass x.transpose(0, 1)"),
+    "hidden states elsewhere": (changed("x", lambda u: u.to("meta")), "x is on meta, q on cpu", "x.to(q.device)"),
     "another batch": (
         lambda c: {name: u[:1] for name, u in c.items()}, "state has 2 rows, the tokens have 1", "state.reorder(index)",
     ),
@@ -392,6 +395,54 @@ def test_calls_that_a_store_refuses(case, inplace):
         expected, other = store(**part(call, 18, 19), state=before)
         assert torch.equal(out, expected)
         assert all(torch.equal(u, other.tensors()[name]) for name, u in end.tensors().items())
+
+
+ORDERS = {
+    "tokens before heads": ((0, 2, 1, 3), "qkv", "q", "(batch, tokens, heads, size)"),
+    "size before tokens": ((0, 1, 3, 2), "qkv", "q", "(batch, heads, size, tokens)"),
+    "tokens first": ((2, 0, 1, 3), "qkv", "q", "(tokens, batch, heads, size)"),
+    "heads first": ((1, 0, 2, 3), "qkv", "q", "(heads, batch, tokens, size)"),
+    "the keys alone": ((0, 2, 1, 3), "k", "k", "(batch, tokens, heads, size)"),
+    "the values alone": ((0, 2, 1, 3), "v", "v", "(batch, tokens, heads, size)"),
+    "keys and values": ((0, 2, 1, 3), "kv", "k", "(batch, tokens, heads, size)"),
+}
+
+
+@pytest.mark.parametrize("compressor", [GatedDeltaNet, None])
+@pytest.mark.parametrize("case", ORDERS)
+def test_tensors_in_another_order_are_told_how_to_turn(case, compressor):
+    order, names, blamed, looks = ORDERS[case]
+    if compressor is None and names == "qkv" and order != (0, 2, 1, 3):
+        pytest.skip("nothing is known of the sizes")
+    store, call = store_and_tokens(compressor, length=21)
+    expected = store(**call)[0]
+    turned = call | {name: call[name].permute(order) for name in names}
+    with refused(ValueError, f"{blamed} has shape {tuple(turned[blamed].shape)}", looks, f"Pass {blamed}.permute"):
+        store(**turned)
+    back = [order.index(i) for i in range(4)]
+    assert torch.equal(store(**turned | {name: turned[name].permute(back) for name in names})[0], expected)
+
+
+def test_keys_that_were_repeated_for_the_query_heads():
+    """Right where every query head has its own state, and no reason to make another compressor where they share."""
+    store, call = store_and_tokens(GatedDeltaNet, length=21)
+    repeated = call | {name: call[name].repeat_interleave(2, dim=1) for name in "kv"}
+    assert torch.allclose(store(**repeated)[0], store(**call)[0], atol=1e-5)
+    state = store(**part(call, 0, 20))[1]
+    with refused(ValueError, "the state holds k with 2 heads of 8, the tokens have 4", "repeated for the query heads"):
+        store(**part(repeated, 20, 21), state=state)
+    twice = call | {name: call[name].repeat_interleave(4, dim=1) for name in "kv"}
+    with refused(ValueError, "4 query heads and 8 key/value heads", "not repeated for the query heads"):
+        store(**twice)
+    store = MemoryStore(store.window, GatedDeltaNet(16, 4, 8, num_kv_heads=2, shared_state=True))
+    with refused(ValueError, "num_kv_heads=2, the attention has 4", "not repeated for the query heads"):
+        store(**repeated)
+
+
+def test_what_a_store_returned_is_not_the_state():
+    store, call = store_and_tokens()
+    with refused(TypeError, "state is a tuple", "the state that the last call returned"):
+        store(**part(call, 18, 19), state=store(**part(call, 0, 18)))
 
 
 STATES = {
@@ -428,7 +479,7 @@ def test_states_that_a_store_refuses(case, inplace):
 
 def filled(model, ids, cache=None):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True).past_key_values
+        return model(ids, cache=cache, use_cache=True).past_key_values
 
 
 def held(cache):
@@ -451,7 +502,7 @@ def equal(one, other):
 
 def passing(**options):
     """Pass these to the call."""
-    return lambda model, ids, cache: model(ids, past_key_values=cache, **options)
+    return lambda model, ids, cache: model(ids, cache=cache, **options)
 
 
 def in_training(model, ids, cache):
@@ -459,7 +510,7 @@ def in_training(model, ids, cache):
     try:
         for attention in (layer.self_attn for layer in model.model.layers):
             attention.block.attention_dropout = 0.25
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     finally:
         for attention in (layer.self_attn for layer in model.model.layers):
             attention.block.attention_dropout = 0.0
@@ -469,19 +520,26 @@ def in_training(model, ids, cache):
 def inside(switch):
     def call(model, ids, cache):
         with switch(model):
-            model(ids, past_key_values=cache)
+            model(ids, cache=cache)
 
     return call
 
 
 def restored(model, ids, cache):
-    base()(ids, past_key_values=cache)
+    base()(ids, **{CACHE: cache})
+
+
+def hiding(new, column):
+    """A mask that says that a token of the second row was padding, long after it has been folded."""
+    mask = torch.ones(2, LONG + new.shape[1], dtype=torch.long)
+    mask[1, column] = 0
+    return mask
 
 
 def attend(model, cache, length, **options):
     """Call the first attention block alone: the models themselves stumble over some arguments before."""
     x, ones = torch.randn(2, length, 32, dtype=torch.float64), torch.ones(1, length, 8, dtype=torch.float64)
-    arguments = {"position_embeddings": (ones, 0 * ones), "attention_mask": None, "past_key_values": cache}
+    arguments = {"position_embeddings": (ones, 0 * ones), "attention_mask": None, CACHE: cache}
     return model.model.layers[0].self_attn(x, **arguments | options)
 
 
@@ -495,35 +553,39 @@ MODEL_CALLS = {
     "a 4-D mask of bool": (
         passing(attention_mask=torch.ones(2, 1, 1, LONG + 3).bool()), "attention_mask has shape", "Pass a 2-D mask",
     ),
-    "output_attentions": (passing(output_attentions=True), "output_attentions", "leave output_attentions off"),
-    "packed": (
-        passing(cu_seq_lens_q=torch.tensor([0, 3])), "cu_seq_lens_q", "packed sequences are not supported",
-        "attention_mask",
+    "output_attentions": (passing(output_attentions=True), "output_attentions", "Leave output_attentions off"),
+    "packed": (passing(cu_seq_lens_q=torch.tensor([0, 2])), "cu_seq_lens=[0, 2] for 2 rows", "expected one row"),
+    "seq_idx": (passing(seq_idx=torch.arange(4)[None]), "seq_idx has shape (1, 4)", "expected (2, "),
+    "a mask that is too short": (
+        passing(attention_mask=torch.ones(2, LONG).long()), f"attention_mask has shape (2, {LONG})",
+        f"the {LONG} tokens in the cache",
     ),
-    "seq_idx": (passing(seq_idx=torch.zeros(2, 3)), "seq_idx", "pad the rows"),
+    "a mask over folded tokens": (
+        lambda m, ids, cache: m(ids, cache=cache, attention_mask=hiding(ids, column=9)), "hides tokens of rows [1]",
+        "cannot be undone", "clone",
+    ),
     "a bias": (passing(position_bias=torch.zeros(1)), "position_bias", "not supported"),
-    "another tensor": (passing(my_tensor=torch.zeros(1)), "unknown tensor argument 'my_tensor'", "would be ignored"),
     "both directions": (
         lambda m, ids, cache: attend(m, cache, ids.shape[1], is_causal=False), "is_causal=False", "expected causal",
     ),
-    "fewer rows": (lambda m, ids, cache: m(ids[:1], past_key_values=cache), "2 rows", "have 1", "state.reorder(index)"),
+    "fewer rows": (lambda m, ids, cache: m(ids[:1], cache=cache), "2 rows", "have 1", "state.reorder(index)"),
     "without its memory": (inside(window_only), "made with the long-term memory", "continued without", "Keep to one"),
     "full attention": (inside(full_attention), "filled by the bounded memory", "Begin a new cache"),
     "the base model": (restored, "filled by the bounded memory", "Begin a new cache", "after restore"),
     "another window": (
-        lambda m, ids, cache: retrofitted(window_size=7)(ids, past_key_values=cache), "window_size=6", "window_size=7",
+        lambda m, ids, cache: retrofitted(window_size=7)(ids, cache=cache), "window_size=6", "window_size=7",
         "same window",
     ),
     "another compressor": (
-        lambda m, ids, cache: retrofitted(compressor=Mamba2)(ids, past_key_values=cache), "write gates ['beta', 'g']",
+        lambda m, ids, cache: retrofitted(compressor=Mamba2)(ids, cache=cache), "write gates ['beta', 'g']",
         "another compressor",
     ),
     "another dtype": (
-        lambda m, ids, cache: retrofitted(dtype=torch.float32)(ids, past_key_values=cache), "float64 on cpu",
+        lambda m, ids, cache: retrofitted(dtype=torch.float32)(ids, cache=cache), "float64 on cpu",
         "k is torch.float32", "computed anew",
     ),
     "another model": (
-        lambda m, ids, cache: retrofitted(model=base(num_key_value_heads=4))(ids, past_key_values=cache),
+        lambda m, ids, cache: retrofitted(model=base(num_key_value_heads=4))(ids, cache=cache),
         "k with 2 heads of 8, the tokens have 4 heads of 8", "another layer or model",
     ),
 }  # fmt: skip
@@ -542,16 +604,9 @@ def test_calls_that_a_model_refuses(case, length):
         provoke(model, new, cache)
     assert equal(held(cache), before)
     with torch.no_grad():
-        out = model(new, past_key_values=cache).logits
-        expected = model(new, past_key_values=filled(model, ids[:, :LONG])).logits
+        out = model(new, cache=cache).logits
+        expected = model(new, cache=filled(model, ids[:, :LONG])).logits
     assert torch.equal(out, expected)
-
-
-def test_packed_sequences_are_refused():
-    model, ids = retrofitted(), tokens(1, LONG)
-    packed = torch.cat((torch.arange(10), torch.arange(LONG - 10)))[None]
-    with refused(ValueError, "packed sequences, whose position_ids start again", "Pad the rows", "2-D attention_mask"):
-        model(ids, position_ids=packed, use_cache=False)
 
 
 def offloaded():
@@ -600,7 +655,7 @@ def test_caches_that_a_model_refuses(case):
     if before is not None:
         assert equal(held(cache), before)
         with torch.no_grad(), refused(ValueError, *parts):
-            model(tokens(2, 1), past_key_values=cache)
+            model(tokens(2, 1), cache=cache)
         assert equal(held(cache), before)
 
 
@@ -620,7 +675,7 @@ def test_a_cache_on_another_device_is_refused():
         torch.no_grad(),
         refused(ValueError, "float64 on meta, k is torch.float64 on cpu", "cache.clone(device)"),
     ):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
 
 
 def test_tokens_that_were_folded_cannot_be_taken_back():

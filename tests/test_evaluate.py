@@ -19,6 +19,7 @@ from ahn_layers import (
     save_adapter,
     window_only,
 )
+from ahn_layers.huggingface.trainer import standard_error
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -26,6 +27,7 @@ sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("matplotlib")
 
 import evaluate  # noqa: E402
+import gap  # noqa: E402
 import needles  # noqa: E402
 import texts  # noqa: E402
 import train  # noqa: E402
@@ -152,7 +154,7 @@ def test_each_text_reads_the_memory_of_the_other():
     gates, state = memory.gates(torch.randn(2, 9, memory.hidden_size)), memory.init_state(2, q)
     turned = {name: gate.flip(0) for name, gate in gates.items()}
     expected, other = memory.scan(state, q, k.flip(0), v.flip(0), turned)
-    with evaluate.swapped_memories(model):
+    with gap.swapped_memories(model):
         found, after = memory.scan(state, q, k, v, gates)
     torch.testing.assert_close((found, after), (expected, other.flip(0)))
     assert not torch.allclose(found, memory.scan(state, q, k, v, gates)[0])
@@ -172,11 +174,185 @@ def test_evaluate_writes_table_json_and_picture(folders, tmp_path):
         assert cell["another_text"] != cell["memory"] and len(cell["by_text"]["another_text"]) == len(
             cell["by_text"]["memory"]
         )
-        assert cell["gap_closed"] == pytest.approx((cell["window"] - cell["memory"]) / (cell["window"] - cell["full"]))
+        closed = (cell["window"] - cell["memory"]) / (cell["window"] - cell["full"])
+        assert cell["gap_closed"] == (pytest.approx(closed) if cell["verdict"] == "significant" else None)
     assert len(results["tables"]) == 4 and "evicted" in results["tables"][2]
     streamed = results["streaming"]
     assert streamed["memory"]["cache_bytes"][-1] == streamed["memory"]["cache_bytes"][-2]  # constant once it is full
     assert streamed["full attention"]["cache_bytes"][-1] > streamed["full attention"]["cache_bytes"][-2]
+
+
+def losses_with_a_gap(gap, noise, texts=2, tokens=512):
+    """Losses by arm of texts in which full attention is better by ``gap``, and the memory closes half of it."""
+    found = []
+    for _ in range(texts):
+        full = 3 + torch.randn(tokens, dtype=torch.float64)
+        window = full + gap + noise * torch.randn(tokens, dtype=torch.float64)
+        memory = window - gap / 2
+        found.append({"full": full, "window": window, "memory": memory, "another_text": window - gap / 4})
+    return found
+
+
+@pytest.mark.parametrize("texts", [2, 8])
+def test_a_share_is_of_a_gap_that_is_there(texts):
+    found = gap.measure(losses_with_a_gap(0.1, 0.5, texts))
+    assert found["verdict"] == "significant" and found["gap_closed"] == pytest.approx(0.5, abs=0.15)
+    assert found["by_own_memory"] == pytest.approx(found["gap_closed"] / 2, abs=0.1)
+    worse = gap.measure(losses_with_a_gap(-0.1, 0.5, texts))
+    assert worse["verdict"] == "full attention is worse" and worse["gap_closed"] is None
+    assert worse["by_own_memory"] is None
+
+
+def test_the_trainer_says_how_sure_the_gap_is():
+    sums = torch.tensor([[1.0, 2, 0, 1], [2, 5, 0, 2], [0, 0, 0, 0]])  # gaps of 1 and 1.5, and a text without tokens
+    assert standard_error(sums) == pytest.approx(0.25)
+    assert standard_error(sums[:1]) == float("inf")
+
+
+def test_noise_has_no_share():
+    """By chance one in twenty is taken for a gap."""
+    found = [gap.measure(losses_with_a_gap(0.0, 0.5, texts)) for texts in (2, 8) for _ in range(50)]
+    assert sum(cell["gap_closed"] is not None for cell in found) <= 8
+    assert {cell["verdict"] for cell in found} >= {"not significant"}
+
+
+def test_a_single_measurement_is_not_significant():
+    (text,) = losses_with_a_gap(1.0, 0.1, texts=1, tokens=gap.SEGMENT + 9)
+    found = gap.measure([{arm: values for arm, values in text.items() if arm != "another_text"}])
+    assert found["verdict"] == "not significant" and found["another_text"] is None and found["gap_error"] is None
+    json.loads(json.dumps(found), parse_constant=pytest.fail)
+
+
+def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
+    results = evaluate.main([
+        "--model", str(folders / "base"), "--adapter", str(folders / "adapter"), "--text", str(folders / "text.txt"),
+        "--tokens", "0", "--stretches", "1", "--length", "100", "--start", "40", "--needles", "0", "--device", "cpu",
+        "--dtype", "float32", "--output", str(tmp_path),
+    ])  # fmt: skip
+    assert "not significant" in results["tables"][0] and "%" not in results["tables"][0].splitlines()[-1]
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--length", "90000"], "--length 90000: the longest text has"),
+    (["--length", "100", "--start", "99"], "--length 100: nothing is measured before position 99"),
+    (["--length", "40", "--start", "1", "--capacities", "56+8"], "--length 40: nothing is measured before position 64"),
+    (["--capacities", "24-8"], "expected WINDOW+SINKS"),
+    (["--compressor", "Mamba2"], "Leave --compressor out"),
+    (["--text", "nowhere.txt"], "nowhere.txt"),
+    (["--output", __file__], "File exists"),
+])  # fmt: skip
+def test_a_wrong_option_fails_before_anything_is_measured(given, message, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "streaming", lambda *_: pytest.fail("the first part ran"))
+    words = ["--model", str(folders / "base"), "--adapter", str(folders / "adapter"), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*words, "--text", str(folders / "text.txt"), "--device", "cpu", "--dtype", "float32", *given])
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+WRONG = {
+    "a text that is not there": (["--text", "nowhere.txt"], "nowhere.txt"),
+    "no source": ([], "one of --text and --dataset"),
+    "two sources": (["--text", "TEXT", "--dataset", "a"], "one of --text and --dataset"),
+    "a configuration of nothing": (["--text", "TEXT", "--config", "a"], "are for --dataset"),
+    "a stream of nothing": (["--text", "TEXT", "--streaming"], "are for --dataset"),
+    "no such dataset": (["--dataset", "nobody/nothing"], "--dataset nobody/nothing"),
+    "no such column": (["--dataset", "JSONL", "--column", "title"], "--column title: no column of text"),
+    "no such field": (["--text", "JSONL", "--column", "title"], "the field 'title'"),
+    "no such split": (["--dataset", "JSONL", "--split", "nothing"], "nothing"),
+    "no such configuration": (["--dataset", "CSV", "--config", "b", "--split", "c"], "--dataset"),
+    "a broken line": (["--text", "BROKEN"], "line 2: expected a JSON object"),
+    "a dev text that is not there": (["--text", "TEXT", "--dev", "nowhere"], "nowhere"),
+    "short texts to measure on": (
+        ["--text", "TEXT", "--length", "80", "--dev", "TEXT", "--dev-length", "9000"],
+        "9000 tokens in one",
+    ),
+    "nothing beyond the window": (["--text", "TEXT", "--dev", "TEXT", "--dev-length", "500"], "--dev-length 500"),
+    "texts shorter than a sequence": (["--text", "TEXT", "--length", "90000"], "at least one stretch of 90000"),
+    "no checkpoint": (["--text", "TEXT", "--resume"], "--resume: no checkpoint"),
+    "no adapter": (["--text", "TEXT", "--start-from", "nowhere"], "nowhere: no such folder"),
+    "nothing to measure on the way": (["--text", "TEXT", "--eval-every", "5"], "--eval-every"),
+    "a share": (["--text", "TEXT", "--copies", "2"], "from 0 to 1"),
+    "a window": (["--text", "TEXT", "--window", "0"], "at least 1"),
+    "sinks": (["--text", "TEXT", "--draw-sinks", "-4"], "draw-sinks"),
+    "a dtype": (["--text", "TEXT", "--dtype", "float7"], "invalid choice"),
+    "a compressor": (["--text", "TEXT", "--compressor", "Nothing"], "invalid choice"),
+    "an output that is a file": (["--text", "TEXT", "--output", "TEXT"], "a file, expected a folder"),
+}
+
+
+@pytest.mark.parametrize("given, message", WRONG.values(), ids=WRONG)
+def test_a_wrong_option_fails_before_the_model_is_loaded(given, message, folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n')
+    (tmp_path / "a.csv").write_text("text\nwords\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "some words"}\nno JSON\n')
+    monkeypatch.setattr(train, "load_causal_lm", lambda *_: pytest.fail("the model was loaded"))
+    paths = {
+        "TEXT": folders / "text.txt", "JSONL": tmp_path / "a.jsonl", "CSV": tmp_path / "a.csv",
+        "BROKEN": tmp_path / "broken.jsonl",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    words = [str(paths.get(word, word)) for word in given]
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--model", str(folders / "base"), "--output", str(tmp_path / "out"), *words])
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_a_start_that_contradicts_its_adapter_fails_before_the_training(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_trainer", lambda *_: pytest.fail("the training began"))
+    words = ["--model", str(folders / "base"), "--text", str(folders / "text.txt"), "--output", str(tmp_path / "out")]
+    words += ["--length", "80", "--start-from", str(folders / "adapter")]
+    for wrong in (["--shared-state"], ["--memory-positions", "none"], ["--compressor", "Mamba2"]):
+        with pytest.raises(SystemExit, match=f"Leave {wrong[0]} out"):
+            train.main([*words, *wrong])
+    with pytest.raises(SystemExit, match="--dev-length 33"):
+        train.main([*words, "--dev", str(folders / "text.txt"), "--dev-length", "33"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_of_a_dataset(streaming, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = [{"body": f"text {i}", "n": i} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+    expected = [row["body"] for row in rows]
+    for name in ("a.jsonl", "folder"):
+        assert list(texts.read_dataset(str(tmp_path / name), None, "train", "body", streaming)) == expected
+    assert texts.read_texts([tmp_path / "folder"], "body") == expected
+    with pytest.raises(ValueError, match=r"--column n: .*\['body', 'n'\]"):
+        texts.read_dataset(str(tmp_path / "a.jsonl"), None, "train", "n", streaming)
+
+
+def test_a_stream_is_read_as_far_as_it_is_needed():
+    read = []
+
+    def stream():
+        for i in range(1000):
+            read.append(i)
+            yield "some words"
+
+    documents = texts.tokenize(tokenizer(), stream(), "test", enough=300)
+    assert 300 <= sum(map(len, documents)) < 500 and len(read) < 60
+
+
+def test_streaming_reads_what_the_steps_need(tmp_path, monkeypatch):
+    asked, read = [], []
+
+    def stream(*source):
+        asked.append(source)
+        for i in range(5000):
+            read.append(i)
+            yield "some words"
+
+    monkeypatch.setattr(train, "read_dataset", stream)
+    words = ["--dataset", "a", "--config", "b", "--split", "c", "--column", "d", "--output", str(tmp_path)]
+    sizes = ["--steps", "3", "--batch", "2", "--accumulate", "2", "--length", "64"]
+    crops, _ = train.load_data(tokenizer(), train.parse([*words, *sizes, "--streaming"]))
+    assert asked == [("a", "b", "c", "d", True)] and len(crops) == 12
+    assert sum(map(len, crops.documents)) >= 12 * 64 and len(read) < 200
+    train.load_data(tokenizer(), train.parse([*words, *sizes]))
+    assert asked[-1][-1] is False and len(read) > 5000
 
 
 def test_train_writes_an_adapter_that_evaluate_reads(folders, tmp_path):
@@ -184,9 +360,11 @@ def test_train_writes_an_adapter_that_evaluate_reads(folders, tmp_path):
         "--model", str(folders / "base"), "--text", str(folders / "text.txt"), "--dev", str(folders / "text.txt"),
         "--dev-length", "100", "--dev-count", "2", "--window", "24", "--sinks", "8", "--steps", "4",
         "--align-steps", "2", "--length", "80", "--batch", "2", "--save-every", "2", "--shared-state",
-        "--output", str(tmp_path / "adapter"),
+        "--gradient-checkpointing", "--output", str(tmp_path / "adapter"),
     ])  # fmt: skip
     assert report["steps"] == 4 and {"eval_full", "eval_window", "eval_memory"} <= report["metrics"].keys()
+    metrics = report["metrics"]
+    assert (metrics["eval_gap_closed"] is None) == (metrics["eval_gap"] != "significant")
     assert json.loads((tmp_path / "adapter" / "training.json").read_text())["tokens"] == 4 * 2 * 80
     results = evaluate.main([
         "--model", str(folders / "base"), "--adapter", str(tmp_path / "adapter"), "--text", str(folders / "text.txt"),

@@ -1,13 +1,14 @@
 """Every example runs, in a small setting, without a network."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from ahn_layers import GatedDeltaNet, adapter_parameters, retrofit
+from ahn_layers import GatedDeltaNet, HippocampalCache, adapter_parameters, retrofit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHATS = ("llama", "qwen", "mistral")
@@ -81,6 +82,40 @@ def test_chat(name, tmp_path, capsys):
     assert "the memory is untrained" in printed
 
 
+def figures(text):
+    """What the last line in brackets says: tokens, MB of the cache, MB of full attention."""
+    line = [u for u in text.splitlines() if u.startswith("[")][-1]
+    full = re.search(r"full attention ([\d.]+) MB", line)
+    numbers = re.match(r"\[([\d,]+) tokens, cache ([\d.]+) MB", line)
+    return line, int(numbers[1].replace(",", "")), float(numbers[2]), full and float(full[1])
+
+
+def test_a_short_chat_is_not_compared_with_full_attention(capsys):
+    importlib.import_module("llama").run(["--random-weights", "--prompt", "Hello", "--max-new-tokens", "3"])
+    line, tokens, _, full = figures(capsys.readouterr().out)
+    assert tokens < 100 and full is None and "it grows up to 2,048 tokens" in line
+
+
+def test_a_chat_says_from_when_on_a_window_saves(capsys):
+    small = ["--random-weights", "--window", "4", "--sinks", "2", "--max-new-tokens", "3"]
+    importlib.import_module("llama").run([*small, "--prompt", "Hi"])
+    line, tokens, _, full = figures(capsys.readouterr().out)
+    assert tokens > 6 and full is not None
+    module = importlib.import_module("_chat")
+    model, tokenizer = module.random_model(LlamaConfig(**module.SMALL, num_key_value_heads=2))
+    chat = module.Chat(retrofit(model, GatedDeltaNet, window_size=4, num_sinks=2), tokenizer)
+    limit = 10**9
+    for count in range(8, 60):
+        chat.cache = HippocampalCache()
+        chat.ids = torch.ones(1, count + 1, dtype=torch.long)
+        chat._read()
+        line = chat.figures()
+        match = re.search(r"which is more from (\d+) tokens on", line)
+        limit = int(match[1]) if match else limit
+        assert (match is None) == (count >= limit), line
+    assert 8 < limit < 60
+
+
 @pytest.mark.parametrize("limit", [1, 9])
 def test_a_chat_goes_on_as_if_it_read_everything_again(limit, capsys):
     module = importlib.import_module("_chat")
@@ -94,7 +129,7 @@ def test_a_chat_goes_on_as_if_it_read_everything_again(limit, capsys):
     seen, probe = chat.cache.get_seq_length(), chat.ids[:, :1]
     with torch.no_grad():
         again = model(torch.cat((chat.ids[:, :seen], probe), dim=1)).logits[:, -1]
-        kept = model(probe, past_key_values=chat.cache, use_cache=True).logits[:, -1]
+        kept = model(probe, cache=chat.cache, use_cache=True).logits[:, -1]
     torch.testing.assert_close(kept, again, rtol=1e-4, atol=1e-4)
     text = tokenizer.decode(chat.ids[0])
     assert text.count("[user]") == 3 and text.count("[assistant]") == 3 and text.count("<s>") == 1
@@ -121,8 +156,8 @@ def test_quickstart(tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     small = ["--tokens", "300", "--window", "60", "--sinks", "4", "--chunk", "50", "--model", str(tmp_path / "model")]
-    importlib.import_module("quickstart").main([*small, "--plot", str(tmp_path / "plot.png")])
-    assert (tmp_path / "plot.png").stat().st_size > 0
+    importlib.import_module("quickstart").main([*small, "--plot", str(tmp_path / "new" / "plot.png")])
+    assert (tmp_path / "new" / "plot.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "full attention" in printed and "untrained" in printed
 

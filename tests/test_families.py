@@ -7,7 +7,7 @@ import torch
 
 from ahn_layers import GatedDeltaNet, HippocampalAttention, full_attention, restore, retrofit, window_only
 from ahn_layers.compressor import Compressor
-from ahn_layers.retrofit import find_retrofitted
+from ahn_layers.record import find_retrofitted
 
 from .methods import NAMES
 from .models import (

@@ -183,7 +183,7 @@ def test_three_turns_on_the_cache_that_was_returned(name):
     model = retrofitted(name)
     ids, cache, seen = tokens(2, 5), None, calls_of(model)
     for turn in range(3):
-        options = {} if cache is None else {"past_key_values": cache}
+        options = {} if cache is None else {"cache": cache}
         seen.clear()
         out = generate(model, ids, NEW, return_dict_in_generate=True, **options)
         assert seen[0] == (5 if turn == 0 else 7 + 1), "only what is new is read"
@@ -199,7 +199,7 @@ def test_turns_of_a_padded_batch(name):
     model, cache = retrofitted(name), HippocampalCache()
     ids, mask, rows = left_padded(LONG, 1, 4)
     for _ in range(2):
-        together = generate(model, ids, NEW, attention_mask=mask, past_key_values=cache)
+        together = generate(model, ids, NEW, attention_mask=mask, cache=cache)
         alone = [generate(model, row, NEW) for row in rows]
         for i, row in enumerate(rows):
             assert torch.equal(together[i, -NEW:], alone[i][0, row.shape[1] :])
@@ -213,12 +213,12 @@ def test_turns_of_a_padded_batch(name):
 def test_a_cache_of_ones_own(make):
     model, ids, cache = retrofitted(), tokens(2, LONG), make()
     expected = generate(model, ids, NEW)
-    assert torch.equal(generate(model, ids, NEW, past_key_values=cache), expected)
+    assert torch.equal(generate(model, ids, NEW, cache=cache), expected)
     assert cache.get_seq_length() == LONG + NEW - 1
     assert [type(layer) for layer in cache.layers] == [MemoryLayer] * 3
     assert [layer.keys.shape[2] for layer in cache.layers] == [CAPACITY] * 3
     again = torch.cat((expected, tokens(2, 4)), dim=1)
-    assert torch.equal(generate(model, again, past_key_values=cache), generate(model, again))
+    assert torch.equal(generate(model, again, cache=cache), generate(model, again))
 
 
 # --- long prompts
@@ -239,9 +239,9 @@ def test_a_second_turn_is_read_in_chunks(monkeypatch):
     mask = (ids != 0).long()
     for options in ({}, {"prefill_chunk_size": 4}):
         cache, seen = HippocampalCache(), calls_of(model)
-        generate(model, ids[:, :6], 1, attention_mask=mask[:, :6], past_key_values=cache)
+        generate(model, ids[:, :6], 1, attention_mask=mask[:, :6], cache=cache)
         monkeypatch.setattr("ahn_layers.huggingface.generation.PREFILL_CHUNK", 4)
-        turn = generate(model, ids, NEW, attention_mask=mask, past_key_values=cache, **options)
+        turn = generate(model, ids, NEW, attention_mask=mask, cache=cache, **options)
         assert seen[1:7] == [4, 4, 4, 4, 3, 1]
         monkeypatch.undo()
         assert torch.equal(turn, generate(model, ids, NEW, attention_mask=mask))
@@ -274,7 +274,7 @@ def test_a_static_cache_goes_on():
     model, ids = retrofitted(), tokens(2, LONG)
     first = generate(model, ids, NEW, cache_implementation="static", return_dict_in_generate=True)
     more = torch.cat((first.sequences, tokens(2, 4)), dim=1)
-    assert torch.equal(generate(model, more, 1, past_key_values=first.past_key_values), generate(model, more, 1))
+    assert torch.equal(generate(model, more, 1, cache=first.past_key_values), generate(model, more, 1))
 
 
 # --- drafts

@@ -48,7 +48,7 @@ def logits_and_states(model, ids, cuts):
     cache, logits = None, []
     with torch.no_grad():
         for a, b in pairwise([0, *cuts, ids.shape[1]]):
-            out = model(ids[:, a:b], past_key_values=cache, use_cache=True)
+            out = model(ids[:, a:b], cache=cache, use_cache=True)
             cache = out.past_key_values
             logits.append(out.logits)
     return torch.cat(logits, dim=1), [layer.state.memory for layer in cache.layers]

@@ -12,11 +12,23 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 
 # from the bottom up: a module imports what stands above it in this list, types included; a package is all its modules
 ORDER = [
-    *("version", "files", "ops", "layers", "tokens", "ring", "window", "positions", "compressor", "recurrent"),
-    *("compressors", "eviction", "recall", "state", "checks", "step", "memory", "attention", "huggingface"),
-    *("retrofit", "adapter", "cost", "distillation", "huggingface/trainer", "testing"),
+    *("version", "files", "undo", "missing", "ops", "layers", "peft", "tokens", "ring", "window", "positions"),
+    *("compressor", "recurrent", "compressors", "eviction", "recall", "state", "checks", "padded", "step", "memory"),
+    *("attention", "record", "fingerprint", "adapter_files", "huggingface", "retrofit", "adapter", "cost"),
+    *(
+        "distillation",
+        "huggingface/saving",
+        "huggingface/saved_model",
+        "huggingface/trainer",
+        "registration",
+        "testing",
+    ),
 ]
-EXCEPTIONS = {("distillation/__init__.py", "huggingface/trainer")}  # for the trainer's name only
+EXCEPTIONS = {
+    ("distillation/__init__.py", "huggingface/trainer"),  # for the trainer's name only
+    ("huggingface/install.py", "huggingface/saving"),  # what a retrofitted model is saved by
+    ("huggingface/interface.py", "huggingface/call"),  # to be undone, as the others
+}
 
 
 def imports(path: str, *, top_level: bool = False) -> list[tuple[int, str]]:
@@ -61,7 +73,8 @@ def test_imports_run_one_way(path):
 
 def test_no_imports_run_in_a_circle():
     graph = {path.removesuffix(".py").removesuffix("/__init__"): targets(path) for path in MODULES}
-    graph["distillation"] = graph["distillation"] - {target for _, target in EXCEPTIONS}
+    for path, target in EXCEPTIONS:
+        graph[path.removesuffix(".py").removesuffix("/__init__")] -= {target}
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:

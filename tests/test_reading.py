@@ -48,7 +48,7 @@ def retrofitted(models, name="llama", window_size=WINDOW, **options):  # noqa: F
 def compare(models, model, ids, past=None, atol=1e-5, **options):  # noqa: F811
     """Logits against those of a prompt whose pieces the caller asks for, which are read as they always were."""
     options = {"count": 3, "return_dict_in_generate": True, "output_logits": True} | options
-    given = [{} if past is None else {"past_key_values": past.clone()} for _ in range(2)]
+    given = [{} if past is None else {"cache": past.clone()} for _ in range(2)]
     expected = models.generate(model, ids, prefill_chunk_size=PIECE, **given[0], **options)
     found = models.generate(model, ids, **given[1], **options)
     assert torch.equal(found.sequences, expected.sequences)
@@ -139,7 +139,7 @@ def test_several_sequences(models, reading):  # noqa: F811
 def test_a_cache_that_holds_tokens(models, reading):  # noqa: F811
     model, ids = retrofitted(models), models.tokens(1, LONG)
     cache = sys.modules["ahn_layers"].HippocampalCache()
-    models.generate(model, ids[:, :6], 1, past_key_values=cache)
+    models.generate(model, ids[:, :6], 1, cache=cache)
     compare(models, model, ids, cache, attention_mask=torch.ones_like(ids))
     compare(models, model, ids[:, 6:], cache)  # the new tokens alone
     assert reading.twins[:1] == [LONG]

@@ -1,7 +1,6 @@
 """Retrofitting a model of transformers, what else can be done to it then, and taking it back."""
 
 import copy
-import json
 import pickle
 import subprocess
 import sys
@@ -11,9 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ahn_layers import (
     Compressor,
@@ -29,7 +26,8 @@ from ahn_layers import (
     window_only,
 )
 from ahn_layers.huggingface.cache_layers import MemoryLayer
-from ahn_layers.retrofit import find_retrofitted, memory_attention
+from ahn_layers.record import find_retrofitted
+from ahn_layers.retrofit import memory_attention
 
 from .models import (
     CAPACITY,
@@ -325,21 +323,6 @@ def test_to_float64_and_back_is_exact():
 # --- files
 
 
-def test_saved_with_the_model(tmp_path):
-    """``save_pretrained`` writes base and memory; read back it is the base, and the memory can be put in."""
-    model, ids = retrofitted(dtype=torch.float32), tokens(1, LONG)
-    model.save_pretrained(tmp_path)
-    assert "hippocampal" not in (tmp_path / "config.json").read_text()
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and set(info["unexpected_keys"]) == {name for name, _ in adapter_parameters(model)}
-    assert plain.config._attn_implementation == "sdpa"
-    assert torch.equal(logits(plain, ids), logits(base(dtype=torch.float32), ids))
-    retrofit(plain, GatedDeltaNet, window_size=WINDOW, num_sinks=SINKS)
-    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(logits(plain, ids), logits(model, ids))
-
-
 def test_a_state_dict_goes_round():
     model, other, ids = retrofitted(), retrofitted(), tokens(1, LONG)
     train_memory(other, seed=1)
@@ -535,6 +518,6 @@ def test_what_the_record_says():
     record = find_retrofitted(model)[1]
     assert (record.window.capacity, record.window.sink_positions) == (CAPACITY, "streaming")
     assert (record.compressor, record.options, record.layers) == ("GatedDeltaNet", {"shared_state": True}, [1])
-    assert record.base == "sdpa" and set(record.skipped) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
+    assert record.owned == "none" and set(record.skipped) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
     cache = model(tokens(1, LONG)).past_key_values
     assert [isinstance(layer, MemoryLayer) for layer in cache.layers] == [False, True, False]

@@ -197,8 +197,6 @@ class Browser:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
     try:
         found = Browser(tmp_path_factory.mktemp("profile"))
     except (OSError, TimeoutError) as error:
@@ -224,6 +222,10 @@ def brightness(color):
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+
+
+@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_a_browser_shows_the_pages(browser, address_of_site, pages, size, scheme):
@@ -239,6 +241,7 @@ def test_a_browser_shows_the_pages(browser, address_of_site, pages, size, scheme
     assert all(url.startswith((address_of_site, "data:", "blob:")) for url in browser.requests)
 
 
+@needs_chromium
 def test_a_browser_finds_a_word(browser, address_of_site):
     browser.open(address_of_site + "?q=GatedDeltaNet")
     text = browser.until("[...document.querySelectorAll('.md-search-result__item')].map(u => u.innerText).join('\\n')")

@@ -69,7 +69,7 @@ def test_two_caches_in_turn(model):
     caches = [StaticCache(config=model.config, max_cache_len=64) for _ in texts]
     for _ in range(3):
         for i, cache in enumerate(caches):
-            found = generate(model, texts[i], 7, past_key_values=cache)
+            found = generate(model, texts[i], 7, cache=cache)
             assert torch.equal(found, eager(model, texts[i], 7))
             texts[i] = found
 

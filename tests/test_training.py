@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from ahn_layers import Compressor, GatedDeltaNet, adapter_parameters, full_attention, retrofit, window_only
+from ahn_layers import (
+    Compressor,
+    GatedDeltaNet,
+    HippocampalAttention,
+    MemoryStore,
+    Window,
+    adapter_parameters,
+    full_attention,
+    retrofit,
+    window_only,
+)
 from ahn_layers.huggingface.cache_layers import MemoryLayer
 
 from .methods import NAMES
@@ -27,7 +38,7 @@ def gradients(model, ids, parameters, cuts=None, **options):
     model.zero_grad(set_to_none=True)
     cache, outs = None, []
     for piece in ids.split(cuts or ids.shape[1], dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=cuts is not None, **options)
+        out = model(input_ids=piece, cache=cache, use_cache=cuts is not None, **options)
         cache = out.past_key_values
         outs.append(out.logits)
     F.cross_entropy(torch.cat(outs, dim=1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -53,12 +64,84 @@ def test_a_frozen_base_gets_no_gradients_and_the_memory_all(name, compressor):
     assert all(given[name].abs().max() > 0 for name in memory), "every one of them matters"
 
 
-def test_within_the_window_nothing_is_remembered():
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral_window"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_within_the_window_the_memory_gets_zeros(name, compressor, cached):
+    """A batch that is too short for the memory can be trained on, and changes nothing."""
+    model, ids = retrofitted(name, compressor=Compressor.by_name[compressor]), tokens(2, CAPACITY)
+    memory = frozen(model)
+    out = model(ids, labels=ids, use_cache=cached)
+    assert torch.equal(out.logits, logits(base(name), ids)), "not one bit"
+    out.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in memory.values())
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in memory)
+
+
+@pytest.mark.parametrize("length", [CAPACITY, 2 * CAPACITY])
+def test_a_padded_batch_within_the_window_too(length):
+    model, ids = retrofitted(), tokens(2, length)
+    memory, mask = frozen(model), torch.ones(2, length, dtype=torch.long)
+    mask[:, : length - CAPACITY + 2] = 0
+    model(ids, attention_mask=mask, position_ids=positions(mask), labels=ids).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in memory.values())
+
+
+def test_short_and_long_batches_add_up():
+    """Short pieces before long ones, with a cache and without: what the long ones give stays."""
+    model, ids = retrofitted(), tokens(2, LONG)
+    memory = frozen(model)
+    expected = gradients(model, ids, memory)
+    model(ids[:, :CAPACITY], labels=ids[:, :CAPACITY]).loss.backward()
+    close({name: p.grad for name, p in memory.items()}, expected)
+    close(gradients(model, ids, memory, [CAPACITY, LONG - CAPACITY]), expected, 1e-6)  # float32 norms
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_within_the_window(use_reentrant):
+    model, ids = retrofitted().train(), tokens(2, CAPACITY)
+    memory = frozen(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert all(gradient is not None and not gradient.any() for gradient in gradients(model, ids, memory).values())
+
+
+def test_within_the_window_only_what_is_trained_is_in_the_graph():
     model, ids = retrofitted(), tokens(2, CAPACITY)
     memory = frozen(model)
+    chosen = next(iter(memory))
+    for name, parameter in memory.items():
+        parameter.requires_grad_(name == chosen)
+    given = gradients(model, ids, memory)
+    assert [name for name, gradient in given.items() if gradient is not None] == [chosen]
+    model.requires_grad_(False)
     assert not model(ids, labels=ids).loss.requires_grad
-    model.get_input_embeddings().requires_grad_(True)
-    assert not any(gradient is not None and gradient.any() for gradient in gradients(model, ids, memory).values())
+    frozen(model)
+    with torch.no_grad():
+        assert not model(ids, labels=ids).loss.requires_grad
+    with window_only(model):
+        assert not model(ids, labels=ids).loss.requires_grad, "the memory takes no part"
+
+
+def test_within_the_window_an_attention_block_of_your_own_gets_zeros():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x, attend):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            return attend(q, k, v).transpose(1, 2).flatten(2)
+
+    compressor = GatedDeltaNet(hidden_size=32, num_heads=4, head_dim=8)
+    layer = HippocampalAttention(Attention(), MemoryStore(Window(WINDOW, SINKS), compressor))
+    layer(torch.randn(2, CAPACITY, 32))[0].sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in compressor.parameters())
+    assert layer.qkv.weight.grad.any()
+    names = dict(compressor.named_parameters())
+    functional = lambda u: torch.func.functional_call(layer, u, (torch.ones(1, CAPACITY, 32),))[0].sum()
+    given = torch.func.grad(functional)({f"memory.compressor.{name}": p.detach() for name, p in names.items()})
+    assert len(given) == len(names) and not any(gradient.any() for gradient in given.values())
 
 
 def test_a_fresh_memory_learns_through_its_output_first():

@@ -6,6 +6,7 @@ arXiv 2510.07318, section 3.3. These are pieces; the loop is that of transformer
 
 from typing import TYPE_CHECKING, Any
 
+from ..missing import needs_transformers
 from .alignment import align_layers
 from .compiling import compile_layers
 from .copying import repeat_spans
@@ -35,7 +36,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "DistillationTrainer":  # needs transformers, which the rest does not
-        from ..huggingface.trainer import DistillationTrainer
-
+        try:
+            from ..huggingface.trainer import DistillationTrainer
+        except ImportError as error:
+            raise needs_transformers(name) from error
         return DistillationTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
-from ..retrofit import adapter_parameters, find_retrofitted, full_attention, window_only
+from ..record import find_retrofitted
+from ..retrofit import adapter_parameters, full_attention, window_only
 from .loss import Head, sliced_loss
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..attention import HippocampalAttention
+from ..memory import MemoryStore
 
 CAPACITIES = tuple(32 << i for i in range(9))
 """Capacities to draw from, 32 to 8192 (arXiv 2510.07318)."""
@@ -80,7 +81,8 @@ def use_window(model: nn.Module, window_size: int, num_sinks: int = 0) -> Iterat
     Raises:
         ValueError: if the model has no memory, or a size is out of range.
     """
-    stores = [module.memory for module in model.modules() if isinstance(module, HippocampalAttention)]
+    blocks = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
+    stores = [store for block in blocks for store in block.memory.modules() if isinstance(store, MemoryStore)]
     if not stores:
         raise ValueError(f"{type(model).__name__} has no HippocampalAttention: call retrofit(model, ...) first.")
     before = [store.window for store in stores]

@@ -20,13 +20,17 @@ from transformers.cache_utils import (
 
 from ..files import load_tensors, reading, save_tensors
 from ..state import MemoryState
-from .cache_layers import LayerCache, MemoryLayer, StaticMemoryLayer
+from .cache_layers import LayerCache, MemoryLayer
+from .padding import Padding
+from .static_layer import StaticMemoryLayer
+from .transaction import settle
 
 
 class HippocampalCache(DynamicCache):
     """The cache of a retrofitted model, as ``generate`` makes it: a transformers cache that can be forked and saved.
 
-    Make one yourself to keep it over several calls: ``generate(..., past_key_values=HippocampalCache())``.
+    Make one yourself to keep it over several calls: ``generate(..., cache=HippocampalCache())``. Before transformers
+    5.24 a model that is not retrofitted calls this argument ``past_key_values``.
 
     Examples:
         >>> cache = HippocampalCache()
@@ -47,6 +51,31 @@ class HippocampalCache(DynamicCache):
         """From now on keep what ``crop`` needs to take tokens back, in layers to come as well."""
         self._recording = True
         super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, see ``MemoryLayer.crop``."""
+        settle(self)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows, in place."""
+        settle(self)
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        settle(self)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        settle(self)
+        super().batch_select_indices(indices)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without a call that was interrupted."""
+        settle(self)
+        return dict(vars(self))
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +101,7 @@ class HippocampalCache(DynamicCache):
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
+        settle(self)
         description = {"layers": [_describe(layer) for layer in self.layers]}
         tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in _tensors(layer).items()}
         save_tensors(path, tensors, "cache", description)
@@ -92,6 +122,7 @@ class HippocampalCache(DynamicCache):
         return cache
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":
+        settle(self)
         copy = type(self)()
         copy.layers = [_rebuild(_describe(layer), function(_tensors(layer))) for layer in self.layers]
         return copy
@@ -116,7 +147,8 @@ def _describe(layer: Any) -> dict[str, Any]:
         if state["length"] is None:  # a static layer is resumed as a dynamic one
             length = int(layer.get_seq_length())
             state |= {"length": length, "padded": not bool((layer.state.seen == length).all())}
-        return {"type": "memory", "state": state}
+        turns = None if layer.padding is None else layer.padding.turns
+        return {"type": "memory", "state": state, "padding": turns, "made_with": layer.made_with}
     if type(layer) is DynamicSlidingWindowLayer:
         return {"type": "sliding", "sliding_window": layer.sliding_window, "seen": layer.cumulative_length}
     if type(layer) is DynamicLayer:
@@ -130,6 +162,8 @@ def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         layer: Any = MemoryLayer()
         if "state" in description:
             layer.state = MemoryState.from_tensors(tensors, description["state"])
+            layer.made_with, turns = description.get("made_with", ""), description.get("padding")
+            layer.padding = None if turns is None else Padding(tuple(tuple(row) for row in turns))
         return layer
     sliding = description["type"] == "sliding"
     layer = DynamicSlidingWindowLayer(description["sliding_window"]) if sliding else DynamicLayer()
@@ -139,6 +173,13 @@ def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     if sliding:
         layer.cumulative_length = description["seen"]
     return layer
+
+
+def fill(cache: HippocampalCache, config: Any) -> None:
+    """Give an empty cache the layers that a model with this config expects, of whatever kinds they are."""
+    if not cache.layers:
+        made = DynamicCache(config=config)
+        cache.layers, cache.layer_class_to_replicate = made.layers, made.layer_class_to_replicate
 
 
 def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:

@@ -3,22 +3,33 @@
 The attention function does all the work: ``update`` hands keys and values through unchanged.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..memory import MemoryStore
 from ..state import MemoryState
-
-MAX_ROLLBACK = 256
-"""Most recent tokens that ``MemoryLayer.crop`` can take back while the past is recorded (assisted decoding)."""
+from .padding import Padding
+from .recording import MAX_ROLLBACK, Recording, Taken
 
 
 class MemoryLayer(CacheLayerMixin):
-    """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows up to the window."""
+    """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows up to the window.
+
+    Attributes:
+        state: the tokens, None before the first.
+        padding: which columns were padding, None if none was.
+        overwritten: whether the running call has written into the tensors that were there before it.
+        edits: how often tokens or rows have been taken out, so that nothing undoes that.
+        made_with: the identity of the memory weights that made it, empty if it is not known.
+        broken: why the layer cannot be used any further, empty if it can.
+    """
 
     is_compileable = False
     is_croppable = True
@@ -29,12 +40,21 @@ class MemoryLayer(CacheLayerMixin):
         self.state: MemoryState | None = None
         self.armed = False
         self.record_past = False
-        self._checkpoint: MemoryState | None = None
-        self._since: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        self._store: MemoryStore | None = None
+        self.padding: Padding | None = None
+        self.overwritten = False
+        self.edits = 0
+        self.made_with = ""
+        self.broken = ""
+        self.recording: Recording | None = None
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
-        """Attend with new tokens and take them in."""
+        """Attend with new tokens and take them in.
+
+        Raises:
+            RuntimeError: if an earlier call broke off and left the cache unusable.
+        """
+        if self.broken:
+            raise RuntimeError(self.broken)
         count = k.shape[2]
         capacity = store.window.capacity
         if self.record_past and count > MAX_ROLLBACK and self.get_seq_length() + count > capacity:
@@ -54,34 +74,39 @@ class MemoryLayer(CacheLayerMixin):
     def _run(
         self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, valid: Tensor | None, **options: Any
     ) -> Tensor:
-        before = self.state
+        before = self._changeable()
         if before is not None:
             before.inplace = not self.record_past
-        out, self.state = store(q, k, v, x, before, valid=valid, **options)
+        writes = before is not None and before.held.overwritten and len(before.slots) == store.window.capacity
+        with self._overwriting(writes):
+            out, self.state = store(q, k, v, x, before, valid=valid, **options)
         if self.record_past:
-            self._record(store, before, (k, v, x, valid))
-        elif self._since:
-            self._forget()
+            recording = self.recording or Recording(store, before)
+            self.recording = recording.with_call(Taken(k, v, x, valid))
+        else:
+            self.recording = None
         return out
 
-    def _record(self, store: MemoryStore, before: MemoryState | None, tokens: Any) -> None:
-        if not self._since:
-            self._checkpoint, self._store = before, store
-        self._since.append(tokens)
-        while sum(k.shape[2] for k, *_ in self._since[1:]) >= MAX_ROLLBACK:
-            self._checkpoint = self._replay(self._checkpoint, self._since.pop(0))
+    @contextmanager
+    def _overwriting(self, writes: bool) -> Iterator[None]:
+        """Notes that the tensors of the state are no longer what they were, once the store has written to them.
 
-    def _replay(self, state: MemoryState | None, tokens: Any) -> MemoryState:
-        """Take tokens in again, from an earlier state; what they attend to does not matter."""
-        assert self._store is not None
-        k, v, x, valid = tokens
-        heads = k.shape[1] if self._store.compressor is None else self._store.compressor.num_heads
-        q = k.new_zeros(k.shape[0], heads, *k.shape[2:])
-        after: MemoryState = self._store(q, k, v, x, state, valid=valid)[1]
-        return after
+        A store raises errors before it writes; an interruption may come in between.
+        """
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.overwritten |= writes
+            raise
+        self.overwritten |= writes
 
-    def _forget(self) -> None:
-        self._checkpoint, self._since, self._store = None, [], None
+    def _changeable(self) -> MemoryState | None:
+        """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
+        if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
+            self.state = self.state.clone()
+        return self.state
 
     def activate_past_recording(self) -> None:
         """From now on keep what ``crop`` needs to take tokens back."""
@@ -97,34 +122,90 @@ class MemoryLayer(CacheLayerMixin):
         Raises:
             RuntimeError: if tokens were folded that are not recorded.
         """
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.get_seq_length() - tokens_to_remove)
-        state = self.state
-        if removed == 0 or state is None:
-            return self._forget()
-        recorded = sum(k.shape[2] for k, *_ in self._since)
-        if removed <= recorded:
-            state = self._checkpoint
-            keep = recorded - removed
-            for k, v, x, valid in self._since:
-                part = slice(0, keep)
-                if keep > 0:
-                    valid = None if valid is None else valid[:, part]
-                    state = self._replay(state, (k[:, :, part], v[:, :, part], x[:, part], valid))
-                keep -= k.shape[2]
-            self.state = state
-            return self._forget()
-        length = state.uniform
-        if length is None or length > state.window.capacity:
+        length = 0 if self.state is None else int(self.get_seq_length())
+        keep = max(0, length + tokens_to_remove) if tokens_to_remove <= 0 else min(length, tokens_to_remove)
+        recording, self.recording = self.recording, None
+        if keep == length or self.state is None:
+            return
+        self.edits += 1
+        real = self._real(length)
+        if recording is not None and length - keep <= len(recording):
+            self.state = recording.first(len(recording) - (length - keep)).replayed()
+        elif bool((self.state.seen <= self.state.window.capacity).all()):
+            columns = torch.arange(length, device=real.device) >= keep
+            state = self.state.without(_by_rank(real, columns & real))
+            padded = self.state.padded
+            slots = state.slots if padded else state.slots.columns(0, keep)
+            self.state = replace(state, slots=slots, length=keep, padded=padded)
+        else:
+            self.recording = recording
             raise RuntimeError(
-                f"crop({tokens_to_remove}): {recorded} tokens are recorded and older ones are folded into the memory, "
-                "which cannot be undone. Call cache.activate_past_recording() before the tokens to be taken back "
-                f"(at most {MAX_ROLLBACK}), or clone the cache and go back to the clone."
+                f"crop({tokens_to_remove}): {0 if recording is None else len(recording)} tokens are recorded and older "
+                "ones are folded into the memory, which cannot be undone. Call cache.activate_past_recording() before "
+                f"the tokens to be taken back (at most {MAX_ROLLBACK}), or clone the cache and go back to the clone."
             )
-        keep = max(0, length - removed)
-        state = state.clone()
-        state.slots, state.seen, state.length = state.slots.columns(0, keep), torch.full_like(state.seen, keep), keep
+        self.padding = None if self.padding is None else self.padding.cropped(keep)
+
+    def _real(self, length: int) -> Bool[Tensor, "b {length}"]:
+        """True at the columns that were taken in as real tokens."""
+        assert self.state is not None
+        padding = self.padding or Padding.none(self.state.batch_size)
+        return padding.real(length, self.state.seen.device)
+
+    def can_take_back(self, columns: Bool[Tensor, "b c"]) -> Bool[Tensor, " b"]:
+        """For each row, whether these columns can be taken back: nothing has left its window, or all are recorded.
+
+        Args:
+            columns: True at columns of the text that are to be taken back, for all columns so far.
+        """
+        assert self.state is not None
+        if self._holds(columns):
+            return torch.ones_like(self.state.seen, dtype=torch.bool)
+        return self.state.seen <= self.state.window.capacity
+
+    def _holds(self, columns: Bool[Tensor, "b c"]) -> bool:
+        """Whether all of these columns are recorded."""
+        recorded = 0 if self.recording is None else len(self.recording)
+        return recorded > 0 and not bool(columns[:, : columns.shape[1] - recorded].any())
+
+    def take_back(self, columns: Bool[Tensor, "b c"]) -> None:
+        """Forget tokens, as if they had been padding.
+
+        Args:
+            columns: True at the columns that are to be forgotten, which ``can_take_back`` allows.
+        """
+        assert self.state is not None
+        real = self._real(columns.shape[1])
+        if self.recording is not None and self._holds(columns):
+            self.recording = self.recording.with_valid((real & ~columns)[:, -len(self.recording) :])
+            self.state = self.recording.replayed()
+        else:
+            self._put(self.state.without(_by_rank(real, columns)), columns)
+            self.recording = None
+        self.padding = Padding.none(len(real)).extended(real & ~columns, 0)
+
+    def _put(self, state: MemoryState, columns: Bool[Tensor, "b c"]) -> None:
+        """Take over a state in which these columns are padding."""
         self.state = state
-        return self._forget()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What ``restore`` needs to undo the calls to come, unless they write into tensors that are there now."""
+        self.overwritten = False
+        return dict(vars(self))
+
+    def restore(self, before: dict[str, Any]) -> bool:
+        """Go back to a snapshot.
+
+        Returns:
+            Whether that was possible.
+        """
+        if self.edits != before["edits"]:
+            return self.state is None
+        if self.overwritten:
+            return False
+        self.__dict__.clear()
+        self.__dict__.update(before)
+        return True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New keys and values, unchanged: the attention function stores them."""
@@ -181,14 +262,21 @@ class MemoryLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state = None
-        self._forget()
+        self.edits += 1
+        self.state, self.padding, self.broken, self.made_with, self.overwritten = None, None, "", "", False
+        self.recording = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows for beam search."""
         if self.state is not None:
+            self.edits += 1
             self.state = self.state.reorder(beam_idx)
-            self._forget()
+            self._reorder_padding(beam_idx)
+            self.recording = None
+
+    def _reorder_padding(self, rows: Tensor) -> None:
+        if self.padding is not None:
+            self.padding = self.padding.reorder(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -201,97 +289,6 @@ class MemoryLayer(CacheLayerMixin):
         if self.state is not None:
             rows = torch.arange(self.state.batch_size, device=self.state.seen.device)
             self.reorder_cache(rows[indices])
-
-
-class StaticMemoryLayer(MemoryLayer):
-    """A memory layer with every slot allocated and fixed addresses, for compiled decoding.
-
-    The text may grow past ``max_cache_len``: only the window and the state are held.
-
-    Args:
-        max_cache_len: what the rest of the model's cache is told.
-    """
-
-    is_compileable = True
-    is_croppable = False
-
-    def __init__(self, max_cache_len: int) -> None:
-        super().__init__()
-        self.max_cache_len = max_cache_len
-        self.padding = torch.zeros(0, dtype=torch.long)  # columns of each row that were none of its tokens
-        self._known: tuple[int, bool] | None = (0, False)
-
-    def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
-        """Attend with new tokens and take them in, in place."""
-        if self.state is None:
-            self._allocate(store, k, v, x)
-        assert self.state is not None
-        if k.shape[2] == 1 and not torch.is_grad_enabled():
-            out, _ = store(q, k, v, x, self.state, **options)
-            self._known = None
-        else:
-            before = self.state
-            if self._known is not None and not torch.compiler.is_compiling():
-                before = replace(before, length=self._known[0], padded=self._known[1])
-            out, after = store(q, k, v, x, before, **options)
-            with torch.no_grad():
-                self.state.copy_(after)
-            self._known = None if after.length is None else (after.length, after.padded)
-        self.state.length, self.state.padded = None, True  # lengths live on the device, while decoding only there
-        if options.get("valid") is not None:
-            self.padding.add_((~options["valid"]).sum(dim=1))
-        return out
-
-    def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor) -> None:
-        with torch.no_grad():
-            tokens = store.arrive(k[:, :, :1], v[:, :, :1], x[:, :1])
-            self.state = store.init_state(tokens, full=True)
-            self.state.inplace = True
-            self._empty = self.state.clone().memory, self.state.clone().kept
-        self.padding = torch.zeros_like(self.state.seen)
-        if not torch.compiler.is_compiling():
-            for u in (*self.state.tensors().values(), self.padding):
-                torch._dynamo.mark_static_address(u, guard=False)  # another cache, the same code
-
-    def get_seq_length(self) -> Any:
-        """Tokens seen, as a tensor, so that compiled code does not depend on the number."""
-        return 0 if self.state is None else self.state.seen[0] + self.padding[0]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """What a static full-attention layer says."""
-        return self.max_cache_len, 0
-
-    def get_max_length(self) -> int:
-        """What a static full-attention layer says."""
-        return self.max_cache_len
-
-    get_max_cache_shape = get_max_length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Static caches are not cropped.
-
-        Raises:
-            RuntimeError: always, unless there is nothing to remove.
-        """
-        if tokens_to_remove:
-            raise RuntimeError(f"crop({tokens_to_remove}): a static memory cannot be cropped, use a dynamic cache.")
-
-    def reset(self) -> None:
-        """Forget everything, keeping the tensors."""
-        if self.state is not None:
-            empty = self.state.clone()
-            empty.slots, empty.seen = empty.slots.map(torch.zeros_like), torch.zeros_like(empty.seen)
-            (empty.memory, empty.kept), empty.length, empty.padded = self._empty, 0, False
-            self.state.copy_(empty)
-            self.state.length, self.state.padded = None, True
-        self._known = (0, False)
-        self.padding.zero_()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select rows for beam search, in place."""
-        if self.state is not None:
-            self.state.copy_(self.state.reorder(beam_idx))
-            self.padding.copy_(self.padding.index_select(0, beam_idx.to(self.padding.device)))
 
 
 class LayerCache:
@@ -311,3 +308,10 @@ class LayerCache:
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """See ``MemoryLayer.get_seq_length``."""
         return self.layer.get_seq_length()
+
+
+def _by_rank(real: Bool[Tensor, "b c"], columns: Bool[Tensor, "b c"]) -> Bool[Tensor, "b c"]:
+    """Marks on columns of a text as marks on the ranks of its real tokens."""
+    rank = (real.cumsum(dim=1) - 1).clamp(min=0)
+    marks = torch.zeros_like(rank)
+    return marks.scatter_add_(1, rank, (columns & real).long()) > 0

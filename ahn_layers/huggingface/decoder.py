@@ -4,22 +4,28 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
+from ..record import Mode, Retrofitted
 from .cache import memory_layer
-from .cache_layers import MemoryLayer, StaticMemoryLayer
-from .interface import implementation_name
+from .cache_layers import MemoryLayer
+from .call import CACHE_NAMES, padding_mask
+from .config_view import base_name, configs_of
+from .interface import BASES
+from .packing import attend_each
 from .probe import AttentionBlock
+from .static_layer import StaticMemoryLayer
+from .weights import Recorded, Weights, are_collected
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What models and ``generate`` call the cache: ``cache`` since transformers 5.24."""
-CACHE_NAMES = (CACHE, "past_key_values", "past_key_value", "layer_past")
-"""What the cache is called in the forward of attention blocks."""
 
 
 class DecoderAttention(HippocampalAttention):
@@ -30,37 +36,39 @@ class DecoderAttention(HippocampalAttention):
     Args:
         found: the attention block, as the probe described it.
         store: the memory.
-        base: the attention implementation that the model had.
-        owned: whose masks are ours, see ``ahn_layers.huggingface.interface``.
+        record: what the retrofit does to the model.
+        recorded: what transformers collects of the block's outputs.
     """
 
-    def __init__(self, found: AttentionBlock, store: MemoryStore, *, base: str, owned: str) -> None:
+    def __init__(self, found: AttentionBlock, store: MemoryStore, record: Retrofitted, recorded: Recorded) -> None:
+        self.__dict__["record"] = record  # first, since the views of the block's config are copied after the record
         super().__init__(found.module, store)
-        self.found = found
+        self.found, self.recorded = found, recorded
         self.layer_idx = found.layer_idx
-        self.base = base
-        self.owned = owned
-        self.mode = "memory"
         names = list(inspect.signature(type(found.module).forward).parameters)[1:]
         self._hidden_at = names.index("hidden_states") if "hidden_states" in names else 0
+        self._config_name = next(iter(configs_of(found.module)))
         self._hidden_name = names[self._hidden_at]
         self._cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
         self._cache_at = names.index(self._cache_name) if self._cache_name in names else len(names)
         kept_far = store.window.num_sinks > 0 and store.window.sink_positions != "absolute"
         self._warn_after = found.trained_length if kept_far and found.fixed_positions else None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a new process the attention function has to be known again by its name."""
-        super().__setstate__(state)
-        implementation_name(self.base, self.owned)
+    @property
+    def mode(self) -> Mode:
+        """What all retrofitted layers of the model do at present."""
+        return self.record.mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The block's forward."""
+        if are_collected():
+            self.recorded.install(self.block)
         if self.mode == "full":
             return self.block(*args, **kwargs)
         x: Tensor = _argument(args, kwargs, self._hidden_at, self._hidden_name)
         name = next((name for name in CACHE_NAMES if name in kwargs), self._cache_name)  # the block knows old names too
         layer = self.cache_layer(_argument(args, kwargs, self._cache_at, name))
+        self._check_base()
         attend = Attend(type(self.block).__name__, self._runner(layer, x))
         if layer is None:
             out = self.block(*args, attend=attend, **kwargs)
@@ -85,14 +93,14 @@ class DecoderAttention(HippocampalAttention):
         return copied
 
     @property
-    def store(self) -> MemoryStore:
+    def attending(self) -> MemoryStore:
         """What attends now: the memory, or the window without it."""
-        return self.memory if self.mode == "memory" else self.memory.without_memory()
+        return self.store if self.mode == "memory" else self.store.without_memory()
 
     @property
     def owns_mask(self) -> bool:
         """Whether its mask is ours, since every layer of its kind is retrofitted."""
-        return ("local" if self.found.kind == "sliding" else "full") in self.owned.split("+")
+        return ("local" if self.found.kind == "sliding" else "full") in self.record.owned.split("+")
 
     def cache_layer(self, cache: Any) -> MemoryLayer | None:
         """Our layer in this cache, put there if need be.
@@ -110,16 +118,37 @@ class DecoderAttention(HippocampalAttention):
         return layer
 
     def _runner(self, layer: MemoryLayer | None, x: Tensor) -> Callable[..., Tensor]:
-        store = self.store
+        store = self.attending
 
-        def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            hidden = x.to(q.device)
-            if layer is None:
-                out: Tensor = store(q, k, v, hidden, **options)[0]
-                return out
-            return layer.run(store, q, k, v, hidden, **options)
+        def alone(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+            return store(q, k, v, hidden, **options)[0]
+
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, *, weights: Weights | None = None, texts: Tensor | None = None,
+            **options: Any,
+        ) -> Tensor:  # fmt: skip
+            hidden, state, valid = x.to(q.device), None if layer is None else layer.state, options["valid"]
+            if weights is not None:
+                weights.check(store.window, state, k.shape[2], valid, texts)
+            if texts is not None:
+                return _attend_texts(partial(alone, options), texts, q, k, v, hidden)
+            out = alone(options, q, k, v, hidden) if layer is None else layer.run(store, q, k, v, hidden, **options)
+            if weights is not None:
+                if layer is None or state is None:
+                    weights.find(q, k, v, None, k.shape[2], valid)
+                else:
+                    weights.find(q, k, v, layer.state, int(layer.get_seq_length()), padding_mask())
+            return out
 
         return run
+
+    def _check_base(self) -> None:
+        base = base_name(getattr(self.block, self._config_name)._attn_implementation)
+        if base not in BASES:
+            raise ValueError(
+                f"attn_implementation={base!r} was set after the retrofit: expected one of {BASES}. Call "
+                "model.set_attn_implementation('sdpa')."
+            )
 
     def _warn_if_far(self, length: int) -> None:
         if self._warn_after is not None and length > self._warn_after:
@@ -130,6 +159,12 @@ class DecoderAttention(HippocampalAttention):
                 stacklevel=2,
             )
             self._warn_after = None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_texts(*args: Any) -> Tensor:
+    """How many texts there are, and where, is not known to a compiler."""
+    return attend_each(*args)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str) -> Any:

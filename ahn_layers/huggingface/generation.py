@@ -8,12 +8,20 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 
-from .cache import HippocampalCache
+from .cache import HippocampalCache, fill
+from .call import running
+from .config_view import original
 from .decoder import CACHE, DecoderAttention
+from .finished import finished_rows, watch
 from .reading import Reader
+from .reconcile import length_of, note_padding, reconcile
 from .region import compiled_region, decoding_backend, only_device
+from .rotations import longest_fixed_rotation
 from .step_graph import Step, can_record
+from .transaction import settle
 
 PREFILL_CHUNK = 4096
 """Tokens that ``generate`` reads at a time, of all rows together, unless the caller asks for another size."""
@@ -25,8 +33,16 @@ SHORTEST_CHUNK = 256
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
 
-REPLACED = ("_prepare_cache_for_generation", "_prefill", "prepare_inputs_for_generation", "get_compiled_call")
-"""Methods of ``generate`` that a retrofitted model has its own of."""
+REPLACED = (
+    "_prepare_cache_for_generation",
+    "_prefill",
+    "prepare_inputs_for_generation",
+    "get_compiled_call",
+    "create_masks_for_generate",
+    "_get_stopping_criteria",
+    "save_pretrained",
+)
+"""Methods that ``retrofit`` replaces."""
 
 
 class ChosenSize(int):
@@ -64,6 +80,7 @@ class PrepareCache:
         blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
         if _are_off(blocks):
             return prepare(generation_config, model_kwargs, *args, **kwargs)
+        settle(model_kwargs.get(CACHE))
         chunk = generation_config.prefill_chunk_size
         generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
         try:
@@ -73,15 +90,20 @@ class PrepareCache:
         cache = model_kwargs.get(CACHE)
         if cache is None:
             return result
+        if isinstance(cache, HippocampalCache):
+            fill(cache, model.config.get_text_config(decoder=True))
         for block in blocks:
-            block.cache_layer(cache)
+            if cache.layer_class_to_replicate is not None or block.layer_idx < len(cache.layers):
+                block.cache_layer(cache)  # an early exit uses fewer layers
         if not getattr(cache, "_is_user_defined", False):
             model_kwargs[CACHE] = cache = HippocampalCache.of(cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        if chunk is None and _is_plain_text(model_kwargs):
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        watch(generation_config, cache, mode, batch_size * copies)
+        keeps_all = generation_config.output_hidden_states or generation_config.output_attentions
+        if chunk is None and _is_plain_text(model_kwargs) and not keeps_all:  # pieces would return the last one's
             size = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
-            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             share = max(SHORTEST_CHUNK, size // (batch_size * copies))
             generation_config.prefill_chunk_size = ChosenSize(min(size, share))
         return result
@@ -95,6 +117,8 @@ class Prefill:
 
     A prompt that outgrows the window is read by a ``Reader``, unless the caller asked for a size of pieces.
 
+    Rotations that depend on the length of the text (longrope, dynamic NTK) need the whole prompt at once.
+
     Args:
         model: the retrofitted model.
     """
@@ -106,11 +130,18 @@ class Prefill:
     def __call__(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Read the prompt as the model would."""
+        """Read the prompt as the model would.
+
+        Raises:
+            ValueError: if there is nothing to read, or pieces would change the result.
+        """
         model: Any = self.model
         before, size = generation_config.disable_compile, generation_config.prefill_chunk_size
         reads = model
         if not _are_off([module for module in model.modules() if isinstance(module, DecoderAttention)]):
+            size = generation_config.prefill_chunk_size = _size_of_pieces(
+                model, input_ids, generation_config, model_kwargs
+            )
             if isinstance(size, ChosenSize):
                 reads = self.reader.reading_model(input_ids.shape[1], size, model_kwargs, generation_config)
             generation_config.disable_compile = True
@@ -132,6 +163,41 @@ class Prefill:
         generation_config.prefill_chunk_size = None
         whole = mask.shape[1] == input_ids.shape[1]  # else the ids are the new ones only
         return range(past + size, input_ids.shape[1], size) if whole else range(0)
+
+
+def _size_of_pieces(
+    model: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> int | None:
+    """Tokens of the prompt to read at a time, None for all at once.
+
+    Raises:
+        ValueError: if there is nothing to read, or the size asked for would change how the prompt is rotated.
+    """
+    cache, mask, size = (
+        model_kwargs.get(CACHE),
+        model_kwargs.get("attention_mask"),
+        generation_config.prefill_chunk_size,
+    )
+    past = 0 if cache is None else int(cache.get_seq_length())
+    columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+    new = input_ids.shape[1] - past if columns == input_ids.shape[1] else input_ids.shape[1]
+    if model_kwargs.get("inputs_embeds") is not None:
+        return size  # type: ignore[no-any-return]
+    if past and new <= 0:
+        raise ValueError(
+            f"the cache holds {past} tokens and the prompt has {input_ids.shape[1]}: there is nothing new to read. "
+            "Pass the whole text with at least one token that is not in the cache, or take the last one back with "
+            "cache.crop(-1)."
+        )
+    fixed = longest_fixed_rotation(model)
+    if size is None or fixed is None or past + new <= fixed or size >= new:
+        return size  # type: ignore[no-any-return]
+    if isinstance(size, ChosenSize):
+        return None
+    raise ValueError(
+        f"prefill_chunk_size={size}: this model rotates texts of more than {fixed} tokens in another way, so a prompt "
+        f"of {past + new} tokens has to be read at once. Leave prefill_chunk_size unset."
+    )
 
 
 class CompiledCall:
@@ -189,6 +255,27 @@ class CompiledCall:
         return run
 
 
+class CreateMasks:
+    """Stands in for ``model.create_masks_for_generate``: masks for a static cache are made before the model is called.
+
+    Args:
+        model: the retrofitted model.
+        config: a view of its config, whose text config names our functions.
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        self.model = model
+        self.config = config
+
+    def __call__(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """The masks that the model would make, from the view of its config."""
+        model: Any = self.model
+        own = inspect.getattr_static(type(model), "create_masks_for_generate", None)
+        make = create_masks_for_generate if own is None else own.__get__(model, type(model))
+        with running(model.hippocampus):
+            return make(self.config if original(config) is original(self.config) else config, *args, **kwargs)
+
+
 class PrepareInputs:
     """Stands in for ``model.prepare_inputs_for_generation``: once a step is recorded, its inputs are known.
 
@@ -213,8 +300,19 @@ class PrepareInputs:
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Inputs of the next step."""
-        known, usual = None, self._usual()
-        if usual.func is GenerationMixin.prepare_inputs_for_generation and kwargs.get("next_sequence_length") == 1:
+        known, usual, cache = None, self._usual(), kwargs.get(CACHE)
+        rows = finished_rows(cache)
+        if rows is not None:
+            columns = length_of(cache) + (kwargs.get("next_sequence_length") or 1)
+            mask = rows.mask(kwargs.get("attention_mask"), input_ids.shape[1], columns)
+            kwargs["attention_mask"] = mask
+        if isinstance(cache, Cache) and cache.is_compileable:
+            _reconcile_early(cache, input_ids, kwargs)
+        if (
+            rows is None
+            and usual.func is GenerationMixin.prepare_inputs_for_generation
+            and kwargs.get("next_sequence_length") == 1
+        ):
             step = self.model.get_compiled_call.step_on(kwargs.get(CACHE))  # type: ignore[union-attr, operator]
             known = None if step is None or not _is_plain_text(kwargs) else step.known_inputs
         positions = kwargs.get("position_ids")
@@ -224,6 +322,18 @@ class PrepareInputs:
         if positions is not None:
             inputs["position_ids"] = positions[..., -1:]
         return inputs
+
+
+def _reconcile_early(cache: Cache, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+    """For a static cache ``generate`` makes the mask before the call: compare the padding while it can be seen."""
+    mask, count = kwargs.get("attention_mask"), kwargs.get("next_sequence_length")
+    if mask is None or mask.ndim != 2:
+        return
+    past = int(cache.get_seq_length())
+    count = min(input_ids.shape[1], mask.shape[1]) if count is None else count
+    real = reconcile(cache, mask, len(mask), count)
+    if real is not None:
+        note_padding(cache, real, past)
 
 
 def _are_off(blocks: list[DecoderAttention]) -> bool:

@@ -10,11 +10,19 @@ from ..attention import HippocampalAttention
 from ..compressor import Compressor
 from ..memory import MemoryStore
 from ..positions import MemoryPositions
+from ..record import Retrofitted
 from ..window import Window
+from .batching import METHODS, refuse_batching
+from .cache_name import accept_cache, refuse_cache
+from .call import ForwardHook, remove_hooks
+from .config_view import base_name, give_views, take_views, view
 from .decoder import DecoderAttention
-from .generation import CompiledCall, Prefill, PrepareCache, PrepareInputs
-from .interface import BASES, implementation_name
-from .probe import AttentionBlock
+from .finished import StoppingCriteria
+from .generation import REPLACED, CompiledCall, CreateMasks, Prefill, PrepareCache, PrepareInputs
+from .interface import BASES
+from .probe import AttentionBlock, Probed
+from .saving import SavePretrained
+from .weights import Recorded, are_installed
 
 
 def check_model(model: Any) -> None:
@@ -25,6 +33,10 @@ def check_model(model: Any) -> None:
             "model.get_base_model()), or put HippocampalAttention around the blocks of your own architecture."
         )
     name = type(model).__name__
+    if all(u.is_meta for u in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise ValueError(
+            f"{name} is on the meta device, where its rotation cannot be found: load its weights first, then retrofit."
+        )
     if any(isinstance(module, HippocampalAttention) for module in model.modules()):
         raise ValueError(f"{name} is retrofitted already: call restore(model) first.")
     if model.config.is_encoder_decoder:
@@ -35,13 +47,11 @@ def check_model(model: Any) -> None:
             f"{name} does not use the attention interface of transformers: wrap its blocks in HippocampalAttention, "
             "or use a version of transformers in which it does."
         )
-    if config._attn_implementation not in BASES:
+    base = base_name(config._attn_implementation)  # of a model that was made from a view
+    if base not in BASES:
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r}: expected one of {BASES}. Load the model with "
-            "attn_implementation='sdpa'."
+            f"attn_implementation={base!r}: expected one of {BASES}. Load the model with attn_implementation='sdpa'."
         )
-    if getattr(config, "output_attentions", False):
-        raise ValueError("config.output_attentions=True: weights over folded tokens do not exist, set it to False.")
 
 
 def choose(
@@ -113,22 +123,39 @@ def make_store(
 
 
 def replace_blocks(
-    model: Any, blocks: list[AttentionBlock], chosen: list[AttentionBlock], stores: list[MemoryStore], base: str
-) -> str:
-    """Put [`DecoderAttention`][] around the chosen blocks; returns the name of the attention implementation to set."""
-    left = {block.kind for block in blocks if not any(block is other for other in chosen)}
-    kinds = {block.kind for block in chosen}
-    owned = "+".join(
-        mask for mask, kind in (("full", "full"), ("local", "sliding")) if kind in kinds and kind not in left
-    )
-    owned = owned or "none"
-    if "chunked" in left:
-        owned = owned.replace("local", "none")
+    model: Any, found: Probed, chosen: list[AttentionBlock], stores: list[MemoryStore], record: Retrofitted
+) -> None:
+    """Put [`DecoderAttention`][] around the chosen blocks, and give this model what it needs to run them."""
+    renamed = found.renamed(chosen)
+    give_views([*(block.module for block in chosen), *found.mask_makers], record, renamed)
+    for module in found.mask_makers:
+        ForwardHook(record).register(module)
     for block, store in zip(chosen, stores, strict=True):
         parent_name, _, name = block.name.rpartition(".")
-        parent: nn.Module = model.get_submodule(parent_name)
-        wrapped = DecoderAttention(block, store, base=base, owned=owned)
-        setattr(parent, name, wrapped)
+        recorded = Recorded(model, block.name, block.module)
+        setattr(model.get_submodule(parent_name), name, DecoderAttention(block, store, record, recorded))
+    model.hippocampus = record
     model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
     model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
-    return implementation_name(base, owned)
+    model._get_stopping_criteria, model.save_pretrained = StoppingCriteria(model), SavePretrained(model)
+    model.create_masks_for_generate = CreateMasks(model, view(model.config, record, renamed))
+    accept_cache(model)
+    refuse_batching(model)
+
+
+def take_back(model: Any, record: Retrofitted) -> None:
+    """Undo what `replace_blocks` did, except that the blocks still have to be unwrapped."""
+    complete_hooks(model)
+    take_views(model.modules(), record)
+    remove_hooks(model)
+    refuse_cache(model)
+    for name in ("hippocampus", *REPLACED, *(method for method in METHODS if method in vars(model))):
+        delattr(model, name)
+
+
+def complete_hooks(model: nn.Module) -> None:
+    """Give the blocks the hooks that transformers has meanwhile installed on all other modules."""
+    for owner in model.modules():
+        for block in owner.modules() if are_installed(owner) else ():
+            if isinstance(block, DecoderAttention):
+                block.recorded.install(block.block)

@@ -5,6 +5,8 @@ implementation it had before, and ``owned`` says whose masks are ours: ``full`` 
 every layer of that kind is retrofitted, so that no other layer needs the dense mask.
 """
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,38 +22,40 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Attend
+from .call import is_running, texts_of_call
+from .config_view import PREFIX
+from .weights import Weights, are_wanted
 
 BASES = ("sdpa", "eager")
 """Base implementations that a retrofit can stand on."""
+OWNED = ("none", "full", "local", "full+local")
+"""Whose masks can be ours."""
 
-_HARMLESS = {
-    "cache_position",
-    "num_items_in_batch",
-    "position_embeddings",
-    "position_ids",
-    "rotary_emb",
-}
-"""Tensor arguments that reach the attention function and that attention does not depend on."""
+_LARGEST_COMPARED = 1 << 26
+"""Entries of a mask that is still made to see what it is."""
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+"""Arguments that say where packed texts begin."""
 
 _REMEDIES = {
     "s_aux": "learned sink logits are not supported: leave these layers out with layers=[...]",
     "position_bias": "additive position biases are not supported",
     "encoder_hidden_states": "cross-attention is not supported",
-    "output_attentions": "attention weights over tokens that were folded do not exist: leave output_attentions off",
     "head_mask": "head masks are not supported",
-    "cu_seq_lens_q": "packed sequences are not supported: pad the rows and pass an attention_mask",
-    "cu_seq_lens_k": "packed sequences are not supported: pad the rows and pass an attention_mask",
-    "seq_idx": "packed sequences are not supported: pad the rows and pass an attention_mask",
+    "cu_seq_lens_q": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
+    "cu_seq_lens_k": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
+    "seq_idx": "packed texts are found by the decoder as a whole: call it, not its layers, and not compiled",
     "cache": "paged caches (continuous batching) are not supported: call generate",
 }
 
 
-def implementation_name(base: str, owned: str) -> str:
-    """Register the two functions for this base and ownership, and return their name."""
-    name = f"hippocampal:{base}:{owned}"
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base=base))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask, base=base, owned=owned))
-    return name
+def register_functions() -> None:
+    """Make our functions known to transformers, by every name that a retrofitted model may use."""
+    for base in BASES:
+        for owned in OWNED:
+            name = f"{PREFIX}{base}:{owned}"
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(attention, base=base))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(mask, base=base, owned=owned))
 
 
 def attention(
@@ -71,34 +75,54 @@ def attention(
     plain = base_attention(base, module)
     if attend is None:
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    refuse_unsupported(dropout, kwargs)
+    valid, texts = _read_mask(attention_mask, query.shape[2])
+    if texts is not None:
+        kwargs = {name: value for name, value in kwargs.items() if name not in _PACKED}
+    refuse_unsupported(dropout, kwargs, plain)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"))
+    def dense(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+        causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
         return plain(module, q, k, v, causal, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
 
+    def weigh(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor | None:
+        seen = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
+        return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[1]
+
     softcap = kwargs.get("softcap")
-    valid = _validity(attention_mask, query.shape[2])
-    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense)
-    return out.transpose(1, 2).contiguous(), None
+    asked: dict[str, Any] = {} if texts is None else {"texts": texts}
+    weights = Weights(weigh) if are_wanted(kwargs) else None
+    if weights is not None:
+        asked["weights"] = weights
+    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense, **asked)
+    return out.transpose(1, 2).contiguous(), None if weights is None else weights.value
 
 
 def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     """Mask of one kind of layer: for ours ``(B, 1, 1, T)``, True at real new tokens, or None without padding."""
-    kind, length = "full" if kwargs.get("local_size") is None else "local", kwargs["q_length"]
+    kind, length = mask_kind(kwargs), kwargs["q_length"]
     plain = kwargs["mask_function"] is causal_mask_function if kind == "full" else not kwargs.get("use_vmap")
     overlaid = kind == "local" and length > 1 and not kwargs.get("allow_is_causal_skip", True)
-    if kind not in owned.split("+"):
+    ours = is_running(kwargs["config"])
+    texts = texts_of_call() if ours else None
+    if kind not in owned.split("+") or not ours:
         native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
-        if native is not None and plain and not overlaid:
-            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # so that retrofitted layers may read it
+        if texts is not None:
+            if native is None:
+                raise ValueError(
+                    "packed texts in a model of which some attention layers are not retrofitted: transformers would "
+                    "mix them there. Pass position_ids that begin again with every text, and no attention_mask."
+                )
+            native.texts = texts  # type: ignore[attr-defined]  # so that retrofitted layers may read it
+        elif native is not None and plain and not overlaid:
+            offset = kwargs["q_offset"]
+            if isinstance(offset, Tensor) and not torch.compiler.is_compiling():
+                native.first_column = int(offset)  # type: ignore[attr-defined]  # a static cache has columns to come
+            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # likewise
         return native
-    if not torch.compiler.is_compiling() and (not plain or overlaid):
-        raise ValueError(
-            "a mask other than causal and padding was asked for (packed sequences, whose position_ids start again "
-            "within a row, or a custom mask function): the memory would mix what the mask keeps apart. Pad the rows "
-            "and pass a 2-D attention_mask."
-        )
+    if texts is not None:
+        return texts[:, None, None, :]
+    if not torch.compiler.is_compiling() and (not plain or overlaid) and not _is_only_causal(base, kwargs):
+        return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)  # for other layers: retrofitted ones refuse to read it
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
         return None
@@ -106,6 +130,27 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(new.all()):
         return None
     return new[:, None, None, :]
+
+
+def _is_only_causal(base: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask that may be anything is causal after all: that of a text without the images that it allows for."""
+    rows, queries, keys, window = (kwargs.get(n) for n in ("batch_size", "q_length", "kv_length", "local_size"))
+    assert rows is not None and queries is not None and keys is not None
+    if rows * queries * keys > _LARGEST_COMPARED:
+        return False
+    causal = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    asked, wanted = (
+        ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs | {"mask_function": function, "allow_is_causal_skip": False})
+        for function in (kwargs["mask_function"], causal)
+    )
+    return asked is not None and wanted is not None and torch.equal(asked, wanted)
+
+
+def mask_kind(call: dict[str, Any]) -> str:
+    """What a mask function of transformers is asked for: ``full``, ``local`` or ``bidirectional``."""
+    if call.get("allow_is_bidirectional_skip") is not None:
+        return "bidirectional"
+    return "full" if call.get("local_size") is None else "local"
 
 
 def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -119,8 +164,15 @@ def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
     raise ValueError(f"{type(module).__name__} has no eager_attention_forward beside it: load the model with 'sdpa'.")
 
 
-def refuse_unsupported(dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raise for everything that would change the result and that the memory cannot honour."""
+def refuse_unsupported(dropout: float, kwargs: dict[str, Any], plain: Callable[..., Any] | None = None) -> None:
+    """Raise for everything that would change the result and that the memory cannot honour.
+
+    Args:
+        dropout: of the attention weights.
+        kwargs: what else the attention function was given.
+        plain: the base model's attention function. A tensor that it does not name makes no difference to it either:
+            arguments of the whole model, such as labels of the loss, come by here.
+    """
     if dropout:
         raise ValueError(
             f"attention dropout={dropout}: expected 0, since a token that is dropped here is folded later all the same."
@@ -128,33 +180,48 @@ def refuse_unsupported(dropout: float, kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal=False: expected causal attention, tokens are folded in their order.")
+    known = plain is None or torch.compiler.is_compiling()
     for name, value in kwargs.items():
         if name in _REMEDIES and value is not None and value is not False:
             raise ValueError(f"{name} was passed to a retrofitted layer: {_REMEDIES[name]}.")
-        if isinstance(value, Tensor) and name not in _HARMLESS:
+        if not known and isinstance(value, Tensor) and name in _named(plain):  # type: ignore[arg-type]
             raise ValueError(f"unknown tensor argument {name!r} reached a retrofitted layer: it would be ignored.")
 
 
-def _validity(attention_mask: Any, length: int) -> Tensor | None:
-    """Which new tokens are real, from our own mask or from the diagonal of a native one."""
+@functools.cache
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _read_mask(attention_mask: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which new tokens are real, and the text of each, from our own mask or from the diagonal of a native one."""
     if attention_mask is None:
-        return None
+        return None, None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
         raise ValueError(f"attention_mask is {type(attention_mask).__name__}: expected a 2-D padding mask, or none.")
+    texts = getattr(attention_mask, "texts", None)
+    if texts is not None:
+        return None, texts
     rows, keys = attention_mask.shape[2:]
     if rows == 1 and keys == length and attention_mask.dtype == torch.bool:
-        return attention_mask[:, 0, 0]
+        return attention_mask[:, 0, 0], None
+    if rows == 1 and keys == length and attention_mask.dtype == torch.long:
+        return None, attention_mask[:, 0, 0]
     if rows == length and (torch.compiler.is_compiling() or getattr(attention_mask, "is_causal_and_padding", False)):
-        diagonal = attention_mask.diagonal(keys - length, dim1=2, dim2=3).squeeze(1)
-        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        first = getattr(attention_mask, "first_column", keys - length)
+        diagonal = attention_mask.diagonal(first, dim1=2, dim2=3).squeeze(1)
+        return (diagonal if diagonal.dtype == torch.bool else diagonal == 0), None
     raise ValueError(
         f"attention_mask has shape {tuple(attention_mask.shape)}, {attention_mask.dtype}: the memory honours causality "
-        "and padding only. Pass a 2-D mask (batch, tokens)."
+        "and padding only, not a mask of your own, a mask function, or images whose tokens see each other. Pass a 2-D "
+        "mask (batch, tokens)."
     )
 
 
-def _base_mask(base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_window: int | None) -> Tensor | None:
-    """The causal mask that the base model would have made, without padding."""
+def _base_mask(
+    base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_window: int | None, real: Tensor | None = None
+) -> Tensor | None:
+    """The causal mask that the base model would have made; ``real`` is False at padding."""
     function = causal_mask_function if sliding_window is None else sliding_window_causal_mask_function(sliding_window)
     return ALL_MASK_ATTENTION_FUNCTIONS[base](
         batch_size=q.shape[0],
@@ -163,7 +230,7 @@ def _base_mask(base: str, module: nn.Module, q: Tensor, k: Tensor, sliding_windo
         q_offset=k.shape[2] - q.shape[2],
         kv_offset=0,
         mask_function=function,
-        attention_mask=None,
+        attention_mask=real,
         local_size=sliding_window,
         allow_is_causal_skip=True,
         dtype=q.dtype,

@@ -1,36 +1,20 @@
 """What a model's attention blocks are like, found by running a few tokens through them: nothing is guessed."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..positions import Rotary
+from .config_view import configs_of, original
 from .interface import refuse_unsupported
+from .trial import AttentionCall, MaskCall, Trial
 
-_NAME = "hippocampal:probe"
 _SHIFT = 5
 """How far the second probe stands behind the first."""
-
-
-@dataclass
-class Call:
-    """One call of the attention function: whose it was, and what it got."""
-
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Any
-    dropout: float
-    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -64,29 +48,64 @@ class AttentionBlock:
     reason: str = ""
 
 
-_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
+@dataclass
+class Probed:
+    """What the attention of a model is like.
+
+    Attributes:
+        blocks: its blocks, in the order of the model; those that cannot be retrofitted say why.
+        masks: the masks that it made.
+    """
+
+    blocks: list[AttentionBlock]
+    masks: list[MaskCall]
+
+    @property
+    def mask_makers(self) -> list[nn.Module]:
+        """The modules that make masks for attention blocks."""
+        return list(dict.fromkeys(made.maker for made in self.masks if made.maker is not None))
+
+    def renamed(self, chosen: list[AttentionBlock]) -> Callable[[Any], bool]:
+        """Whether a config names the attention function of the chosen blocks, or of the masks."""
+        configs = [config for block in chosen for config in configs_of(block.module).values()]
+        configs = [original(config) for config in (*configs, *(made.config for made in self.masks))]
+        return lambda config: any(config is u for u in configs)
+
+    def owned(self, chosen: list[AttentionBlock]) -> str:
+        """Whose masks are ours: ``full``, ``local`` (sliding windows), ``full+local`` or ``none``.
+
+        Those that only the chosen blocks received; and if all blocks are chosen, those that the model does not make
+        itself: ``generate`` may make them for it.
+        """
+        owners = [block.module for block in chosen]
+        owned = []
+        for name, kinds in {"full": ["full"], "local": ["sliding", "chunked"]}.items():
+            made = [mask for mask in self.masks if mask.kind in kinds]
+            receivers = [module for mask in made for module in mask.receivers]
+            alone = all(any(u is owner for owner in owners) for u in receivers)
+            if alone and (receivers or (not made and len(chosen) == len(self.blocks))):
+                owned.append(name)
+        return "+".join(owned) or "none"
 
 
-def find_attention_blocks(model: Any) -> list[AttentionBlock]:
+def probe_model(model: Any) -> Probed:
     """Run three tokens through the model and describe every block that calls the attention interface.
 
     Args:
         model: a transformers model whose attention goes through the attention interface.
-
-    Returns:
-        The blocks in the order of the model; those that cannot be retrofitted say why.
     """
     config = model.config.get_text_config(decoder=True)
-    near, hidden = _run(model, start=0)
-    far, _ = _run(model, start=_SHIFT) if "position_ids" in inspect.signature(model.forward).parameters else ([], {})
+    near = Trial(model)
+    moves = "position_ids" in inspect.signature(model.forward).parameters
+    far = Trial(model, start=_SHIFT).calls if moves else []
     frequencies = _frequencies(model)
     blocks = []
     for name, module in model.named_modules():
-        calls = [call for call in near if call.module is module]
+        calls = [call for call in near.calls if call.module is module]
         if calls:
             shifted = [call for call in far if call.module is module]
             block = AttentionBlock(name, module, getattr(module, "layer_idx", None) or 0)
-            _describe(block, config, calls, hidden.get(module))
+            _describe(block, config, calls, near)
             block.trained_length = getattr(config, "max_position_embeddings", None)
             if not block.reason:
                 _find_rotary(block, calls[0].q, shifted[0].q if shifted else None, frequencies)
@@ -95,15 +114,19 @@ def find_attention_blocks(model: Any) -> list[AttentionBlock]:
     for block in blocks:
         if block.layer_idx in repeated and not block.reason:
             block.reason = f"several blocks share the cache index {block.layer_idx}"
-    return blocks
+    return Probed(blocks, near.masks)
 
 
-def _describe(block: AttentionBlock, config: Any, calls: list[Call], x: Tensor | None) -> None:
-    call = calls[0]
+def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], trial: Trial) -> None:
+    call, x = calls[0], trial.hidden.get(block.module)
+    made = next((made for made in trial.masks if made.is_given(call.mask)), None)
     types = getattr(config, "layer_types", None)
+    its_type = types[block.layer_idx] if types is not None and block.layer_idx < len(types) else None
     window = call.kwargs.get("sliding_window") or getattr(block.module, "sliding_window", None)
-    if types is not None and block.layer_idx < len(types):
-        block.kind = types[block.layer_idx].removesuffix("_attention")
+    if made is not None:
+        block.kind, window = made.kind, made.size
+    elif its_type is not None:
+        block.kind = its_type.removesuffix("_attention")
     elif window is not None:
         block.kind = "sliding"
     block.native_window = window if block.kind == "sliding" else None
@@ -111,16 +134,23 @@ def _describe(block: AttentionBlock, config: Any, calls: list[Call], x: Tensor |
         block.reason = f"calls the attention function {len(calls)} times in one forward, expected once"
     elif getattr(block.module, "layer_idx", None) is None:
         block.reason = "has no layer_idx, so its cache is unknown"
+    elif its_type not in (None, "full_attention", "sliding_attention", "chunked_attention"):
+        block.reason = (
+            f"is a {its_type!r} layer, expected full or sliding attention: it may do more than attend, and its cache "
+            "may hold more than keys and values"
+        )
+    elif call.mask is not None and made is None:
+        block.reason = "changes the mask that transformers makes for it, and a memory could not honour that"
     elif block.kind not in ("full", "sliding"):
         block.reason = f"attends by {block.kind}, expected full or sliding attention"
-    elif call.mask is not None:  # not ours, which is None
-        block.reason = "makes a mask of its own, expected the one that transformers makes"
     elif x is None:
         block.reason = "takes no hidden_states"
     elif not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(block.module).forward).parameters.values()):
         block.reason = "passes no keyword arguments on to the attention function"
     elif call.q.shape[1] % call.k.shape[1]:
         block.reason = f"{call.q.shape[1]} query heads are no multiple of {call.k.shape[1]} key/value heads"
+    elif not configs_of(block.module):
+        block.reason = "holds no config of its own, so its attention function cannot be changed alone"
     else:
         try:
             refuse_unsupported(call.dropout, call.kwargs)
@@ -180,90 +210,3 @@ def _frequencies(model: nn.Module) -> list[tuple[Tensor, str]]:
                 if not any(torch.equal(u, other) and kind == its for other, its in found if not u.is_meta):
                     found.append((u, kind))
     return found
-
-
-def _run(model: Any, start: int) -> tuple[list[Call], dict[nn.Module, Tensor]]:
-    """Three tokens at positions ``start, start + 1, start + 2``, with a stand-in for attention."""
-    hidden: dict[nn.Module, Tensor] = {}
-
-    def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = kwargs.get("hidden_states", args[0] if args else None)
-        if isinstance(x, Tensor):
-            hidden[module] = x
-
-    calls: list[Call] = []
-    tokens = torch.arange(3, device=_device(model)).unsqueeze(0)
-    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-    if start:
-        arguments["position_ids"] = tokens + start
-    takers = [m for m in model.modules() if "hidden_states" in inspect.signature(type(m).forward).parameters]
-    hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in takers]
-    token = _calls.set(calls)
-    try:
-        with torch.no_grad(), _evaluating(model), _probing(model):
-            model(**arguments)
-    finally:
-        _calls.reset(token)
-        for hook in hooks:
-            hook.remove()
-    return calls, hidden
-
-
-def _device(model: Any) -> Any:
-    """Where the model takes its inputs: accelerate's hooks know it, if they hold weights elsewhere meanwhile."""
-    hooks = [m._hf_hook for m in model.modules() if hasattr(m, "_hf_hook")]
-    places = [getattr(hook, "execution_device", None) for one in hooks for hook in getattr(one, "hooks", [one])]
-    known = [place for place in places if place is not None]
-    return known[0] if model.device.type == "meta" and known else model.device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, _mask)
-    configs = attention_configs(model)
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation_internal = _NAME
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
-
-
-def attention_configs(model: Any) -> list[Any]:
-    """The config objects in which the decoder's blocks and its mask look the attention function up."""
-    text = model.config.get_text_config(decoder=True)
-    configs = {id(text): text}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and getattr(config, "model_type", None) == text.model_type:
-            configs[id(config)] = config
-    return list(configs.values())
-
-
-def _attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, dropout: float = 0.0, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Stands in for attention: every query gets its own value, so that outputs do not depend on positions."""
-    calls = _calls.get()
-    assert calls is not None, "the probe's attention function was called outside the probe"
-    kwargs.pop("scaling", None)
-    calls.append(Call(module, q, k, v, attention_mask, dropout, kwargs))
-    return v.repeat_interleave(max(1, q.shape[1] // v.shape[1]), dim=1).transpose(1, 2), None
-
-
-def _mask(**kwargs: Any) -> None:
-    return None

@@ -90,7 +90,15 @@ class Reader:
 
 
 class OpaqueLayer(MemoryLayer):
-    """Stands in for the cache of whatever layer is being read: attends through an operation that is not compiled."""
+    """Stands in for the cache of whatever layer is being read: attends through an operation that is not compiled.
+
+    Args:
+        reads: counts the pieces that layers have read, an integer on their device.
+    """
+
+    def __init__(self, reads: Tensor) -> None:
+        super().__init__()
+        self.reads = reads
 
     def run(
         self,
@@ -106,30 +114,41 @@ class OpaqueLayer(MemoryLayer):
     ) -> Tensor:
         """Attend with new tokens, none of them padding, and take them in."""
         assert valid is None and attention is not None
-        return attend_to_piece(q, k, v, x, attention.scale, attention.softcap).transpose(1, 2)
+        return attend_to_piece(q, k, v, x, self.reads, attention.scale, attention.softcap).transpose(1, 2)
 
 
 class _Reading(threading.local):
     """The attention of the layer that this thread is reading."""
 
     attend: Callable[..., Tensor] | None = None
+    reads: Tensor | None = None
+
+    def count(self, device: torch.device) -> Tensor:
+        """The number of pieces that layers on this device have read."""
+        if self.reads is None or self.reads.device != device:
+            self.reads = torch.zeros((), dtype=torch.long, device=device)
+        return self.reads
 
 
 _READING = _Reading()
 
 
-@torch.library.custom_op("ahn_layers::attend_to_piece", mutates_args=())
-def attend_to_piece(q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+@torch.library.custom_op("ahn_layers::attend_to_piece", mutates_args={"reads"})
+def attend_to_piece(
+    q: Tensor, k: Tensor, v: Tensor, x: Tensor, reads: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
     """Attention and memory of the layer that is being read, ``(B, T, H, E)``.
 
-    The cache that takes the tokens in is not among the arguments: a compiler would tell layers apart by it.
+    The cache that takes the tokens in is not among the arguments, since a compiler would make new code for every layer.
+    ``reads`` stands in for it: it is declared as changed, so that no call is dropped, repeated or moved.
     """
     assert _READING.attend is not None
+    reads += 1
     return _READING.attend(q, k, v, x, attention=SoftmaxAttention(scale, softcap)).transpose(1, 2).contiguous()
 
 
 @attend_to_piece.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, x: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, x: Tensor, reads: Tensor, scale: float | None, softcap: float | None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -148,8 +167,8 @@ def _read_layer(region: Callable[..., Any], size: int, module: nn.Module, /, *ar
     block = next(u for u in module.children() if isinstance(u, DecoderAttention))
     layer = next(u.layer for u in given if isinstance(u, LayerCache))
     hidden = next(u for u in given if isinstance(u, Tensor))
-    alike = partial(_without_traits, LayerCache(OpaqueLayer()))
-    with _attending(partial(layer.run, block.store, valid=None)):
+    alike = partial(_without_traits, LayerCache(OpaqueLayer(_READING.count(hidden.device))))
+    with _attending(partial(layer.run, block.attending, valid=None)):
         return (region if hidden.shape[1] == size else run_plainly)(
             module, *map(alike, args), **{name: alike(u) for name, u in kwargs.items()}
         )

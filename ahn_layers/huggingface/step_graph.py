@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers.cache_utils import Cache
 
-from .cache_layers import StaticMemoryLayer
 from .decoder import CACHE
 from .region import twin
+from .static_layer import StaticMemoryLayer
 
 _CHANGING = ("input_ids", "position_ids", CACHE)
 _CONSTANT = (

@@ -25,7 +25,9 @@ class DistillationTrainer(Trainer):
     goes on exactly where they were written. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns.
 
     ``evaluate`` reports the loss of three arms on the tokens beyond the window: ``eval_full``, ``eval_window``,
-    ``eval_memory``, and ``eval_gap_closed`` (see [`gap_closed`][ahn_layers.distillation.gap_closed]).
+    ``eval_memory``, and ``eval_gap_closed`` (see [`gap_closed`][ahn_layers.distillation.gap_closed]). That share means
+    something where the gap ``eval_window - eval_full`` is several times its standard error over the sequences,
+    ``eval_gap_error``.
 
     Args:
         model: a retrofitted model.
@@ -99,15 +101,17 @@ class DistillationTrainer(Trainer):
         """
         was_training = self.model.training
         model = self.model_wrapped.eval()
-        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        rows = [torch.zeros(0, 4, dtype=torch.float64, device=self.args.device)]
         for batch in self.get_eval_dataloader(eval_dataset):
             ids = batch["input_ids"].to(self.args.device)
             losses = arm_losses(model, ids, start=common_capacity(model), slice_size=self.slice_size)
             sums = [losses[arm].double().sum(dim=1) for arm in ("full", "window", "memory")]
             sums.append(torch.full_like(sums[0], losses["full"].shape[1]))
             # of all processes, without the sequences that only make their numbers even
-            totals += self.accelerator.gather_for_metrics(torch.stack(sums, dim=1)).sum(dim=0)
+            rows.append(self.accelerator.gather_for_metrics(torch.stack(sums, dim=1)))
         model.train(was_training)
+        sequences = torch.cat(rows)
+        totals = sequences.sum(dim=0)
         if not totals[3]:
             raise ValueError(
                 f"no sequence goes on for two tokens beyond the capacity of {common_capacity(model)} tokens: there is "
@@ -116,6 +120,7 @@ class DistillationTrainer(Trainer):
         full, window, memory = (totals[:3] / totals[3]).tolist()
         values = {"full": full, "window": window, "memory": memory, "gap_closed": gap_closed(full, window, memory)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_gap_error"] = standard_error(sequences)
         metrics[f"{metric_key_prefix}_loss"] = memory
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -134,6 +139,19 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_adapter(self.model, self.state.best_model_checkpoint or "")
+
+
+def standard_error(sequences: Tensor) -> float:
+    """Of the mean gap between window and full attention; infinite for a single sequence.
+
+    Args:
+        sequences: sums of the losses of full attention, window and memory, and the number of tokens, shape (n, 4).
+    """
+    counted = sequences[sequences[:, 3] > 0]
+    if len(counted) < 2:
+        return float("inf")
+    gaps = (counted[:, 1] - counted[:, 0]) / counted[:, 3]
+    return float(gaps.std() / len(counted) ** 0.5)
 
 
 class StopWhenAsked(TrainerCallback):

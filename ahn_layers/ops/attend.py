@@ -99,8 +99,8 @@ class SoftmaxAttention:
     Args:
         scale: logit factor, default ``d ** -0.5``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (arXiv 2408.00118).
-        dense: the base model's own causal attention ``(q, k, v) -> out``, called instead of ours as long as no token
-            has left the window and no row is padded, for bit-identical results.
+        dense: the base model's own causal attention ``(q, k, v, valid) -> out``, called instead of ours as long as no
+            token has left the window, for bit-identical results. With padding (``valid``) only for the first tokens.
 
     Examples:
         >>> from ahn_layers import MemoryStore, Window
@@ -112,7 +112,7 @@ class SoftmaxAttention:
 
     scale: float | None = None
     softcap: float | None = None
-    dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    dense: Callable[..., Tensor] | None = None
 
     def __call__(
         self,
@@ -130,9 +130,9 @@ class SoftmaxAttention:
         seen, *others = (part for part in parts if part is not None)
         beside = [part.of for part in others if isinstance(part, Between)]
         if isinstance(seen, InSlots):
-            k, v = seen.slots()
             if beside:
-                return self._one_of_all(q, k, v, seen, [of(0, 1) for of in beside], q_sinks)
+                return self.over_slots(q, seen, [of(0, 1) for of in beside], q_sinks)
+            k, v = seen.slots()
             return slot_attention(
                 q, k, v, seen.seen, full=seen.full, scale=self.scale, softcap=self.softcap, q_sinks=q_sinks,
                 num_sinks=seen.num_sinks,
@@ -148,20 +148,21 @@ class SoftmaxAttention:
             beside=beside,
         )  # fmt: skip
 
-    def _one_of_all(
+    def over_slots(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Float[Tensor, "b h t d"],
         seen: InSlots,
         beside: list[tuple[Tensor, Tensor, Tensor]],
-        q_sinks: Tensor | None,
-    ) -> Tensor:
-        """One query over slots and what is beside them, in one softmax."""
+        q_sinks: Float[Tensor, "b h t d"] | None,
+    ) -> Float[Tensor, "b h t e"]:
+        """Any queries over the filled slots and what is beside them (see ``Between.of``), in one softmax."""
+        k, v = seen.slots()
         filled = torch.arange(k.shape[2], device=q.device) < seen.seen.clamp(min=1).unsqueeze(1)
-        visible = filled[:, None, None].expand(-1, k.shape[1], -1, -1)
-        k, v = (torch.cat((u, *(part[i] for part in beside)), dim=2) for i, u in ((0, k), (1, v)))
-        visible = torch.cat((visible, *(part[2] for part in beside)), dim=3)
+        visible = filled[:, None, None]
+        if beside:
+            visible = visible.expand(-1, k.shape[1], q.shape[2], -1)
+            visible = torch.cat((visible, *(part[2] for part in beside)), dim=3)
+            k, v = (torch.cat((u, *(part[i] for part in beside)), dim=2) for i, u in ((0, k), (1, v)))
         return masked_attention(
             q, k, v, visible, scale=self.scale, softcap=self.softcap, q_sinks=q_sinks, num_sinks=seen.num_sinks
         )

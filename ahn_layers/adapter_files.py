@@ -1,0 +1,167 @@
+"""The two files of an adapter, and the released AHN naming: writing, finding and reading them.
+
+An adapter is a folder with ``adapter.safetensors`` (``layers.<layer_idx>.<parameter>``) and ``adapter.json``.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .compressor import Compressor
+from .files import sha256, write_atomically
+
+FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+Weights = dict[int, dict[str, Tensor]]
+"""Memory weights by layer and name."""
+
+_OURS = re.compile(r"layers\.(\d+)\.(.+)")
+_RELEASED = re.compile(r"(?:.*\.)?layers\.(\d+)\.ahn\.fn\.(.+)")
+_DESCRIBED = (
+    "compressor", "compressor_options", "window_size", "num_sinks", "sink_positions", "memory_positions", "layers",
+    "sizes", "base_model_type",
+)  # fmt: skip
+
+
+def write(folder: str | Path, weights: Weights, description: dict[str, Any]) -> None:
+    """Write an adapter; a crash in between leaves files that are refused together, not a mixture.
+
+    Args:
+        folder: made if it is not there; earlier adapter files in it are replaced.
+        weights: in one piece, on any device.
+        description: JSON values.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    tensors = {
+        f"layers.{i}.{name}": u.detach().cpu().contiguous() for i, own in weights.items() for name, u in own.items()
+    }
+    data = save(tensors, {"format": "pt"})
+    text = json.dumps(description | {"weights_sha256": sha256(data)}, indent=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS, data)
+    write_atomically(folder / DESCRIPTION, (text + "\n").encode())
+
+
+@dataclass
+class AdapterFiles:
+    """What was read.
+
+    Attributes:
+        path: the file of the weights, the first of several.
+        weights: all memory weights.
+        description: what stands beside our own weights, None for released ones.
+    """
+
+    path: Path
+    weights: Weights
+    description: dict[str, Any] | None
+
+    def check_hash(self) -> None:
+        """Raise a ValueError if the two files were not written together."""
+        if self.description is not None and self.description.get("weights_sha256") not in (None, sha256(self.path)):
+            raise ValueError(
+                f"{self.path}: not the weights that {DESCRIPTION} beside it was written with (weights_sha256). Saving "
+                "was interrupted, or one of the files was replaced: save the adapter again."
+            )
+
+
+def read(source: str | Path) -> AdapterFiles:
+    """The memory weights of a folder, a file or a hub repository.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``source``.
+        ValueError: if a file is damaged.
+    """
+    files = _find(source)
+    description = _read_description(files[0].parent / DESCRIPTION) if files[0].name == WEIGHTS else None
+    return AdapterFiles(files[0], _read_weights(files), description)
+
+
+def check_known(compressor: str | None, source: str | Path) -> None:
+    """Raise a ValueError if no compressor class has this name."""
+    if compressor is not None and compressor not in Compressor.by_name:
+        raise ValueError(
+            f"{source}: unknown compressor {compressor!r}, known are {sorted(Compressor.by_name)}. Import "
+            "the module that defines the class first."
+        )
+
+
+def _find(source: str | Path) -> list[Path]:
+    """The safetensors files of a source: our own file if there is one."""
+    path = Path(source)
+    if not path.exists():
+        path = _download(str(source))
+    if path.is_file():
+        return [path]
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{source}: no safetensors file in this folder.")
+    return files
+
+
+def _download(source: str) -> Path:
+    missing = FileNotFoundError(f"{source}: no such file or folder, and not a hub repository that can be reached.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise missing
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise missing from None
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise FileNotFoundError(f"{missing} ({type(error).__name__}: {error})") from error
+
+
+def _read_weights(files: list[Path]) -> Weights:
+    """All memory weights by layer and name; anything else in released full checkpoints is passed over."""
+    from safetensors import SafetensorError, safe_open
+
+    weights: Weights = {}
+    for path in files:
+        pattern = _OURS if path.name == WEIGHTS else _RELEASED
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    match = pattern.fullmatch(key)
+                    if match:
+                        weights.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
+                    elif pattern is _OURS:
+                        raise ValueError(f"{path}: unknown key {key!r}, expected layers.<index>.<parameter>.")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error
+    if not weights:
+        raise ValueError(
+            f"{', '.join(str(path) for path in files)}: no memory weights, expected keys like "
+            "'model.layers.0.ahn.fn.o_proj.weight'."
+        )
+    return weights
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """The JSON beside our own weights, with all that is needed to use them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, it says which compressor and base the weights belong to.")
+    try:
+        description: dict[str, Any] = json.loads(path.read_text())
+        version = description["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the description of an adapter ({error}).") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: adapter format version {version}, this library reads {FORMAT_VERSION}. Load it with the version "
+            "of ahn_layers that wrote it."
+        )
+    for name in _DESCRIBED:
+        if name not in description:
+            raise ValueError(f"{path}: lacks {name!r}.")
+    check_known(description["compressor"], path)
+    return description

@@ -1,0 +1,91 @@
+"""Rows of a batch that have finished while others go on: ``generate`` pads them, their cache must not hold the pads."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList
+
+_ROWS = "_hippocampal_rows"
+
+
+class FinishedRows(StoppingCriteriaList):
+    """The stopping criteria of one ``generate``, which also remember where each row ended.
+
+    Attributes:
+        ends: tokens of each row up to its end, -1 while it goes on; None before the first step.
+    """
+
+    ends: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Which rows are done."""
+        done: Tensor = super().__call__(input_ids, scores, **kwargs)
+        ends = torch.full_like(done, -1, dtype=torch.long) if self.ends is None else self.ends
+        self.ends = torch.where(done & (ends < 0), input_ids.shape[1], ends)
+        return done
+
+    @property
+    def any(self) -> bool:
+        """Whether a row has finished."""
+        return self.ends is not None and bool((self.ends >= 0).any())
+
+    def mask(self, given: Tensor | None, length: int, columns: int) -> Bool[Tensor, "b columns"]:
+        """The padding mask of the next step, with zeros at what follows the end of a row.
+
+        Args:
+            given: the mask as ``generate`` knows it, None for ones.
+            length: tokens that ``generate`` counts.
+            columns: columns of the cache and the next token, more than ``length`` if the prompt was embeddings.
+        """
+        assert self.ends is not None
+        column = torch.arange(columns, device=self.ends.device)
+        ends = torch.where(self.ends < 0, columns, self.ends + columns - length)
+        going = column < ends.unsqueeze(1)
+        return going if given is None else going & given.to(torch.bool)
+
+
+class StoppingCriteria:
+    """Stands in for ``model._get_stopping_criteria``: if the cache outlives ``generate``, rows that finish are noted.
+
+    Args:
+        model: the retrofitted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """The model's own criteria, in a list that takes notes if ``watch`` asked for it."""
+        model: Any = self.model
+        criteria: StoppingCriteriaList = type(model)._get_stopping_criteria(model, *args, **kwargs)
+        rows = getattr(kwargs.get("generation_config", args[0] if args else None), _ROWS, None)
+        if rows is None:
+            return criteria
+        rows.extend(criteria)
+        return rows  # type: ignore[no-any-return]
+
+
+def watch(generation_config: Any, cache: Any, mode: Any, rows: int) -> None:
+    """Take notes of finished rows in the ``generate`` that begins, if somebody can see its cache afterwards.
+
+    Beam search keeps no finished rows in its cache, a single row ends with ``generate`` itself.
+
+    Args:
+        generation_config: of this ``generate``.
+        cache: its cache.
+        mode: its generation mode.
+        rows: rows that are generated.
+    """
+    seen_later = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    watched = seen_later and rows > 1 and str(getattr(mode, "value", mode)) in ("greedy_search", "sample")
+    rows_of_this_one = FinishedRows() if watched else None
+    setattr(generation_config, _ROWS, rows_of_this_one)
+    setattr(cache, _ROWS, rows_of_this_one)
+
+
+def finished_rows(cache: Any) -> FinishedRows | None:
+    """The notes of the ``generate`` that fills this cache, None if it takes none or no row has finished."""
+    rows = getattr(cache, _ROWS, None)
+    return rows if rows is not None and rows.any else None

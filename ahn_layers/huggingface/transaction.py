@@ -1,0 +1,80 @@
+"""A cache during one call: either every layer takes the new tokens in, or none does."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .cache_layers import MemoryLayer
+
+_OPEN = "_hippocampal_snapshot"
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of transformers that put new tensors in the place of the old ones, so that these can be put back."""
+
+
+class Snapshot:
+    """A cache as it was before a call.
+
+    Args:
+        cache: the cache.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.layers = list(cache.layers)
+        self.saved = [_save(layer) for layer in self.layers]
+
+    def restore(self, cache: Cache) -> None:
+        """Put every layer back; where that is impossible, the cache refuses to be used."""
+        possible = [_put_back(layer, saved) for layer, saved in zip(self.layers, self.saved, strict=True)]
+        fresh = [layer for layer in cache.layers if not any(layer is old for old in self.layers)]
+        cache.layers[:] = self.layers
+        if all(possible):
+            return
+        for layer in (*self.layers, *fresh):
+            if isinstance(layer, MemoryLayer):
+                layer.broken = (
+                    "this cache is unusable: a call was interrupted after some of its layers had overwritten tokens "
+                    "that left the window. Begin a new cache, call cache.reset(), or go back to a clone."
+                )
+
+
+def begin(cache: Cache) -> None:
+    """Remember the cache as it is; a call that was interrupted before is undone first."""
+    settle(cache)
+    setattr(cache, _OPEN, Snapshot(cache))
+
+
+def complete(cache: Cache) -> None:
+    """The call has gone through all layers."""
+    cache.__dict__.pop(_OPEN, None)
+
+
+def settle(cache: Any) -> None:
+    """Undo a call that has not been completed, if there is one."""
+    snapshot = getattr(cache, "__dict__", {}).pop(_OPEN, None)
+    if snapshot is not None:
+        snapshot.restore(cache)
+
+
+def _save(layer: Any) -> Any:
+    if isinstance(layer, MemoryLayer):
+        return layer.snapshot()
+    return dict(vars(layer)), _stamps(layer)
+
+
+def _put_back(layer: Any, saved: Any) -> bool:
+    if isinstance(layer, MemoryLayer):
+        return layer.restore(saved)
+    attributes, stamps = saved
+    if type(layer) in _GROWING:
+        vars(layer).clear()
+        vars(layer).update(attributes)
+        return True
+    return _stamps(layer) == stamps
+
+
+def _stamps(layer: Any) -> list[tuple[int, int]]:
+    """Which tensors a layer holds, and how often each has been written to."""
+    held = [u for value in vars(layer).values() for u in (value if isinstance(value, (list, tuple)) else (value,))]
+    tensors = [u for u in held if isinstance(u, Tensor)]
+    return [(id(u), -1 if u.is_inference() else u._version) for u in tensors]

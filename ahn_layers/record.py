@@ -1,0 +1,50 @@
+"""What ``retrofit`` did to a model, and what the model's retrofitted layers do at present."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from .positions import MemoryPositions
+from .window import Window
+
+Mode = Literal["memory", "window", "full"]
+"""Attention through the memory, through sinks and window alone, or as the base model does it."""
+
+
+@dataclass(eq=False)
+class Retrofitted:
+    """What ``retrofit`` did to a model, kept on the model as ``hippocampus``.
+
+    Attributes:
+        window: the window of every retrofitted layer.
+        compressor: name of the compressor class, None for the window alone.
+        memory_positions: whether the memory's keys and queries are rotated.
+        options: keyword arguments of the compressor, as the user gave them.
+        layers: cache indices of the retrofitted layers.
+        skipped: why the other attention blocks were left alone, by name.
+        owned: whose masks are ours: ``full``, ``local``, ``full+local`` or ``none``.
+        mode: what all retrofitted layers do at present, in every thread.
+    """
+
+    window: Window
+    compressor: str | None
+    memory_positions: MemoryPositions
+    options: dict[str, Any]
+    layers: list[int]
+    skipped: dict[str, str] = field(default_factory=dict)
+    owned: str = "none"
+    mode: Mode = "memory"
+
+    def attention_name(self, base: str | None) -> str | None:
+        """The attention implementation of the retrofitted layers, where the config names ``base``."""
+        return base if self.mode == "full" else f"hippocampal:{base}:{self.owned}"
+
+
+def find_retrofitted(model: nn.Module) -> tuple[nn.Module, Retrofitted]:
+    """The retrofitted transformers model in ``model`` (itself, or inside a wrapper), and what was done to it."""
+    for module in model.modules():
+        record = module.__dict__.get("hippocampus")
+        if isinstance(record, Retrofitted):
+            return module, record
+    raise ValueError(f"{type(model).__name__} is not retrofitted: call retrofit(model, ...) first.")

@@ -1,0 +1,125 @@
+"""What the scripts share: options of their command lines, and the memory that these ask for, trained or not."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from ahn_layers import Compressor, load_adapter, retrofit
+
+WINDOW, SINKS = 1920, 128
+"""The window of a memory that comes without a description of its own."""
+
+
+def add_memory_options(parser: argparse.ArgumentParser, window: int = WINDOW, sinks: int = SINKS) -> None:
+    """The options of ``give_memory``."""
+    add = parser.add_argument
+    add("--window", type=positive, help=f"tokens kept without loss (default: the adapter's, else {window})")
+    add("--sinks", type=count, help=f"first tokens, always kept (default: the adapter's, else {sinks})")
+    add("--compressor", choices=sorted(Compressor.by_name), help="default: the adapter's, else GatedDeltaNet")
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number, for the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, not negative")
+    return int(text)
+
+
+def number(most: float) -> Callable[[str], float]:
+    """A number from 0 to ``most``, for the command line."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to {most:g}")
+        return value
+
+    return convert
+
+
+def find_adapter(adapter: str | Path | None) -> Path | None:
+    """Where an adapter lies on this machine; a hub repository is downloaded. None for None.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, file or repository.
+    """
+    if adapter is None or Path(adapter).exists():
+        return None if adapter is None else Path(adapter)
+    try:
+        return Path(huggingface_hub.snapshot_download(str(adapter), allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # a network fails in many ways, and its errors share no base class
+        raise FileNotFoundError(
+            f"--adapter {adapter}: no such folder or file, and no hub repository that can be reached ({error})."
+        ) from None
+
+
+def give_memory(
+    model: Any,
+    adapter: Path | None,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    compressor: str | None = None,
+    default: tuple[int, int] = (WINDOW, SINKS),
+    **options: Any,
+) -> None:
+    """Retrofit a model and load a trained memory into it.
+
+    An adapter of this library says how it wants to be used, so ``load_adapter`` does both. Released files hold weights
+    alone: they go into a model that is retrofitted as the arguments say.
+
+    Args:
+        model: a causal language model of transformers.
+        adapter: as ``find_adapter`` found it; None for a memory that is not trained.
+        window: window size, None for the adapter's own.
+        sinks: number of sinks, None for the adapter's own.
+        compressor: name of its class, None for the adapter's own.
+        default: window size and sinks where there is no adapter that has its own.
+        **options: further arguments of ``retrofit``, None for the adapter's own.
+
+    Raises:
+        ValueError: if the adapter does not fit the model, or is not what the arguments ask for.
+    """
+    asked = {name: value for name, value in options.items() if value is not None}
+    if adapter is not None and _describes_itself(adapter):
+        load_adapter(model, adapter, window_size=window, num_sinks=sinks)
+        _compare(model, asked if compressor is None else {"compressor": compressor, **asked}, adapter)
+        return
+    sizes = {
+        "window_size": default[0] if window is None else window,
+        "num_sinks": default[1] if sinks is None else sinks,
+    }
+    retrofit(model, Compressor.by_name[compressor or "GatedDeltaNet"], **sizes, **asked)
+    if adapter is not None:
+        load_adapter(model, adapter)
+
+
+def _describes_itself(adapter: Path) -> bool:
+    """Whether this is an adapter of the library, and not released weights."""
+    name = "adapter.safetensors"
+    return adapter.name == name if adapter.is_file() else (adapter / name).exists()
+
+
+def _compare(model: Any, asked: dict[str, Any], adapter: Path) -> None:
+    record = model.hippocampus
+    found = {"compressor": record.compressor, "memory_positions": record.memory_positions, **record.options}
+    for name, value in asked.items():
+        if found.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} {value}: the memory in {adapter} was trained with {name}={found.get(name)!r}. "
+                f"Leave {flag} out."
+            )

@@ -20,7 +20,7 @@ from .ops.idle import with_idle
 from .ops.sharing import share_columns
 from .ops.window_attention import add_to_tail
 from .padded import LARGEST_MASK, attend_at_end, ends_of_padding
-from .peft import is_choosing, is_of_peft
+from .peft import is_choosing, is_of_peft, running
 from .positions import MemoryPositions, Positions, Rotary
 from .recall import recall
 from .state import MemoryState
@@ -129,6 +129,14 @@ class MemoryStore(nn.Module):
         return walk
 
     @property
+    def recalling(self) -> Compressor | None:
+        """The compressor that runs: ``compressor``, or the copy of it that PEFT trains (``modules_to_save``)."""
+        compressor: nn.Module | None = self.compressor
+        if compressor is None or isinstance(compressor, Compressor):
+            return compressor
+        return running(compressor)  # type: ignore[return-value]
+
+    @property
     def positions(self) -> Positions:
         """What sinks and memory are shown of positions."""
         return Positions(self.window, self.rotary, self.memory_positions)
@@ -143,7 +151,7 @@ class MemoryStore(nn.Module):
         k = tokens.k
         slots = tokens.map(lambda u: u.new_zeros(*u.shape[:2], self.window.capacity if full else 0, *u.shape[3:]))
         like = k.new_zeros((), dtype=state_dtype(k))
-        memory = None if self.compressor is None else self.compressor.init_state(len(k), like)
+        memory = None if self.recalling is None else self.recalling.init_state(len(k), like)
         seen = torch.zeros(len(k), dtype=torch.long, device=k.device)
         return MemoryState(self.window, slots, seen, memory, kept=first_kept(self.eviction, tokens))
 
@@ -151,7 +159,7 @@ class MemoryStore(nn.Module):
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
     ) -> Tokens:
         """New tokens with their write gates, which ride in the window in the dtype of ``k``."""
-        gates = {} if self.compressor is None or x is None else self.compressor.gates(x)
+        gates = {} if self.recalling is None or x is None else self.recalling.gates(x)
         if x is not None:
             gates = gates | {RIDES + name: score for name, score in self.eviction.gates(x).items()}
         return Tokens(k, v, {name: gate.to(k.dtype) for name, gate in gates.items()})
@@ -190,10 +198,10 @@ class MemoryStore(nn.Module):
             q, k, v = (as_autocast(u) for u in (q, k, v))
             with torch.autocast(device, enabled=False):
                 return self.forward(q, k, v, x, state, valid=valid, attention=attention)
-        check_inputs(q, k, v, x, valid, self.compressor, self.eviction)
+        check_inputs(q, k, v, x, valid, self.recalling, self.eviction)
         new = self.arrive(k, v, x)
         state = self.init_state(new) if state is None else state
-        check_state(state, new, self.window, self.compressor, self.eviction)
+        check_state(state, new, self.window, self.recalling, self.eviction)
         return self.take_in(q, new, x, state, valid, attention or SoftmaxAttention())
 
     def take_in(
@@ -226,11 +234,11 @@ class MemoryStore(nn.Module):
         ordered = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
         out, state = self.push(take(q, order), new.take(order), ordered, state, valid.gather(1, order), attention)
         out = take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0)
-        return attend_at_end(out, q, x, state, valid, attention, self.compressor, self.eviction, self.positions), state
+        return attend_at_end(out, q, x, state, valid, attention, self.recalling, self.eviction, self.positions), state
 
     def _idle(self, out: Tensor) -> Tensor:
         """The output of a call that folds nothing: the memory's parameters get gradients all the same, zeros."""
-        return out if self.compressor is None else with_idle(out, self.compressor.parameters())
+        return out if self.recalling is None else with_idle(out, self.recalling.parameters())
 
     def push(
         self,
@@ -244,13 +252,13 @@ class MemoryStore(nn.Module):
         """The equations of this class; padding comes last in each row."""
         held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
         if single and held.overwritten and isinstance(self.eviction, FoldAll) and valid is None:
-            out = kernel_step(q, new, x, state, self.compressor, self.positions, attention)
+            out = kernel_step(q, new, x, state, self.recalling, self.positions, attention)
             if out is not None:
                 return out, state
         seen, leaving, held = self.window.push(held, new, valid)
         others, leaving, kept = evict(self.eviction, state.kept, leaving, len(new))
         ((q, readers),) = share_columns((q, leaving.first, len(new)))
-        recalled, memory = recall(self.compressor, state.memory, readers, x, leaving, seen.rank, self.positions)
+        recalled, memory = recall(self.recalling, state.memory, readers, x, leaving, seen.rank, self.positions)
         out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length))
         out = self._idle(out) if recalled is None else add_to_tail(out, recalled.to(out.dtype))
         if single and valid is not None:
@@ -267,8 +275,8 @@ class MemoryStore(nn.Module):
             value_dim: size of values.
         """
         k, v = (like.new_empty(1, num_kv_heads, 1, size, device="meta") for size in (head_dim, value_dim))
-        x = None if self.compressor is None else k.new_empty(1, 1, self.compressor.hidden_size)
+        x = None if self.recalling is None else k.new_empty(1, 1, self.recalling.hidden_size)
         if x is not None:
-            x = torch.zeros_like(x, device=next(self.compressor.parameters()).device)  # type: ignore[union-attr]
+            x = torch.zeros_like(x, device=next(self.recalling.parameters()).device)  # type: ignore[union-attr]
         with torch.no_grad():
             return self.init_state(self.arrive(k, v, x), full=True).nbytes

@@ -64,7 +64,7 @@ def test_a_frozen_base_gets_no_gradients_and_the_memory_all(name, compressor):
     assert all(given[name].abs().max() > 0 for name in memory), "every one of them matters"
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", NAMES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral_window"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_within_the_window_the_memory_gets_zeros(name, compressor, cached):

@@ -9,14 +9,17 @@ from .adapter import load_adapter, save_adapter
 from .attention import HippocampalAttention
 from .compressor import Compressor
 from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
+from .eviction import Eviction, FoldAll, empty_slots, keep_best
 from .layers import outer
 from .memory import MemoryStore
 from .missing import needs_transformers
+from .ops.attend import SoftmaxAttention
+from .positions import Rotary
+from .recurrent import Recurrence, Recurrent
 from .registration import register_saved_models
 from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
-from .rotary import Rotary
 from .state import MemoryState
-from .testing import check_compressor
+from .testing import check_compressor, check_eviction
 from .version import __version__
 from .window import Window
 
@@ -27,8 +30,15 @@ __all__ = [
     "__version__",
     "Window",
     "Compressor",
+    "Recurrent",
+    "Recurrence",
+    "Eviction",
+    "FoldAll",
+    "keep_best",
+    "empty_slots",
     "MemoryStore",
     "MemoryState",
+    "SoftmaxAttention",
     "HippocampalAttention",
     "Rotary",
     "LinearAttention",
@@ -45,6 +55,7 @@ __all__ = [
     "load_adapter",
     "HippocampalCache",
     "check_compressor",
+    "check_eviction",
     "outer",
 ]
 

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .memory import MemoryStore
+from .ops.attend import SoftmaxAttention
 from .peft import running
 from .state import MemoryState
 
@@ -110,10 +111,11 @@ class HippocampalAttention(nn.Module):
         Raises:
             RuntimeError: if the block did not call ``attend`` exactly once.
         """
+        store = self.store if use_memory else self.store.without_memory()
 
         def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             nonlocal state
-            out, state = self.store(q, k, v, x, state, valid=valid, use_memory=use_memory, **options)
+            out, state = store(q, k, v, x, state, valid=valid, **options)
             return out
 
         attend = Attend(type(self.block).__name__, run)
@@ -136,9 +138,26 @@ class Attend:
         self.called = False
 
     def __call__(
-        self, q: Float[Tensor, "b h t d"], k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], **options: Any
+        self,
+        q: Float[Tensor, "b h t d"],
+        k: Float[Tensor, "b g t d"],
+        v: Float[Tensor, "b g t e"],
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        dense: Callable[..., Tensor] | None = None,
+        **options: Any,
     ) -> Float[Tensor, "b h t e"]:
-        """Attend through the store; options as in [`MemoryStore.forward`][ahn_layers.MemoryStore.forward].
+        """Attend through the store.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            scale: see ``SoftmaxAttention``, as for ``softcap`` and ``dense``.
+            softcap: see there.
+            dense: see there.
+            **options: of [`MemoryStore.forward`][ahn_layers.MemoryStore.forward].
 
         Raises:
             RuntimeError: at the second call.
@@ -149,7 +168,7 @@ class Attend:
                 "tokens into the memory. Wrap each attention of the block on its own."
             )
         self.called = True
-        return self.run(q, k, v, **options)
+        return self.run(q, k, v, attention=SoftmaxAttention(scale, softcap, dense), **options)
 
     def check(self) -> None:
         """Raise a RuntimeError if the block is done and never called."""

@@ -1,29 +1,28 @@
 """Every way to call a store wrongly, refused before anything has changed."""
 
 from itertools import permutations
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from .compressor import Compressor
+from .eviction import Eviction, FoldAll, first_kept
 from .state import MemoryState
 from .tokens import Tokens
-
-if TYPE_CHECKING:
-    from .memory import MemoryStore
-
+from .window import Window
 
 LAYOUT = ("batch", "heads", "tokens", "size")
 
 
 def check_inputs(
-    store: "MemoryStore",
     q: Tensor,
     k: Tensor,
     v: Tensor,
     x: Tensor | None,
     valid: Tensor | None,
-    use_memory: bool,
+    compressor: Compressor | None,
+    eviction: Eviction,
 ) -> None:
     """Shapes, devices and dtypes of one call among themselves and against the compressor."""
     for name, u in (("q", q), ("k", k), ("v", v)):
@@ -35,7 +34,7 @@ def check_inputs(
     groups = k.shape[1]
     if count == 0:
         raise ValueError("q has no tokens (shape[2] == 0): call the store with at least one.")
-    _check_order(store, q, k, v, x if use_memory else None)
+    _check_order(compressor, q, k, v, x)
     if k.shape != (batch, groups, count, size) or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected the same batch and tokens in all, "
@@ -53,13 +52,14 @@ def check_inputs(
         )
     if valid is not None:
         _check_valid(valid, batch, count)
-    if store.compressor is not None and use_memory:
-        _check_compressor(store, q, k, v, x)
+    if compressor is not None:
+        _check_compressor(compressor, q, k, v, x)
+    elif x is None and type(eviction).gates is not Eviction.gates:
+        raise ValueError(f"x=None: {type(eviction).__name__} needs the hidden states that enter the attention block.")
 
 
-def _check_order(store: "MemoryStore", q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
+def _check_order(compressor: Compressor | None, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
     """Dimensions in another order, where the sizes that are known give it away."""
-    compressor = store.compressor
     if compressor is not None and x is not None and x.ndim == 3:
         known = (x.shape[0], compressor.num_heads, x.shape[1], compressor.head_dim)
         for order in permutations(range(4)) if (q.shape[1], q.shape[3]) != (known[1], known[3]) else ():
@@ -97,9 +97,7 @@ def _check_valid(valid: Tensor, batch: int, count: int) -> None:
     )
 
 
-def _check_compressor(store: "MemoryStore", q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
-    compressor = store.compressor
-    assert compressor is not None
+def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
     name = type(compressor).__name__
     expected = (compressor.num_heads, compressor.num_kv_heads, compressor.head_dim, compressor.value_dim)
     given = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
@@ -115,7 +113,8 @@ def _check_compressor(store: "MemoryStore", q: Tensor, k: Tensor, v: Tensor, x: 
             )
     if x is None:
         raise ValueError(
-            f"x=None: {name} needs the hidden states that enter the attention block. Pass them, or use_memory=False."
+            f"x=None: {name} needs the hidden states that enter the attention block. Pass them, or call "
+            "store.without_memory()."
         )
     shape = (q.shape[0], q.shape[2], compressor.hidden_size)
     if x.shape != shape or not x.is_floating_point():
@@ -132,14 +131,16 @@ def _check_compressor(store: "MemoryStore", q: Tensor, k: Tensor, v: Tensor, x: 
         raise ValueError(f"x is on {x.device}, q on {q.device}: expected one device. Pass x.to(q.device).")
 
 
-def check_state(store: "MemoryStore", state: MemoryState, new: Tokens, use_memory: bool) -> None:
-    """Whether a state can go on with these tokens in this store."""
+def check_state(
+    state: MemoryState, new: Tokens, ours: Window, compressor: Compressor | None, eviction: Eviction
+) -> None:
+    """Whether a state can go on with these tokens in a store of this window, compressor and eviction."""
     if not isinstance(state, MemoryState):
         raise TypeError(
             f"state is a {type(state).__name__}: expected the state that the last call returned beside its output, or "
             "None to begin."
         )
-    ours, theirs = store.window, state.window
+    theirs = state.window
     if (ours.num_sinks, ours.window_size) != (theirs.num_sinks, theirs.window_size):
         raise ValueError(
             f"the state belongs to {theirs}, the store has {ours}: continue it with a store of the same window."
@@ -161,7 +162,7 @@ def check_state(store: "MemoryStore", state: MemoryState, new: Tokens, use_memor
                 f"{mine.shape[1]} heads of {mine.shape[3]}: it was made by another layer or model, or from keys "
                 "and values that were repeated for the query heads. Continue it as it was begun."
             )
-    remembers = use_memory and store.compressor is not None
+    remembers = compressor is not None
     if remembers != (state.memory is not None):
         made, asked = ("without", "with") if remembers else ("with", "without")
         raise ValueError(
@@ -172,4 +173,13 @@ def check_state(store: "MemoryStore", state: MemoryState, new: Tokens, use_memor
         raise ValueError(
             f"the state holds the write gates {sorted(state.slots.gates)}, the compressor makes {sorted(new.gates)}: "
             "it was made by another compressor."
+        )
+    if isinstance(eviction, FoldAll) and not state.kept:
+        return
+    kept = first_kept(eviction, new.map(lambda u: u.to("meta")))
+    sizes, expected = ({name: tuple(u.shape) for name, u in held.items()} for held in (state.kept, kept))
+    if sizes != expected:
+        raise ValueError(
+            f"the state holds {sizes or 'nothing'} for the eviction, the store's eviction has {expected or 'nothing'}: "
+            "continue it with a store of the same eviction."
         )

@@ -164,7 +164,7 @@ class Compressor(nn.Module, ABC):
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
         gates: dict[str, Float[Tensor, "b s t"]],
-        mask: Bool[Tensor, "b t"] | None = None,
+        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """For each token in turn: fold ``k, v``, then read with ``q``.
 
@@ -174,7 +174,8 @@ class Compressor(nn.Module, ABC):
             k: evicted keys, one per key/value head, or several states share them.
             v: evicted values, likewise.
             gates: their write gates.
-            mask: False where a row has nothing to fold; the reading there is unused.
+            mask: False where there is nothing to fold, per row or, with an eviction that keeps other tokens in other
+                heads, per key/value head: the state stays as it is.
 
         Returns:
             The readings, in the dtype of the state or of ``k``, and the state after the last token.
@@ -188,18 +189,25 @@ class Compressor(nn.Module, ABC):
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
         gates: dict[str, Float[Tensor, "b s t"]],
-        mask: Bool[Tensor, "b t"] | None = None,
+        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """``scan``, token by token: its definition."""
         dtype = state_dtype(q)
         k, v = (u.repeat_interleave(self.num_states // u.shape[1], dim=1) for u in (k, v))
+        folds = None if mask is None else self.per_state(mask)
         readings = []
         for t in range(q.shape[2]):
             gate = {name: value[:, :, t].to(dtype) for name, value in gates.items()}
             folded = self.fold(state, k[:, :, t].to(dtype), v[:, :, t].to(dtype), **gate)
-            state = folded if mask is None else map_state(_select(mask[:, t]), folded, state)
+            state = folded if folds is None else map_state(_select(folds[:, :, t]), folded, state)
             readings.append(self.read(state, q[:, :, t].to(dtype)))
         return torch.stack(readings, dim=2), state
+
+    def per_state(self, mask: Bool[Tensor, "*b t"]) -> Bool[Tensor, "b s t"]:
+        """The mask of a scan, ``(B, 1, T)`` or for each state ``(B, num_states, T)``, as it masks gates."""
+        if mask.ndim == 2:
+            return mask.unsqueeze(1)
+        return mask.repeat_interleave(self.num_states // mask.shape[1], dim=1)
 
     def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule | None:
         """One decode step in the terms of a kernel, if its terms suffice; default: None, ``scan`` and ``output`` do it.
@@ -245,5 +253,15 @@ def state_dtype(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
-def _select(mask: Bool[Tensor, " b"]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda new, old: torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
+def _select(mask: Bool[Tensor, "b s"]) -> Callable[[Tensor, Tensor], Tensor]:
+    def select(new: Tensor, old: Tensor) -> Tensor:
+        if mask.shape[1] == 1:
+            return torch.where(mask.view(-1, *[1] * (new.ndim - 1)), new, old)
+        if new.ndim < 2 or new.shape[1] != mask.shape[1]:
+            raise ValueError(
+                f"a tensor of the state has shape {tuple(new.shape)}, and heads fold different tokens: expected "
+                f"(batch, {mask.shape[1]} states, ...). Override scan() to take such a mask."
+            )
+        return torch.where(mask.view(*mask.shape, *[1] * (new.ndim - 2)), new, old)
+
+    return select

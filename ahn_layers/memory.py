@@ -3,47 +3,30 @@
 Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size, e value size, n hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .checks import check_inputs, check_state
-from .compressor import Compressor, State, map_state, state_dtype
-from .ops.decode import slot_attention
+from .compressor import Compressor, state_dtype
+from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
+from .ops.attend import SoftmaxAttention
 from .ops.idle import with_idle
 from .ops.sharing import share_columns
-from .ops.window_attention import add_to_tail, masked_attention, window_attention
-from .peft import is_choosing, is_of_peft
-from .rotary import Rotary
+from .ops.window_attention import add_to_tail
+from .padded import LARGEST_MASK, attend_at_end, ends_of_padding
+from .peft import is_choosing, is_of_peft, running
+from .positions import MemoryPositions, Positions, Rotary
+from .recall import recall
 from .state import MemoryState
 from .step import kernel_step
-from .tokens import Tokens, join, take
+from .tokens import Tokens, take
 from .window import Window
-
-_SEGMENT = {"cpu": 1024}
-"""Tokens folded in one go, by device type: bounds what the scan expands and converts at a time, within caches."""
-_LONG_SEGMENT = 8192
-"""The same for every other device, where launches cost more than memory traffic."""
-
-_LARGEST_MASK = 1 << 28
-"""Entries of a dense mask of padded rows that is still made to get the bits of the base model."""
-
-MemoryPositions = Literal["absolute", "none"]
-"""Whether keys and queries of the memory are rotated."""
-
-
-def _ends_of_padding(valid: Bool[Tensor, "b t"], seen: Int[Tensor, " b"]) -> list[int]:
-    """Columns at which real tokens go on after padding, in a row that has had some: a call is cut there."""
-    if torch.compiler.is_compiling():
-        return []
-    begun = (valid.cumsum(dim=1) + seen.unsqueeze(1)) > 0
-    goes_on = valid[:, 1:] & ~valid[:, :-1] & begun[:, :-1]
-    return (goes_on.any(dim=0).nonzero().flatten() + 1).tolist()
 
 
 def as_autocast(u: Tensor) -> Tensor:
@@ -71,6 +54,7 @@ class MemoryStore(nn.Module):
         compressor: the long-term memory; None forgets what leaves the window.
         rotary: how the model rotates its queries. Needed to keep the sinks within the trained distance
             (``Window.sink_positions``; without it they stay at their true distance), and for ``memory_positions``.
+        eviction: what happens to a token that leaves the window. Default: ``FoldAll``, it is folded.
         memory_positions: what the memory is told of positions. ``"absolute"``: keys are folded, and queries read, as
             the attention rotated them, as in the paper. ``"none"``: with their rotation turned back, so that the
             memory knows contents only and no distance. A memory has to be used as it was trained.
@@ -94,6 +78,7 @@ class MemoryStore(nn.Module):
         compressor: Compressor | None = None,
         rotary: Rotary | None = None,
         *,
+        eviction: Eviction | None = None,
         memory_positions: MemoryPositions = "absolute",
     ) -> None:
         super().__init__()
@@ -104,7 +89,31 @@ class MemoryStore(nn.Module):
         self.window = window
         self.compressor = compressor
         self.rotary = rotary
+        self.eviction = FoldAll() if eviction is None else eviction
         self.memory_positions = memory_positions
+        # not a child: it has nothing of its own
+        self.__dict__["_plain"] = (
+            None
+            if compressor is None and eviction is None
+            else MemoryStore(window, None, rotary, memory_positions=memory_positions)
+        )
+
+    def without_memory(self) -> "MemoryStore":
+        """The same store without compressor and eviction: sinks and window alone, what leaves is forgotten.
+
+        A view: it has the window of this store, whatever that is at the time. States of the two do not mix.
+
+        Examples:
+            >>> from ahn_layers import GatedDeltaNet
+            >>> store = MemoryStore(Window(4), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
+            >>> store.without_memory().compressor is None
+            True
+        """
+        plain: MemoryStore | None = self.__dict__["_plain"]
+        if plain is None:
+            return self
+        plain.window = self.window
+        return plain
 
     def extra_repr(self) -> str:
         """Window and positions, for ``print(model)``."""
@@ -119,25 +128,40 @@ class MemoryStore(nn.Module):
             return ((name, module) for name, module in walk if module is self or is_of_peft(module))
         return walk
 
-    def init_state(self, tokens: Tokens, *, use_memory: bool = True, full: bool = False) -> MemoryState:
+    @property
+    def recalling(self) -> Compressor | None:
+        """The compressor that runs: ``compressor``, or the copy of it that PEFT trains (``modules_to_save``)."""
+        compressor: nn.Module | None = self.compressor
+        if compressor is None or isinstance(compressor, Compressor):
+            return compressor
+        return running(compressor)  # type: ignore[return-value]
+
+    @property
+    def positions(self) -> Positions:
+        """What sinks and memory are shown of positions."""
+        return Positions(self.window, self.rotary, self.memory_positions)
+
+    def init_state(self, tokens: Tokens, *, full: bool = False) -> MemoryState:
         """An empty state for rows like these tokens.
 
         Args:
             tokens: any tokens, for batch size, sizes, dtype and device.
-            use_memory: False leaves the compressor out.
             full: allocate every slot now (static caches) instead of growing with the text.
         """
         k = tokens.k
-        remembers = use_memory and self.compressor is not None
         slots = tokens.map(lambda u: u.new_zeros(*u.shape[:2], self.window.capacity if full else 0, *u.shape[3:]))
-        memory = self.compressor.init_state(len(k), k.new_zeros((), dtype=state_dtype(k))) if remembers else None  # type: ignore[union-attr]
-        return MemoryState(self.window, slots, torch.zeros(len(k), dtype=torch.long, device=k.device), memory)
+        like = k.new_zeros((), dtype=state_dtype(k))
+        memory = None if self.recalling is None else self.recalling.init_state(len(k), like)
+        seen = torch.zeros(len(k), dtype=torch.long, device=k.device)
+        return MemoryState(self.window, slots, seen, memory, kept=first_kept(self.eviction, tokens))
 
     def arrive(
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
     ) -> Tokens:
         """New tokens with their write gates, which ride in the window in the dtype of ``k``."""
-        gates = {} if self.compressor is None or x is None else self.compressor.gates(x)
+        gates = {} if self.recalling is None or x is None else self.recalling.gates(x)
+        if x is not None:
+            gates = gates | {RIDES + name: score for name, score in self.eviction.gates(x).items()}
         return Tokens(k, v, {name: gate.to(k.dtype) for name, gate in gates.items()})
 
     def forward(
@@ -149,13 +173,8 @@ class MemoryStore(nn.Module):
         state: MemoryState | None = None,
         *,
         valid: Bool[Tensor, "b t"] | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        use_memory: bool = True,
-        inplace: bool = False,
-        final: bool = False,
-        dense: Callable[..., Tensor] | None = None,
-    ) -> tuple[Float[Tensor, "b h t e"], MemoryState | None]:
+        attention: SoftmaxAttention | None = None,
+    ) -> tuple[Float[Tensor, "b h t e"], MemoryState]:
         """Attend with new tokens and take them in.
 
         Args:
@@ -166,13 +185,7 @@ class MemoryStore(nn.Module):
             state: what the last call returned, None to begin.
             valid: False at padding. Padding takes no slot and no rank. Its queries see what the last real token of
                 their row saw; before the first one their outputs are zero.
-            scale: logit factor, default ``d ** -0.5``.
-            softcap: logits become ``softcap * tanh(logits / softcap)``.
-            use_memory: False attends to sinks and window alone. A sequence keeps to one choice.
-            inplace: overwrite the tensors of ``state`` once the window is full.
-            final: no tokens will follow, as in training: a state need not be made, None may come in its place.
-            dense: the base model's own causal attention ``(q, k, v, valid) -> out``, called instead of ours as long as
-                nothing has left the window, for bit-identical results. With padding only for the first tokens.
+            attention: how the base model attends, where it is not plain scaled dot-product attention.
 
         Returns:
             The attention output and the state after these tokens.
@@ -183,45 +196,74 @@ class MemoryStore(nn.Module):
         device = q.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             q, k, v = (as_autocast(u) for u in (q, k, v))
-            options: dict[str, Any] = {"scale": scale, "softcap": softcap, "inplace": inplace, "dense": dense}
             with torch.autocast(device, enabled=False):
-                return self.forward(q, k, v, x, state, valid=valid, use_memory=use_memory, final=final, **options)
-        check_inputs(self, q, k, v, x, valid, use_memory)
-        new = self.arrive(k, v, x if use_memory else None)
-        if state is None:
-            state = self.init_state(new, use_memory=use_memory)
-        check_state(self, state, new, use_memory)
-        attention = {"scale": scale, "softcap": softcap}
-        if len(new) == 1 and len(state.slots) == self.window.capacity:
-            return self._step(q, new, x, state, valid, inplace, attention)
-        if final and valid is None and state.uniform == 0:
-            if dense is not None and len(new) <= self.window.capacity:
-                return self._idle(dense(q, k, v), state), None
-            return self._attend(q, new, x, state, None, attention)[0], None
-        if valid is None:
-            return self._extend(q, new, x, state, None, attention, dense, inplace)
+                return self.forward(q, k, v, x, state, valid=valid, attention=attention)
+        check_inputs(q, k, v, x, valid, self.recalling, self.eviction)
+        new = self.arrive(k, v, x)
+        state = self.init_state(new) if state is None else state
+        check_state(state, new, self.window, self.recalling, self.eviction)
+        return self.take_in(q, new, x, state, valid, attention or SoftmaxAttention())
 
-        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in each row
+    def take_in(
+        self,
+        q: Tensor,
+        new: Tokens,
+        x: Tensor | None,
+        state: MemoryState,
+        valid: Bool[Tensor, "b t"] | None,
+        attention: SoftmaxAttention,
+    ) -> tuple[Tensor, MemoryState]:
+        """``push`` with padding wherever it is: real tokens first, the call cut where they go on after padding."""
+        if valid is None or (len(new) == 1 and len(state.slots) == self.window.capacity):
+            return self.push(q, new, x, state, valid, attention)
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
         lossless = state.uniform == 0 and len(new) <= self.window.capacity
-        if dense is not None and lossless and len(q) * len(new) ** 2 <= _LARGEST_MASK:
-            out = dense(q, k, v, valid)
+        if attention.dense is not None and lossless and len(q) * len(new) ** 2 <= LARGEST_MASK:
+            out = attention.dense(q, new.k, new.v, valid)
             if torch.compiler.is_compiling() or not bool(out.isnan().any()):  # of rows that see nothing, in float64
-                return self._idle(out, state), state.extended(new.take(order), valid.sum(dim=1))
-        ends = _ends_of_padding(valid, state.seen)
-        if ends:
-            outs = []
-            for a, b in pairwise((0, *ends, len(new))):
-                inputs = (*(u[:, :, a:b] for u in (q, k, v)), None if x is None else x[:, a:b], state)
-                cut: dict[str, Any] = {"valid": valid[:, a:b], "use_memory": use_memory, "inplace": inplace}
-                out, state = self.forward(*inputs, **cut, scale=scale, softcap=softcap)  # type: ignore[arg-type]
-                outs.append(out)
+                held = self.window.push(state.held, new.take(order), valid.gather(1, order))[2]
+                return self._idle(out), state.after(held, state.memory, state.kept)
+        attention, outs = replace(attention, dense=None), []
+        ends = ends_of_padding(valid, state.seen)
+        for a, b in pairwise((0, *ends, len(new))) if ends else ():
+            part = None if x is None else x[:, a:b]
+            out, state = self.take_in(q[:, :, a:b], new.columns(a, b), part, state, valid[:, a:b], attention)
+            outs.append(out)
+        if outs:
             return torch.cat(outs, dim=2), state
         ordered = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        out, state = self._extend(
-            take(q, order), new.take(order), ordered, state, valid.sum(dim=1), attention, None, inplace
-        )
+        out, state = self.push(take(q, order), new.take(order), ordered, state, valid.gather(1, order), attention)
         out = take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0)
-        return self._attend_at_end(out, q, x, state, valid, attention), state
+        return attend_at_end(out, q, x, state, valid, attention, self.recalling, self.eviction, self.positions), state
+
+    def _idle(self, out: Tensor) -> Tensor:
+        """The output of a call that folds nothing: the memory's parameters get gradients all the same, zeros."""
+        return out if self.recalling is None else with_idle(out, self.recalling.parameters())
+
+    def push(
+        self,
+        q: Tensor,
+        new: Tokens,
+        x: Tensor | None,
+        state: MemoryState,
+        valid: Bool[Tensor, "b t"] | None,
+        attention: SoftmaxAttention,
+    ) -> tuple[Tensor, MemoryState]:
+        """The equations of this class; padding comes last in each row."""
+        held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
+        if single and held.overwritten and isinstance(self.eviction, FoldAll) and valid is None:
+            out = kernel_step(q, new, x, state, self.recalling, self.positions, attention)
+            if out is not None:
+                return out, state
+        seen, leaving, held = self.window.push(held, new, valid)
+        others, leaving, kept = evict(self.eviction, state.kept, leaving, len(new))
+        ((q, readers),) = share_columns((q, leaving.first, len(new)))
+        recalled, memory = recall(self.recalling, state.memory, readers, x, leaving, seen.rank, self.positions)
+        out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length))
+        out = self._idle(out) if recalled is None else add_to_tail(out, recalled.to(out.dtype))
+        if single and valid is not None:
+            out = out.masked_fill((held.seen == 0).view(-1, 1, 1, 1), 0)
+        return out, state.after(held, memory, kept)
 
     def bytes_per_row(self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, **_: int) -> int:
         """Bytes that a state holds for each row once the window is full.
@@ -233,224 +275,8 @@ class MemoryStore(nn.Module):
             value_dim: size of values.
         """
         k, v = (like.new_empty(1, num_kv_heads, 1, size, device="meta") for size in (head_dim, value_dim))
-        x = None if self.compressor is None else k.new_empty(1, 1, self.compressor.hidden_size)
+        x = None if self.recalling is None else k.new_empty(1, 1, self.recalling.hidden_size)
         if x is not None:
-            x = torch.zeros_like(x, device=next(self.compressor.parameters()).device)  # type: ignore[union-attr]
+            x = torch.zeros_like(x, device=next(self.recalling.parameters()).device)  # type: ignore[union-attr]
         with torch.no_grad():
             return self.init_state(self.arrive(k, v, x), full=True).nbytes
-
-    def _extend(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        arrivals: Int[Tensor, " b"] | None,
-        attention: dict[str, float | None],
-        dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
-        inplace: bool,
-    ) -> tuple[Tensor, MemoryState]:
-        """Any number of new tokens; with ``arrivals``, only the first so many columns of each row are real."""
-        if dense is not None and state.uniform is not None and arrivals is None:
-            total = state.uniform + len(new)
-            if total <= self.window.capacity:
-                after = state.extended(new)
-                resident = after.slots.columns(0, total)
-                return self._idle(dense(q, resident.k, resident.v), state), after
-        out, memory = self._attend(q, new, x, state, arrivals, attention)
-        after = state.extended(new, arrivals, inplace=inplace)
-        after.memory = memory
-        return out, after
-
-    def _attend(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        arrivals: Int[Tensor, " b"] | None,
-        attention: dict[str, float | None],
-    ) -> tuple[Tensor, State | None]:
-        """What new tokens see in sinks, window and memory; and the memory with what they push out."""
-        window, count, begins = self.window, len(new), state.uniform == 0 and arrivals is None
-        total = None if state.uniform is None or arrivals is not None else state.uniform + count
-        context = join(*state.recent(), new)
-        past, rank = len(context) - count, state.next_rank + torch.arange(count, device=q.device)
-        # Query i pushes out column i - spare of the context; sinks are never pushed out.
-        spare, memory = window.window_size - past, state.memory
-        first = spare + (0 if state.uniform is None else max(0, window.num_sinks + past - state.uniform))
-        evicts = memory is not None and first < count
-        if evicts:
-            leaves = (first - spare, count - spare)
-            shared = share_columns((q, first, count), (context.k, *leaves), (context.v, *leaves))
-            (q, readers), (k, evicted_k), (v, evicted_v) = shared
-            evicted = Tokens(evicted_k, evicted_v, context.columns(*leaves).gates)
-            context = Tokens(k, v, context.gates)
-        sinks = None if begins else state.sinks_with(new, arrivals)
-        out = window_attention(
-            q,
-            None if sinks is None else sinks.k,
-            None if sinks is None else sinks.v,
-            context.k,
-            context.v,
-            rank,
-            window_size=window.window_size,
-            num_sinks=window.num_sinks,
-            q_sinks=self._sink_queries(q, rank, None if state.length is None else state.length + count),
-            first_rank=state.uniform,
-            **attention,  # type: ignore[arg-type]
-        )
-        if evicts:
-            assert memory is not None and x is not None
-            folds = None
-            if total is None:
-                folds = window.leaves(state.seen.unsqueeze(1) + torch.arange(first, count, device=q.device))
-                if arrivals is not None:
-                    folds = folds & (torch.arange(first, count, device=q.device) < arrivals.unsqueeze(1))
-            recalled, memory = self._remember(memory, readers, rank[..., first:], evicted, x[:, first:], folds)
-            out = add_to_tail(out, recalled.to(out.dtype))
-        return out if evicts else self._idle(out, state), memory
-
-    def _idle(self, out: Tensor, state: MemoryState) -> Tensor:
-        """The output of a call that folds nothing: the memory's parameters get gradients all the same, zeros."""
-        return out if state.memory is None else with_idle(out, self.compressor.parameters())  # type: ignore[union-attr]
-
-    def _attend_at_end(
-        self,
-        out: Tensor,
-        q: Tensor,
-        x: Tensor | None,
-        state: MemoryState,
-        valid: Bool[Tensor, "b t"],
-        attention: dict[str, float | None],
-    ) -> Tensor:
-        """The outputs, with those at padding behind the last real token: its queries see the state as it is now."""
-        follows = (valid.flip(1).cumsum(dim=1) == 0).flip(1) & (state.seen > 0).unsqueeze(1)
-        count = q.shape[2] if torch.compiler.is_compiling() else int(follows.sum(dim=1).max())
-        if not count:
-            return out
-        q, rank = q[:, :, -count:], (state.seen - 1).clamp(min=0).unsqueeze(1).expand(-1, count)
-        slots = state.slots
-        visible = torch.arange(len(slots), device=q.device) < state.seen.unsqueeze(1)
-        seen = masked_attention(
-            q,
-            slots.k,
-            slots.v,
-            visible[:, None, None],
-            q_sinks=self._sink_queries(q, rank, None),
-            num_sinks=min(self.window.num_sinks, len(slots)),
-            **attention,
-        )
-        if state.memory is not None:
-            assert x is not None
-            nothing = slots.columns(0, 1).map(lambda u: u.expand(*u.shape[:2], count, *u.shape[3:]))
-            folds = torch.zeros(len(q), count, dtype=torch.bool, device=q.device)
-            reads = (state.seen > self.window.capacity).unsqueeze(1).expand(-1, count)
-            recalled, _ = self._remember(state.memory, q, rank, nothing, x[:, -count:], folds, reads)
-            seen = seen + recalled.to(seen.dtype)
-        tail = torch.where(follows[:, None, -count:, None], seen, out[:, :, -count:])
-        return torch.cat((out[:, :, : out.shape[2] - count], tail), dim=2)
-
-    def _step(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        valid: Bool[Tensor, "b 1"] | None,
-        inplace: bool,
-        attention: dict[str, float | None],
-    ) -> tuple[Tensor, MemoryState]:
-        """One new token and every slot allocated: read the slot that leaves, fold it, write the new token, attend."""
-        if inplace and valid is None:
-            out = kernel_step(self, q, new, x, state, **attention)
-            if out is not None:
-                return out, state
-        window = self.window
-        slot, arrives = window.slot(state.seen), None if valid is None else valid.squeeze(1)
-        memory, recalled = state.memory, None
-        if memory is not None:
-            folds, reads = window.leaves(state.seen).unsqueeze(1), None
-            if arrives is not None:
-                folds, reads = folds & valid, window.leaves(state.seen + arrives - 1).unsqueeze(1)  # type: ignore[operator]
-            evicted = state.slots.take(slot.unsqueeze(1))
-            rank = (state.seen if arrives is None else state.seen + arrives - 1).unsqueeze(1)
-            recalled, memory = self._remember(memory, q, rank, evicted, x, folds, reads)  # type: ignore[arg-type]
-        arrived = 1 if arrives is None else arrives.long()
-        slots = state.slots.put(slot, new, arrives, inplace=inplace)
-        seen = state.seen + arrived
-        length = None if state.length is None else state.length + 1
-        out = slot_attention(
-            q,
-            slots.k,
-            slots.v,
-            seen,
-            full=state.uniform is not None and state.uniform >= window.capacity,
-            q_sinks=self._sink_queries(q, (seen - 1).clamp(min=0).unsqueeze(1), length),
-            num_sinks=window.num_sinks,
-            **attention,  # type: ignore[arg-type]
-        )
-        if recalled is not None:
-            out = out + recalled.to(out.dtype)
-        if arrives is not None:
-            out = out.masked_fill((seen == 0).view(-1, 1, 1, 1), 0)
-        padded = state.padded or valid is not None
-        if not inplace:
-            return out, replace(state, slots=slots, seen=seen, memory=memory, length=length, padded=padded)
-        state.seen.copy_(seen)
-        if memory is not None and length is None:  # a static state: every address is fixed
-            memory = map_state(lambda old, now: old.copy_(now), state.memory, memory)  # type: ignore[arg-type]
-        state.memory, state.length, state.padded = memory, length, padded
-        return out, state
-
-    def _remember(
-        self,
-        memory: State,
-        q: Float[Tensor, "b h t d"],
-        rank: Int[Tensor, "*b t"],
-        evicted: Tokens,
-        x: Float[Tensor, "b t n"],
-        folds: Bool[Tensor, "b t"] | None,
-        reads: Bool[Tensor, "b t"] | None = None,
-    ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """Fold each evicted token and read with the query that pushed it out; nothing is read before the first fold.
-
-        Args:
-            memory: the state.
-            q: queries.
-            rank: of their tokens.
-            evicted: the tokens that they push out.
-            x: hidden states of the queries' tokens.
-            folds: False where a row has nothing to fold.
-            reads: False where a row has nothing to read; by default where it has nothing to fold.
-        """
-        reads = folds if reads is None else reads
-        assert self.compressor is not None
-        compressor, outputs = self.compressor, []
-        q, keys = self._memory_side(q, rank, evicted.k)
-        size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
-        several = len(evicted) > size  # asked first: compiled code for one segment serves every length
-        for start in range(0, len(evicted), size) if several else (0,):
-            part = slice(start, start + size)
-            k, v = keys[:, :, part], evicted.v[:, :, part]
-            gates = {name: gate[:, :, part] for name, gate in evicted.gates.items()}
-            mask = None if folds is None else folds[:, part]
-            reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
-            output = compressor.output(reading, x[:, part])
-            shown = None if reads is None else reads[:, part]
-            outputs.append(output if shown is None else output.masked_fill(~shown[:, None, :, None], 0))
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
-
-    def _memory_side(self, q: Tensor, rank: Int[Tensor, "*b t"], keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries of these ranks, and the keys that they push out, as the memory is told them."""
-        if self.memory_positions != "none" or self.rotary is None:
-            return q, keys
-        return self.rotary.turn_back(q, rank), self.rotary.turn_back(keys, rank - self.window.window_size)
-
-    def _sink_queries(self, q: Tensor, rank: Int[Tensor, "*b t"], length: int | None) -> Tensor | None:
-        """Queries as the sinks shall see them, from the first one that is too far away; None while all are near."""
-        limit = None if self.rotary is None else self.window.farthest_sink(self.rotary.trained_length)
-        if limit is None or self.rotary is None or (length is not None and length - 1 <= limit):
-            return None
-        far = q.shape[2] if length is None else min(q.shape[2], length - 1 - limit)
-        return self.rotary.turn_back(q[:, :, -far:], (rank[..., -far:] - limit).clamp(min=0))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .memory import MemoryPositions
+from .positions import MemoryPositions
 from .window import Window
 
 Mode = Literal["memory", "window", "full"]

@@ -8,9 +8,9 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
-from .memory import MemoryPositions
 from .missing import needs_transformers
 from .peft import out_of_use
+from .positions import MemoryPositions
 from .record import Mode, Retrofitted, find_retrofitted
 from .undo import unchanged_on_failure
 from .window import SinkPositions, Window

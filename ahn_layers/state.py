@@ -1,7 +1,7 @@
 """What a memory store carries between calls: a value that belongs to the caller."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .compressor import State, map_state
 from .files import load_tensors, reading, save_tensors
-from .tokens import Tokens, join
+from .ring import Held
+from .tokens import Later, Tokens
 from .window import Window
 
 
@@ -19,8 +20,8 @@ from .window import Window
 class MemoryState:
     """The resident tokens of every row, and the state that holds those that left.
 
-    A store never changes a state that it is given (unless asked to with ``inplace=True``), so a state can be kept,
-    forked and continued several times.
+    A store never changes a state that it is given, unless the state says that it may (``inplace``), so a state can be
+    kept, forked and continued several times.
 
     Attributes:
         window: the window it belongs to.
@@ -29,6 +30,9 @@ class MemoryState:
         memory: the compressor's state, None without one.
         length: columns seen so far, padding included; None where it is known on the device only (static caches).
         padded: whether any column was padding, so that rows may have seen different numbers of tokens.
+        inplace: whether a store may overwrite the tensors once the window is full, for speed. Set it on a state that
+            nobody else keeps; the states that follow have it too. Where gradients are recorded, nothing is overwritten.
+        kept: what the eviction policy carries, by name.
     """
 
     window: Window
@@ -37,6 +41,20 @@ class MemoryState:
     memory: State | None = None
     length: int | None = 0
     padded: bool = False
+    inplace: bool = False
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        """The slots, made when they are first asked for: with gradients, wherever that is."""
+        if name != "slots" or "_slots" not in self.__dict__:
+            raise AttributeError(name)
+        with torch.enable_grad():
+            self.slots = self.__dict__.pop("_slots")()
+        return self.slots
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, with the slots."""
+        return {"slots": self.slots} | {name: u for name, u in self.__dict__.items() if name != "_slots"}
 
     @property
     def batch_size(self) -> int:
@@ -49,84 +67,39 @@ class MemoryState:
         return None if self.padded else self.length
 
     @property
-    def next_rank(self) -> int | Int[Tensor, "b 1"]:
-        """Rank of the next token: one number if it is the same in every row and known, else per row."""
-        return self.seen.unsqueeze(1) if self.uniform is None else self.uniform
+    def held(self) -> Held:
+        """What the window holds; it may be overwritten if this state may, and no gradients are recorded."""
+        inplace = self.inplace and not torch.is_grad_enabled()
+        return Held(Later(lambda: self.slots), self.seen, self.length, self.padded, inplace)
 
-    def recent(self) -> list[Tokens]:
-        """The tokens of the window in the order of rank, the latest last, in pieces; columns before rank 0 are filler.
+    def after(self, held: Held, memory: State | None, kept: dict[str, Tensor]) -> "MemoryState":
+        """The state once its window holds these tokens: this one itself if its tensors were overwritten.
 
-        As many columns as the fullest row can have; the tokens of rank below ``num_sinks`` are left out.
-        """
-        window, size = self.window, self.window.window_size
-        if self.length is not None:
-            size = min(size, max(0, self.length - window.num_sinks))
-        if self.uniform is not None and self.uniform <= window.capacity:
-            return [self.slots.columns(self.uniform - size, self.uniform)]
-        if self.uniform is not None:
-            oldest = window.next_slot(self.uniform)
-            return [self.slots.columns(oldest, window.capacity), self.slots.columns(window.num_sinks, oldest)]
-        rank = self.next_rank + torch.arange(-size, 0, device=self.seen.device)
-        return [self.slots.take(window.slot(rank).clamp(min=0, max=max(len(self.slots) - 1, 0)))]
-
-    def sinks_with(self, new: Tokens, arrivals: Int[Tensor, " b"] | None = None) -> Tokens:
-        """The sinks once new tokens have arrived: as many columns as there may be, at most ``num_sinks``."""
-        first = self.window.num_sinks
-        if arrivals is None and self.uniform is not None:
-            held = min(self.uniform, first)
-            return join(self.slots.columns(0, held), new.columns(0, first - held))
-        return self._slots_with(new, arrivals).columns(0, first)
-
-    def extended(
-        self, new: Tokens, arrivals: Int[Tensor, " b"] | None = None, *, inplace: bool = False
-    ) -> "MemoryState":
-        """The state with new tokens in their slots; what they push out is gone, the memory is as it was.
+        Where gradients are recorded, as in training, the slots are made when they are asked for: often they are not,
+        and what they are made of is kept for the backward pass anyhow.
 
         Args:
-            new: the tokens.
-            arrivals: how many of them are real in each row, the first ones; None for all.
-            inplace: overwrite a full window in the tensors of this state.
+            held: what the window holds.
+            memory: the compressor's state.
+            kept: what the eviction policy carries.
         """
-        full = arrivals is None and self.uniform is not None and self.uniform >= self.window.capacity
-        return replace(
-            self,
-            slots=self._overwritten(new) if inplace and full else self._slots_with(new, arrivals),
-            seen=self.seen + (len(new) if arrivals is None else arrivals),
-            length=None if self.length is None else self.length + len(new),
-            padded=self.padded or arrivals is not None,
-        )
-
-    def _slots_with(self, new: Tokens, arrivals: Int[Tensor, " b"] | None) -> Tokens:
-        """Each slot keeps its token, or takes the last of the new ones that belongs there."""
-        window, held = self.window, len(self.slots)
-        if arrivals is None and self.uniform == held and held + len(new) <= window.capacity:
-            return self.slots.cat(new)
-        if arrivals is None and self.uniform is not None and self.uniform >= window.capacity:
-            return _around_the_ring(window, self.slots, new, window.next_slot(self.uniform))
-        if arrivals is None and self.uniform == 0 and len(new) >= window.capacity:
-            sinks, rest = new.columns(0, window.num_sinks), new.columns(window.num_sinks, len(new))
-            return _around_the_ring(window, sinks, rest, window.num_sinks)
-        needed = window.capacity if self.length is None else min(window.capacity, self.length + len(new))
-        slot = torch.arange(max(needed, held), device=self.seen.device)
-        total = self.next_rank + (len(new) if arrivals is None else arrivals.unsqueeze(1))
-        rank = window.resident(slot, torch.as_tensor(total, device=slot.device).view(-1, 1))
-        rank = rank.squeeze(0) if isinstance(total, int) else rank
-        source = torch.where(rank >= self.next_rank, held + rank - self.next_rank, slot)
-        source = torch.where(rank < 0, held + len(new), source)  # empty slots take the column of zeros
-        nothing = new.map(lambda u: u.new_zeros(*u.shape[:2], 1, *u.shape[3:]))
-        return self.slots.cat(new, nothing).take(source)
-
-    def _overwritten(self, new: Tokens) -> Tokens:
-        """The same tensors, the last of the new tokens over the oldest."""
-        assert self.uniform is not None
-        start = max(0, len(new) - self.window.window_size)
-        while start < len(new):
-            slot = self.window.next_slot(self.uniform + start)
-            size = min(len(new) - start, self.window.capacity - slot)
-            for u, v in zip(self.slots.tensors, new.tensors, strict=True):
-                u[:, :, slot : slot + size] = v[:, :, start : start + size]
-            start += size
-        return self.slots
+        if not held.overwritten:
+            waits = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            slots = self.slots if waits else held.slots
+            window: dict[str, Any] = {"seen": held.seen, "length": held.length, "padded": held.padded}
+            after = replace(self, slots=slots, memory=memory, kept=kept, **window)
+            if waits:
+                del after.slots
+                after.__dict__["_slots"] = held.made
+            return after
+        assert held.slots is not None  # they are written when they are asked for
+        self.seen.copy_(held.seen)
+        if held.length is None:  # a static state: every address is fixed
+            kept = {name: u.copy_(kept[name]) for name, u in self.kept.items()}
+            if memory is not None:
+                memory = map_state(lambda old, now: old.copy_(now), self.memory, memory)  # type: ignore[arg-type]
+        self.memory, self.kept, self.length, self.padded = memory, kept, held.length, held.padded
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -135,8 +108,7 @@ class MemoryState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a unique name."""
-        named = {"k": self.slots.k, "v": self.slots.v, "seen": self.seen}
-        named |= {f"gates.{name}": gate for name, gate in self.slots.gates.items()}
+        named = self.slots.named() | {"seen": self.seen} | {f"kept.{name}": u for name, u in self.kept.items()}
         if isinstance(self.memory, Tensor):
             named["memory"] = self.memory
         elif self.memory is not None:
@@ -145,7 +117,8 @@ class MemoryState:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         memory = None if self.memory is None else map_state(function, self.memory)
-        return replace(self, slots=self.slots.map(function), seen=function(self.seen), memory=memory)
+        kept = {name: function(u) for name, u in self.kept.items()}
+        return replace(self, slots=self.slots.map(function), seen=function(self.seen), memory=memory, kept=kept)
 
     def clone(self) -> "MemoryState":
         """A copy that shares nothing, detached from any graph."""
@@ -219,28 +192,13 @@ class MemoryState:
     def from_tensors(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> "MemoryState":
         """Inverse of ``tensors`` and ``description``."""
         several = {name.removeprefix("memory."): u for name, u in tensors.items() if name.startswith("memory.")}
-        gates = {name.removeprefix("gates."): u for name, u in tensors.items() if name.startswith("gates.")}
+        kept = {name.removeprefix("kept."): u for name, u in tensors.items() if name.startswith("kept.")}
         return cls(
             window=Window(**description["window"]),
-            slots=Tokens(tensors["k"], tensors["v"], gates),
+            slots=Tokens.from_named(tensors),
             seen=tensors["seen"],
             memory=several or tensors.get("memory"),
             length=description["length"],
             padded=description["padded"],
+            kept=kept,
         )
-
-
-def _around_the_ring(window: Window, slots: Tokens, new: Tokens, slot: int) -> Tokens:
-    """New tokens from ``slot`` on, round the window and over the oldest; a full window may be missing in ``slots``."""
-    first, end, size, count = window.num_sinks, window.capacity, window.window_size, len(new)
-    if count > size:  # only the last ones stay
-        return _around_the_ring(
-            window, slots, new.columns(count - size, count), first + (slot - first + count - size) % size
-        )
-    wrapped = max(0, slot + count - end)
-    return slots.columns(0, first).cat(
-        new.columns(count - wrapped, count),
-        slots.columns(first + wrapped, slot),
-        new.columns(0, count - wrapped),
-        slots.columns(slot + count - wrapped, end),
-    )

@@ -1,46 +1,43 @@
 """A decode step in two kernels, where they serve it."""
 
-from typing import TYPE_CHECKING
-
 from jaxtyping import Float
 from torch import Tensor
 
+from .compressor import Compressor
+from .ops.attend import SoftmaxAttention
 from .ops.decode import decode_step, fits_step
+from .positions import Positions
 from .state import MemoryState
 from .tokens import Tokens
 
-if TYPE_CHECKING:
-    from .memory import MemoryStore
-
 
 def kernel_step(
-    store: "MemoryStore",
     q: Float[Tensor, "b h 1 d"],
     new: Tokens,
     x: Float[Tensor, "b 1 n"] | None,
     state: MemoryState,
-    *,
-    scale: float | None,
-    softcap: float | None,
+    compressor: Compressor | None,
+    positions: Positions,
+    attention: SoftmaxAttention,
 ) -> Float[Tensor, "b h 1 e"] | None:
     """One new token in every row of a state whose slots are all allocated; the state is changed in place.
 
-    The same as ``MemoryStore._step``.
+    The same as ``MemoryStore.push`` for such a call.
 
     Args:
-        store: the store.
         q: queries.
         new: the token.
         x: hidden states of the token.
         state: the state.
-        scale: logit factor.
-        softcap: see ``MemoryStore.forward``.
+        compressor: the long-term memory.
+        positions: what sinks and memory are shown of positions.
+        attention: how the base model attends.
 
     Returns:
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
-    memory, compressor, window = state.memory, store.compressor, store.window
-    if softcap is not None or compressor is None or not compressor.rule_holds:
+    memory, window = state.memory, state.window
+    if attention.softcap is not None or compressor is None or not compressor.rule_holds:
         return None
     if not fits_step(q, state.slots.tensors, memory):
         return None
@@ -49,12 +46,13 @@ def kernel_step(
     assert rule is not None
     length, rank = None if state.length is None else state.length + 1, state.seen.unsqueeze(1)
     asking = key = None
-    if store.memory_positions == "none":
-        asking, key = store._memory_side(q, rank, state.slots.take(window.slot(rank)).k)
+    if positions.hidden:
+        asking, key = positions.for_memory(q, rank, state.slots.take(window.slot(rank)).k)
     slots = state.slots
     out, reading = decode_step(
         q, (new.k, new.v, new.gates), (slots.k, slots.v, slots.gates), state.seen, memory, rule,
-        num_sinks=window.num_sinks, scale=scale, q_sinks=store._sink_queries(q, rank, length), asking=asking, key=key,
+        num_sinks=window.num_sinks, scale=attention.scale, asking=asking, key=key,
+        q_sinks=positions.facing_sinks(q, lambda: rank, length),
     )  # fmt: skip
     state.length = length
     if rule.matrix is None:

@@ -2,10 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """Something that is made when it is first asked for, once: what nobody asks for costs nothing.
+
+    Args:
+        make: makes it.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make: Callable[[], T] | None = make
+
+    def __call__(self) -> T:
+        """The thing itself."""
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +51,16 @@ class Tokens:
         """All tensors, keys first."""
         return [self.k, self.v, *self.gates.values()]
 
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor by a unique name."""
+        return {"k": self.k, "v": self.v} | {f"gates.{name}": gate for name, gate in self.gates.items()}
+
+    @classmethod
+    def from_named(cls, tensors: dict[str, Tensor]) -> "Tokens":
+        """Inverse of ``named``; other names are left alone."""
+        gates = {name.removeprefix("gates."): u for name, u in tensors.items() if name.startswith("gates.")}
+        return cls(tensors["k"], tensors["v"], gates)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
         """The function applied to every tensor."""
         return Tokens(function(self.k), function(self.v), {name: function(gate) for name, gate in self.gates.items()})
@@ -49,8 +79,13 @@ class Tokens:
         return self.map(lambda u: u[:, :, start:stop])
 
     def take(self, index: Int[Tensor, "*b t"]) -> "Tokens":
-        """Columns by index, the same for every row ``(T,)`` or row by row ``(B, T)``."""
+        """Columns by index, the same for every row ``(T,)``, per row ``(B, T)`` or per key/value head ``(B, G, T)``."""
         return self.map(lambda u: take(u, index))
+
+    def zeroed(self, mask: Bool[Tensor, "b g t"]) -> "Tokens":
+        """Zeros where the mask of each key/value head is True."""
+        over = lambda u: mask.repeat_interleave(u.shape[1] // mask.shape[1], dim=1)  # noqa: E731
+        return self.map(lambda u: u.masked_fill(over(u).unsqueeze(3) if u.ndim == 4 else over(u), 0))
 
     def put(
         self, slot: Int[Tensor, " b"], token: "Tokens", where: Bool[Tensor, " b"] | None, *, inplace: bool
@@ -68,16 +103,64 @@ class Tokens:
         return self.zip(write, token)
 
 
+@dataclass(frozen=True, eq=False)
+class Leaving:
+    """Tokens that arrivals push out of a keeper: at most one for each arrival.
+
+    Attributes:
+        first: the first arrival that may push one out, counted from the first of the call. The others follow it: one
+            column each, to the last arrival.
+        made: the tokens, every key/value head with its own.
+        mask: True where a token leaves, ``(B, T)``, or ``(B, G, T)`` if heads differ; None if one leaves everywhere.
+        reading: True where a query reads the memory, likewise; by default where a token leaves.
+    """
+
+    first: int
+    made: Later[Tokens]
+    mask: Later[Bool[Tensor, "*b t"] | None]
+    reading: Bool[Tensor, "*b t"] | None = None
+
+    @classmethod
+    def of(cls, first: int, tokens: Tokens, where: Bool[Tensor, "*b t"] | None) -> "Leaving":
+        """Of tokens that are there already; for the arguments see the attributes."""
+        return cls(first, Later(lambda: tokens), Later(lambda: where))
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens."""
+        return self.made()
+
+    @property
+    def reads(self) -> Bool[Tensor, "*b t"] | None:
+        """Where a query reads the memory."""
+        return self.where if self.reading is None else self.reading
+
+    @property
+    def where(self) -> Bool[Tensor, "*b t"] | None:
+        """Where a token leaves."""
+        return self.mask()
+
+
 def join(*parts: Tokens) -> Tokens:
     """Tokens one after the other; a single part that is not empty comes back as it is, not copied."""
     filled = [part for part in parts if len(part)] or list(parts[:1])
     return filled[0].cat(*filled[1:]) if len(filled) > 1 else filled[0]
 
 
+def per_head(mask: Bool[Tensor, "*b t"], like: Float[Tensor, "b h t e"]) -> Bool[Tensor, "b _ t 1"]:
+    """A mask ``(B, T)`` or per key/value head ``(B, G, T)``, for a tensor of query heads."""
+    if mask.ndim == 2:
+        return mask[:, None, :, None]
+    return mask.repeat_interleave(like.shape[1] // mask.shape[1], dim=1).unsqueeze(3)
+
+
 def take(u: Tensor, index: Int[Tensor, "*b t"]) -> Tensor:
-    """Columns of dimension 2 by index, shared ``(T,)`` or per row ``(B, T)``."""
+    """Columns of dimension 2 by index, shared ``(T,)``, per row ``(B, T)`` or per key/value head ``(B, G, T)``."""
     if index.ndim == 1:
         return u.index_select(2, index)
+    if index.ndim == 3:
+        index = index.repeat_interleave(u.shape[1] // index.shape[1], dim=1)
+        return u.gather(2, index[..., None].expand(*index.shape, u.shape[3]) if u.ndim == 4 else index)
     return u.gather(2, _spread(index, u))
 
 

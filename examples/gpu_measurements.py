@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from ahn_layers import Compressor, adapter_parameters, full_attention, retrofit, window_only
 from ahn_layers.distillation import compile_layers, distillation_loss, freeze_base
-from ahn_layers.ops.decode import StepRule, decode_step
+from ahn_layers.ops.decode import StepRule, decode_step, fits_step, slot_attention
 
 SHAPES = {
     "qwen2.5-3b": Qwen2Config(
@@ -128,7 +128,10 @@ def step_rate(options: Namespace, dtype: torch.dtype, size: int, heads: int, kv_
 
     def step(i: int) -> None:
         held = (k[i % sets], v[i % sets], {"g": g[i % sets], "beta": beta[i % sets]})
-        decode_step(q, token, held, seen, state[i % sets], rule, num_sinks=options.sinks, q_sinks=turned)
+        if fits_step(q, [*held[:2], *held[2].values()], state[i % sets]):
+            decode_step(q, token, held, seen, state[i % sets], rule, num_sinks=options.sinks, q_sinks=turned)
+        else:  # on a CPU, to try the script
+            slot_attention(q, *held[:2], seen, full=True, q_sinks=turned, num_sinks=options.sinks)
 
     nbytes = k[0].nbytes + v[0].nbytes + 2 * state[0].nbytes + matrix.nbytes
     return nbytes, nbytes / timed(step, device)

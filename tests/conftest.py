@@ -26,6 +26,9 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test that cannot run here is skipped once, not for each of its parameters: the rest is deselected."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
     seen: set[tuple[str, str]] = set()
     kept, dropped = [], []
     for item in items:

@@ -83,3 +83,50 @@ def memory_store(
             out[b, :, t] = y
         states.append(state)
     return out, torch.stack(states)
+
+
+def best_slots(
+    memory: Compressor,
+    num_sinks: int,
+    window_size: int,
+    num_slots: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    valid: Tensor | None = None,
+):
+    """``memory_store`` in which every key/value head keeps, of the tokens that left the window, those of largest keys.
+
+    For one state per query head, or, where they are shared, per key/value head.
+    """
+    batch, heads, length, _ = q.shape
+    groups = k.shape[1]
+    repeats, shared = heads // groups, memory.shared_state
+    valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    states = q.new_zeros(batch, groups if shared else heads, q.shape[-1], v.shape[-1])
+    gates = memory.gates(x)
+    for b in range(batch):
+        tokens, row = valid[b].nonzero().flatten().tolist(), slice(b, b + 1)
+        kept, ever = [[] for _ in range(groups)], torch.zeros(heads, dtype=torch.bool)
+        for p, t in enumerate(tokens):
+            window = [j for i, j in enumerate(tokens[: p + 1]) if i < num_sinks or i > p - window_size]
+            for g in range(groups):
+                readers = slice(g * repeats, (g + 1) * repeats)
+                if p >= num_sinks + window_size:
+                    kept[g].append(tokens[p - window_size])
+                if len(kept[g]) > num_slots:
+                    gone = min(kept[g], key=lambda j, g=g: float(k[b, g, j].norm()))
+                    kept[g].remove(gone)
+                    one = {name: gate[row, :, gone] for name, gate in gates.items()}
+                    every = [u[row, :, gone].repeat_interleave(states.shape[1] // groups, 1) for u in (k, v)]
+                    mine = slice(g, g + 1) if shared else readers
+                    states[b, mine] = memory.fold(states[row].clone(), *every, **one)[0, mine]
+                    ever[readers] = True
+                seen = window + kept[g]
+                logits = q[b, readers, t] @ k[b, g, seen].T / math.sqrt(q.shape[-1])
+                out[b, readers, t] = logits.softmax(-1) @ v[b, g, seen]
+            added = memory.output(memory.read(states[row], q[row, :, t]).unsqueeze(2), x[row, t : t + 1])
+            out[b, :, t] += added[0, :, 0] * ever[:, None]
+    return out, states

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
-COMPRESSORS = ["DeltaNet", "GatedDeltaNet", "LinearAttention", "Mamba2", None]
+from .methods import NAMES
+
 SIZE, HEADS, GROUPS = 8, 4, 2
 
 
@@ -79,7 +80,7 @@ def same_states(one, other):
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 cannot trace einops")
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", [*NAMES, None])
 def test_a_store_is_one_graph(compressor, padded, models):
     ahn = sys.modules["ahn_layers"]
     store, tokens = store_and_tokens(ahn, compressor)
@@ -195,7 +196,7 @@ def test_compiled_layers_train_as_they_do_without(checkpointing, models):
         distillation.compile_layers(nn.Linear(2, 2))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compressor", ["GatedDeltaNet", "Mamba2"])
 def test_compiled_layers_on_the_gpu(compressor, models):
     """The fused kernels inside compiled code: about as far from float32 as without, for odd lengths too."""

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2, check_compressor, outer
+from ahn_layers import Compressor, GatedDeltaNet, check_compressor, outer
+
+from .methods import COMPRESSORS
 
 
 @pytest.mark.parametrize("shared_state", [False, True])
-@pytest.mark.parametrize("compressor", [LinearAttention, DeltaNet, GatedDeltaNet, Mamba2])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_the_contract(compressor, shared_state):
     check_compressor(compressor, shared_state=shared_state)
 
@@ -110,6 +112,13 @@ def test_a_rule_does_not_hold_for_what_a_subclass_changes():
     class Renamed(GatedDeltaNet):
         pass
 
+    class Louder(GatedDeltaNet):
+        def output(self, r, x):
+            return 2 * super().output(r, x)
+
+    check_compressor(Slower)  # its scan is no longer that of the recurrence either
+    check_compressor(Louder)
+    assert Louder.rule_holds and Louder(8, 2, 4).rule(torch.zeros(1, 1, 8)).matrix is None
     assert GatedDeltaNet.rule_holds and Renamed.rule_holds and not Slower.rule_holds and not Mean.rule_holds
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ahn_layers import Window
 from ahn_layers.ops import decode
 from ahn_layers.ops.matvec import merge_matvecs
+from ahn_layers.tokens import Tokens
 
-GPU = torch.cuda.is_available()
 # rows, query heads, key/value heads, slots, key size, value size, sinks whose queries are turned
 ATTENTION = [
     (2, 6, 2, 150, 16, 24, 5),
@@ -55,6 +56,21 @@ def check_memory(device, d, e, states, heads):
         assert torch.equal(single[0], before)
 
 
+def plain_step(q, new, slots, seen, memory, rule, *, num_sinks, q_sinks=None, asking=None, key=None):
+    """``decode_step`` in the words of the window and the rule."""
+    new, slots = Tokens(*new), Tokens(*slots)
+    window = Window(len(slots) - num_sinks, num_sinks=num_sinks)
+    slot, leaves = window.slot(seen), window.leaves(seen).view(-1, 1, 1, 1)
+    gone = slots.take(slot.unsqueeze(1))
+    slots.put(slot, new, None, inplace=True)
+    seen += 1
+    out = decode.slot_attention(q, slots.k, slots.v, seen, full=False, q_sinks=q_sinks, num_sinks=num_sinks)
+    asking, key = q if asking is None else asking, gone.k if key is None else key
+    added, reading, after = decode.follow(rule, memory, asking, key, gone.v, gone.gates)
+    memory.copy_(torch.where(leaves, after, memory))
+    return (out if added is None else out + added.masked_fill(~leaves, 0)), reading.masked_fill(~leaves, 0)
+
+
 def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, delta, matrix):
     """Over several steps, some rows not full at first; empty slots and the scratch memory are poisoned."""
 
@@ -78,9 +94,9 @@ def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, de
         near = [u.double().cpu() for u in new]
         weight, gate, w = low(torch.randn(e)), low(torch.randn(b, h)), low(torch.randn(h, e, e))
         results = []
-        for place, slot, token, count, state in (
-            (lambda u: u.double().cpu(), exact, near, seen, memory),
-            (lambda u: u, half, new, seen_there, memory_there),
+        for step, place, slot, token, count, state in (
+            (plain_step, lambda u: u.double().cpu(), exact, near, seen, memory),
+            (decode.decode_step, lambda u: u, half, new, seen_there, memory_there),
         ):
             rule = decode.StepRule(
                 "g" if t != 1 else None, place(-torch.ones(states).to(weight)) if t != 2 else None,
@@ -91,9 +107,7 @@ def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, de
             options = {"q_sinks": token[5] if sinks and t != 1 else None, "num_sinks": sinks}
             options |= {"asking": token[6], "key": token[0]} if t == 1 else {}
             new_token, held = ((u[0], u[1], {"g": u[2], "beta": u[3]}) for u in (token, slot))
-            results.append(
-                (*decode.decode_step(token[4], new_token, held, count, state, rule, **options), state, *slot)
-            )
+            results.append((*step(token[4], new_token, held, count, state, rule, **options), state, *slot))
         assert torch.equal(seen, seen_there.cpu())
         for i, (there, here) in enumerate(zip(results[1], results[0], strict=True)):
             there = there.nan_to_num() if i > 2 else there
@@ -251,20 +265,20 @@ def test_kernels_in_the_interpreter():
     assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [*ATTENTION, (3, 16, 2, 5000, 128, 128, 128), (1, 2, 1, 400, 256, 256, 9)])
 def test_attention_on_the_gpu(shape, dtype):
     check_attention("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype], *shape)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*MEMORY, (128, 128, 2, 16), (256, 256, 1, 1)])
 def test_memory_on_the_gpu(shape):
     check_memory("cuda", *shape)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "shape", [*STEPS, (2, 16, 2, 5000, 128, 128, 128, 16, True, True), (1, 2, 1, 400, 256, 256, 9, 2, False, True)]
@@ -273,7 +287,7 @@ def test_steps_on_the_gpu(shape, dtype):
     check_step("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}[dtype], *shape)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_one_row_on_the_gpu(dtype):
     check_matvec("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype])

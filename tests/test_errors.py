@@ -370,7 +370,6 @@ CALLS = {
     "hidden states of another layer": (changed("x", lambda u: u[..., :12]), "x has shape (2, 1, 12)", "(2, 1, 16)"),
     "hidden states, tokens first": (changed("x", lambda u: u.transpose(0, 1)), "(1, 2, 16)", "Pass x.transpose(0, 1)"),
     "hidden states elsewhere": (changed("x", lambda u: u.to("meta")), "x is on meta, q on cpu", "x.to(q.device)"),
-    "without the memory": (lambda c: c | {"use_memory": False}, "made with the long-term", "continued without", "Keep"),
     "another batch": (
         lambda c: {name: u[:1] for name, u in c.items()}, "state has 2 rows, the tokens have 1", "state.reorder(index)",
     ),
@@ -387,11 +386,12 @@ def test_calls_that_a_store_refuses(case, inplace):
     with torch.no_grad():
         state = store(**part(call, 0, 18))[1]
         before, description = state.clone(), state.description()
+        state.inplace = inplace
         with refused(ValueError, *parts):
-            store(**spoil(part(call, 18, 19)), state=state, inplace=inplace)
+            store(**spoil(part(call, 18, 19)), state=state)
         assert state.description() == description
         assert all(torch.equal(u, before.tensors()[name]) for name, u in state.tensors().items())
-        out, end = store(**part(call, 18, 19), state=state, inplace=inplace)
+        out, end = store(**part(call, 18, 19), state=state)
         expected, other = store(**part(call, 18, 19), state=before)
         assert torch.equal(out, expected)
         assert all(torch.equal(u, other.tensors()[name]) for name, u in end.tensors().items())
@@ -465,9 +465,10 @@ def test_states_that_a_store_refuses(case, inplace):
         own = store(**part(call, 0, 18))[1]
         state, kept = make(own), own.clone()
         before = state.clone()
+        state.inplace = inplace
         for stop in (19, 20):
             with refused(ValueError, *parts):
-                store(**part(call, 18, stop), state=state, inplace=inplace)
+                store(**part(call, 18, stop), state=state)
         for one, other in ((state, before), (own, kept)):
             for name, u in one.tensors().items():
                 assert u.is_meta or torch.equal(u, other.tensors()[name]), name

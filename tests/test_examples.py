@@ -50,6 +50,13 @@ def test_custom_architecture_is_split_invariant():
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_new_eviction(capsys):
+    result = importlib.import_module("new_eviction").main(["--tokens", "90", "--new-tokens", "5", "--slots", "3"])
+    assert result["cache"].layers[0].state.kept["filled"].tolist() == [[3, 3]]
+    assert result["gap"] > 1e-4
+    assert "passed" in capsys.readouterr().out
+
+
 def test_new_compressor(capsys):
     result = importlib.import_module("new_compressor").main(["--tokens", "90", "--new-tokens", "5"])
     assert result["gap"] > 0 and result["cache"].get_seq_length() == 94

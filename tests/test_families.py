@@ -9,6 +9,7 @@ from ahn_layers import GatedDeltaNet, HippocampalAttention, full_attention, rest
 from ahn_layers.compressor import Compressor
 from ahn_layers.record import find_retrofitted
 
+from .methods import NAMES
 from .models import (
     CAPACITY,
     FAMILIES,
@@ -29,7 +30,6 @@ from .models import (
 
 ROOT = Path(__file__).parent.parent
 LONG = 5 * CAPACITY
-COMPRESSORS = ["DeltaNet", "LinearAttention", "Mamba2", "GatedDeltaNet"]
 CUTS = {"fives": 5, "to the brim": [CAPACITY, LONG - CAPACITY], "past it": [CAPACITY + 1, 1, 17, 13]}
 
 without_checks = pytest.mark.usefixtures("fast")
@@ -104,7 +104,7 @@ def test_generate_is_greedy_by_hand(name):
     assert not torch.equal(forgetful, expected), "the memory says nothing in this test"
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", NAMES)
 def test_every_compressor(compressor):
     model = retrofitted(compressor=Compressor.by_name[compressor])
     ids = tokens(2, LONG)

@@ -8,8 +8,6 @@ from ahn_layers.ops import flash_attention
 from ahn_layers.ops.flash_attention import join
 from ahn_layers.ops.window_attention import window_attention
 
-GPU = torch.cuda.is_available()
-
 
 def logits_of(q, k, back, scale):
     """``(b, h, t, s)``, aligned at the end."""
@@ -163,7 +161,7 @@ def test_parts_join_to_one_softmax():
     torch.testing.assert_close((out, total), (whole, lse))
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("length, past, window, first", [*CASES, (700, 300, 256, 900)])
 def test_kernels_on_the_gpu(length, past, window, first, size):

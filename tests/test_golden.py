@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from ahn_layers import DeltaNet, GatedDeltaNet, Mamba2, load_adapter, retrofit
+from ahn_layers import load_adapter, retrofit
+
+from .methods import RELEASED
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-COMPRESSORS = {c.__name__: c for c in (DeltaNet, GatedDeltaNet, Mamba2)}
+COMPRESSORS = {compressor.__name__: compressor for compressor in RELEASED}
 KEPT = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "attention_bias",

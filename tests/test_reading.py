@@ -184,7 +184,7 @@ def test_threads_do_not_meet(models, reading):  # noqa: F811
     assert len(reading.twins) == 8
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("piece, window", [(64, 190), (512, 2046)], ids=str)
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_on_the_gpu(name, piece, window, models, monkeypatch):  # noqa: F811

@@ -36,6 +36,23 @@ def test_saved_and_resumed_bit_for_bit(filled, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_resumed_in_place(filled, count, tmp_path):
+    """A file has the gates in another order than the compressor."""
+    store, state, tokens = filled
+    state.save(tmp_path / "state.safetensors")
+    loaded = MemoryState.load(tmp_path / "state.safetensors")
+    loaded.inplace = True
+    with torch.no_grad():
+        for start in range(0, 7, count):
+            part = [u[..., start : start + count, :] for u in tokens]
+            expected, state = store(*part, state)
+            out, loaded = store(*part, loaded)
+            torch.testing.assert_close(out, expected)
+    for name, u in loaded.tensors().items():
+        torch.testing.assert_close(u, state.tensors()[name])
+
+
 def test_rows_reordered_repeated_and_dropped(filled):
     store, state, tokens = filled
     index = torch.tensor([2, 0, 0])

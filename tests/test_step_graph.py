@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from .test_compile import models  # noqa: F401 - a fixture: the library without checks of shapes, which cannot be traced
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 NEW, STATIC = 24, {"cache_implementation": "static"}
 
 

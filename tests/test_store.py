@@ -1,17 +1,19 @@
 """The contracts of the memory store, over every compressor, against the token-by-token oracle."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2, MemoryState, MemoryStore, Window
+from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, MemoryState, MemoryStore, Window
 from ahn_layers.layers import outer
+from ahn_layers.ops.attend import SoftmaxAttention
 
 from . import oracle
+from .methods import COMPRESSORS
 
-COMPRESSORS = [LinearAttention, DeltaNet, GatedDeltaNet, Mamba2]
 WINDOWS = [(0, 1), (1, 3), (4, 8), (4, 5), (0, 8)]  # sinks, window
 B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 31
 
@@ -29,12 +31,21 @@ def make(compressor=GatedDeltaNet, sinks=4, window=8, **options):
     return MemoryStore(Window(window, num_sinks=sinks), memory), tokens
 
 
-def run(store, tokens, cuts, valid=None, state=None, **options):
-    """The sequence cut at the given places, one call a piece."""
+def run(store, tokens, cuts, valid=None, state=None, inplace=False, **options):
+    """The sequence cut at the given places, one call a piece; ``inplace`` without gradients."""
+    if inplace:
+        with torch.no_grad():
+            return _run(store, tokens, cuts, valid, state, True, **options)
+    return _run(store, tokens, cuts, valid, state, False, **options)
+
+
+def _run(store, tokens, cuts, valid, state, inplace, **options):
     q, k, v, x = tokens
     outs = []
     for a, b in pairwise([0, *cuts, q.shape[2]]):
         mask = None if valid is None else valid[:, a:b]
+        if state is not None:
+            state.inplace = inplace
         out, state = store(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], x[:, a:b], state, valid=mask, **options)
         outs.append(out)
     return torch.cat(outs, dim=2), state
@@ -146,24 +157,26 @@ def test_dense_is_called_until_something_leaves():
         assert valid is None or valid.shape == (B, k.shape[2])
         return q.new_zeros(*q.shape[:3], E)
 
-    run(store, tokens, [3, 4, 7, 8], dense=dense)
+    run(store, tokens, [3, 4, 7, 8], attention=SoftmaxAttention(dense=dense))
     assert lengths == [(3, 3), (1, 4), (3, 7)]
-    run(store, tokens, [3, 5], torch.ones(B, T, dtype=torch.bool), dense=dense)
+    run(store, tokens, [3, 5], torch.ones(B, T, dtype=torch.bool), attention=SoftmaxAttention(dense=dense))
     assert lengths[3:] == [(3, 3)], "with a padding mask for the first tokens only"
 
 
 @pytest.mark.parametrize("valid", [None, torch.arange(T).expand(B, T) > 2])
 @pytest.mark.parametrize("compressor", [None, GatedDeltaNet])
-def test_when_no_tokens_follow_the_output_is_the_same(compressor, valid):
+def test_in_training_slots_are_made_when_asked_for(compressor, valid, unchecked, monkeypatch):
     store, tokens = make(compressor, 2, 5)
-    expected, end = run(store, tokens, [], valid)
-    out, nothing = run(store, tokens, [], valid, final=True)
-    assert torch.equal(out, expected) and (nothing is None or valid is not None)
-    later, after = run(store, tokens, [], valid, end, final=True)
-    assert torch.equal(later, run(store, tokens, [], valid, end)[0]) and after.seen.tolist() != end.seen.tolist()
-    short = [u[:, :, :6] for u in tokens[:3]]
-    out, _ = store(*short, tokens[3][:, :6], final=True, dense=lambda q, k, v: q.new_full((*q.shape[:3], E), 7.0))
-    assert (out == 7).all(), "within the capacity the base model's own attention"
+    with torch.no_grad():
+        expected, end = run(store, tokens, [], valid)
+    with monkeypatch.context() as patch:
+        if valid is None:  # the sinks of padded rows are taken from the slots
+            patch.setattr(Window, "slots_with", None)
+        out, state = store(*tokens, valid=valid)
+        assert torch.equal(out, expected)
+    for after in (copy.copy(state), state):
+        for name, u in after.tensors().items():
+            assert torch.equal(u, end.tensors()[name])
 
 
 def test_exactly_once():
@@ -171,7 +184,7 @@ def test_exactly_once():
     store, (q, k, v, x) = make(sinks=2, window=5)
     v.requires_grad_()
     for use_memory in (False, True):
-        out, _ = store(q, k, v, x, use_memory=use_memory)
+        out, _ = (store if use_memory else store.without_memory())(q, k, v, x)
         for t in (0, 6, 7, 20):
             (gradient,) = torch.autograd.grad(out[:, :, t].sum(), v, retain_graph=True)
             reached = gradient.abs().sum(dim=(0, 1, 3)).nonzero().flatten().tolist()
@@ -215,12 +228,15 @@ def test_in_place_steps_leave_earlier_states_alone():
     state = None
     for t in range(T):
         part = [u[..., t : t + 1, :] for u in tokens]
-        _, state = store(*part, state, inplace=True)
+        if state is not None:
+            state.inplace = True
+        with torch.no_grad():
+            _, state = store(*part, state)
         if t < 7:
             kept.append((state, state.clone()))
-    for early, copy in kept[:-1]:
+    for early, kept_copy in kept[:-1]:
         for name, u in early.tensors().items():
-            assert torch.equal(u, copy.tensors()[name]), name
+            assert torch.equal(u, kept_copy.tensors()[name]), name
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
@@ -318,7 +334,7 @@ def test_a_memory_may_know_no_positions(compressor, valid):
 
     def added(store, tokens, cuts=(), **options):
         whole = run(store, tokens, list(cuts), valid, **options)
-        return whole[0] - run(store, tokens, [], valid, use_memory=False)[0], whole[1].memory
+        return whole[0] - run(store.without_memory(), tokens, [], valid)[0], whole[1].memory
 
     expected, state = added(plain, (q, k, v, x))
     assert expected.norm() > 1
@@ -359,13 +375,11 @@ def test_bad_calls_name_what_is_wrong(case, unchecked):
 
 
 BAD_STATES = {
-    "another batch": (lambda s: s.reorder(torch.tensor([0])), {}, "1 rows"),
-    "another dtype": (lambda s: s._map(lambda u: u.float() if u.is_floating_point() else u), {}, "torch.float32"),
-    "another window": (lambda s: MemoryState(Window(9, 4), s.slots, s.seen, s.memory), {}, "same window"),
-    "another mode": (lambda s: s, {"use_memory": False}, "made with the long-term memory"),
+    "another batch": (lambda s: s.reorder(torch.tensor([0])), "1 rows"),
+    "another dtype": (lambda s: s._map(lambda u: u.float() if u.is_floating_point() else u), "torch.float32"),
+    "another window": (lambda s: MemoryState(Window(9, 4), s.slots, s.seen, s.memory), "same window"),
     "another layer": (
         lambda s: MemoryState(s.window, s.slots.map(lambda u: u[:, :1]), s.seen, s.memory),
-        {},
         "another layer",
     ),
 }
@@ -373,20 +387,37 @@ BAD_STATES = {
 
 @pytest.mark.parametrize("case", BAD_STATES)
 def test_a_state_that_does_not_fit_is_refused_unchanged(case, unchecked):
-    spoil, options, message = BAD_STATES[case]
+    spoil, message = BAD_STATES[case]
     store, tokens = make()
     state = spoil(run(store, tokens, [])[1])
     before = state.clone().tensors()
-    with pytest.raises(ValueError, match=message):
-        store(*tokens, state, inplace=True, **options)
+    state.inplace = True
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        store(*tokens, state)
     assert all(torch.equal(u, before[name]) for name, u in state.tensors().items())
 
 
 def test_a_state_without_memory_is_refused():
     store, tokens = make()
-    _, state = store(*tokens, use_memory=False)
+    _, state = store.without_memory()(*tokens)
     with pytest.raises(ValueError, match="made without the long-term memory"):
         store(*tokens, state)
+    _, state = store(*tokens)
+    before = state.clone().tensors()
+    with pytest.raises(ValueError, match="made with the long-term memory and is continued without it"):
+        store.without_memory()(*tokens, state)
+    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items())
+
+
+def test_without_memory_is_a_view_of_the_store():
+    store, tokens = make(sinks=2, window=5)
+    view = store.without_memory()
+    assert view.without_memory() is view and not list(view.parameters())
+    store.window = Window(7, num_sinks=1)
+    torch.testing.assert_close(store.without_memory()(*tokens)[0], MemoryStore(Window(7, num_sinks=1))(*tokens)[0])
+    copied = copy.deepcopy(store)
+    copied.window = Window(3)
+    assert store.without_memory().window.window_size == 7 and copied.without_memory().window.window_size == 3
 
 
 def test_a_state_of_another_compressor_is_refused():

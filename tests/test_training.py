@@ -18,10 +18,10 @@ from ahn_layers import (
 )
 from ahn_layers.huggingface.cache_layers import MemoryLayer
 
+from .methods import NAMES
 from .models import CAPACITY, SINKS, WINDOW, base, logits, positions, retrofitted, tokens
 
 LONG = 3 * CAPACITY
-COMPRESSORS = ["DeltaNet", "GatedDeltaNet", "LinearAttention", "Mamba2"]
 
 
 def frozen(model):
@@ -54,7 +54,7 @@ def close(one, other, atol=1e-9):
 # --- which parameters
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", NAMES)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_frozen_base_gets_no_gradients_and_the_memory_all(name, compressor):
     model = retrofitted(name, compressor=Compressor.by_name[compressor])
@@ -64,7 +64,7 @@ def test_a_frozen_base_gets_no_gradients_and_the_memory_all(name, compressor):
     assert all(given[name].abs().max() > 0 for name in memory), "every one of them matters"
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", NAMES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral_window"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_within_the_window_the_memory_gets_zeros(name, compressor, cached):
@@ -183,7 +183,7 @@ def test_gradients_are_those_of_finite_differences():
         torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-7, msg=f"{name}: {measured} {expected}")
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", NAMES)
 def test_gradients_are_those_of_the_loop(compressor, monkeypatch):
     """Folding as it is defined, one token after the other."""
     kind = Compressor.by_name[compressor]
@@ -324,7 +324,7 @@ def test_a_memory_in_float32_on_a_base_in_bfloat16():
 # --- it learns
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", NAMES)
 def test_a_few_steps_lower_the_loss(compressor):
     """What follows was said once, three windows ago: the window alone cannot know."""
     model = retrofit(base(dtype=torch.float32), Compressor.by_name[compressor], window_size=WINDOW, num_sinks=SINKS)

@@ -17,7 +17,6 @@ from ahn_layers.ops.normalize import gated_rms_norm, l2_normalize
 from ahn_layers.ops.rotary import turn_back
 from ahn_layers.ops.scan import runs_in_triton
 
-GPU = torch.cuda.is_available()
 # tokens, key/value heads, states, query heads, key size, value size
 SHAPES = [(70, 1, 2, 6, 16, 24), (64, 1, 2, 2, 32, 16), (2, 2, 2, 2, 16, 16), (130, 1, 1, 2, 40, 48)]
 CASES = [(gated_delta_scan, "beta g"), (gated_delta_scan, "beta"), (gated_linear_scan, "g"), (gated_linear_scan, "")]
@@ -124,7 +123,7 @@ def test_kernels_in_the_interpreter():
     assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape",
@@ -134,20 +133,20 @@ def test_kernels_on_the_gpu(shape, dtype):
     check_scans("cuda", dtype, *shape)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
 def test_normalizations_on_the_gpu(dtype):
     check_normalizations("cuda", dtype)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_join_and_rotary_on_the_gpu(dtype):
     check_join("cuda", dtype)
     check_rotary("cuda", dtype)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_on_the_gpu(dtype):
     check_loss("cuda", dtype)

@@ -1,19 +1,15 @@
 """GatedDeltaNet: the delta rule with forgetting."""
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compressor import Compressor, State
 from ..layers import Scale, project
-from ..ops.decode import StepRule, delta_step
-from ..ops.delta_scan import gated_delta_scan
-from ..ops.normalize import gated_rms_norm, l2_normalize
-from ..ops.scan import as_operand
+from ..recurrent import Recurrence, Recurrent
 from .time_step import decay_parameters
 
 
-class GatedDeltaNet(Compressor):
+class GatedDeltaNet(Recurrent):
     """The gated delta rule (arXiv 2412.06464), as in Artificial Hippocampus Networks (arXiv 2510.07318).
 
     With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
@@ -49,46 +45,6 @@ class GatedDeltaNet(Compressor):
         rate, bias = self.A_log.to(a.dtype).exp().unsqueeze(-1), self.dt_bias.to(a.dtype).unsqueeze(-1)
         return {"g": -rate * F.softplus(a + bias), "beta": project(self.b_proj, x).sigmoid()}
 
-    def fold(
-        self,
-        state: Tensor,
-        k: Float[Tensor, "b s d"],
-        v: Float[Tensor, "b s e"],
-        g: Float[Tensor, "b s"],
-        beta: Float[Tensor, "b s"],
-    ) -> Tensor:
+    def recurrence(self) -> Recurrence:
         """Decay by ``exp(g)``, then move what is stored under ``k'`` a step of ``beta`` towards ``v``."""
-        return delta_step(state * g.exp()[..., None, None], l2_normalize(k), v, beta)
-
-    def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:
-        """``S^T q' / sqrt(D)``."""
-        return super().read(state, l2_normalize(q, scale=self.head_dim**-0.5))
-
-    def scan(
-        self,
-        state: State,
-        q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b g t d"],
-        v: Float[Tensor, "b g t e"],
-        gates: dict[str, Tensor],
-        mask: Bool[Tensor, "b t"] | None = None,
-    ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """The same, chunk by chunk."""
-        assert isinstance(state, Tensor)
-        q = l2_normalize(as_operand(q, state), scale=self.head_dim**-0.5)
-        k = l2_normalize(as_operand(k, state))
-        g, beta = gates["g"], gates["beta"]
-        if mask is not None:
-            g, beta = (gate.masked_fill(~mask.unsqueeze(1), 0) for gate in (g, beta))
-        return gated_delta_scan(state, q, k, v, beta, g)
-
-    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:
-        """The same, one token."""
-        return StepRule(
-            decay="g", strength="beta", delta=True, read_scale=self.head_dim**-0.5, weight=self.o_norm.weight,
-            gate=project(self.g_proj, x, widen=False).squeeze(2), matrix=self.o_proj.weight,
-        )  # fmt: skip
-
-    def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
-        """RMS norm, read gate, a matrix per head."""
-        return self.o_proj(gated_rms_norm(r, self.o_norm.weight, project(self.g_proj, x)))
+        return Recurrence(decay="g", strength="beta", delta=True, read_scale=self.head_dim**-0.5)

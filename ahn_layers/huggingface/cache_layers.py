@@ -73,13 +73,14 @@ class MemoryLayer(CacheLayerMixin):
     def _run(
         self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, valid: Tensor | None, **options: Any
     ) -> Tensor:
-        inplace = not self.record_past and not torch.is_grad_enabled()
         before = self._changeable()
-        writes = inplace and before is not None and len(before.slots) == store.window.capacity
+        if before is not None:
+            before.inplace = not self.record_past
+        writes = before is not None and before.held.overwritten and len(before.slots) == store.window.capacity
         with self._overwriting(writes):
-            out, self.state = store(q, k, v, x, before, valid=valid, inplace=inplace, **options)
+            out, self.state = store(q, k, v, x, before, valid=valid, **options)
         if self.record_past:
-            recording = self.recording or Recording(store, before, bool(options.get("use_memory", True)))
+            recording = self.recording or Recording(store, before)
             self.recording = recording.with_call(Taken(k, v, x, valid))
         else:
             self.recording = None

@@ -99,6 +99,11 @@ class DecoderAttention(HippocampalAttention):
         return copied
 
     @property
+    def attending(self) -> MemoryStore:
+        """What attends now: the memory, or the window without it."""
+        return self.store if self.mode == "memory" else self.store.without_memory()
+
+    @property
     def owns_mask(self) -> bool:
         """Whether its mask is ours, since every layer of its kind is retrofitted."""
         return ("local" if self.found.kind == "sliding" else "full") in self.record.owned.split("+")
@@ -119,10 +124,10 @@ class DecoderAttention(HippocampalAttention):
         return layer
 
     def _runner(self, layer: MemoryLayer | None, x: Tensor) -> Callable[..., Tensor]:
-        use_memory = self.mode == "memory"
+        store = self.attending
 
         def alone(options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-            return self.store(q, k, v, hidden, use_memory=use_memory, final=True, **options)[0]
+            return store(q, k, v, hidden, **options)[0]
 
         def run(
             q: Tensor, k: Tensor, v: Tensor, *, weights: Weights | None = None, texts: Tensor | None = None,
@@ -130,14 +135,10 @@ class DecoderAttention(HippocampalAttention):
         ) -> Tensor:  # fmt: skip
             hidden, state, valid = x.to(q.device), None if layer is None else layer.state, options["valid"]
             if weights is not None:
-                weights.check(self.store.window, state, k.shape[2], valid, texts)
+                weights.check(store.window, state, k.shape[2], valid, texts)
             if texts is not None:
                 return _attend_texts(partial(alone, options), texts, q, k, v, hidden)
-            out = (
-                alone(options, q, k, v, hidden)
-                if layer is None
-                else layer.run(self.store, q, k, v, hidden, use_memory=use_memory, **options)
-            )
+            out = alone(options, q, k, v, hidden) if layer is None else layer.run(store, q, k, v, hidden, **options)
             if weights is not None:
                 if layer is None or state is None:
                     weights.find(q, k, v, None, k.shape[2], valid)

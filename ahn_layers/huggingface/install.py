@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ..attention import HippocampalAttention
 from ..compressor import Compressor
-from ..memory import MemoryPositions, MemoryStore
+from ..memory import MemoryStore
+from ..positions import MemoryPositions
 from ..record import Retrofitted
 from ..window import Window
 from .batching import METHODS, refuse_batching

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rotary import Rotary
+from ..positions import Rotary
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .trial import AttentionCall, MaskCall, Trial

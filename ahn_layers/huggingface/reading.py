@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..memory import MemoryStore
+from ..ops.attend import SoftmaxAttention
 from .cache_layers import LayerCache, MemoryLayer
 from .decoder import CACHE, DecoderAttention
 from .region import compiled_region, only_device, run_plainly, twin
@@ -108,13 +109,12 @@ class OpaqueLayer(MemoryLayer):
         x: Tensor,
         *,
         valid: Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
+        attention: SoftmaxAttention | None = None,
         **_: Any,
     ) -> Tensor:
         """Attend with new tokens, none of them padding, and take them in."""
-        assert valid is None
-        return attend_to_piece(q, k, v, x, self.reads, scale, softcap).transpose(1, 2)
+        assert valid is None and attention is not None
+        return attend_to_piece(q, k, v, x, self.reads, attention.scale, attention.softcap).transpose(1, 2)
 
 
 class _Reading(threading.local):
@@ -144,7 +144,7 @@ def attend_to_piece(
     """
     assert _READING.attend is not None
     reads += 1
-    return _READING.attend(q, k, v, x, scale=scale, softcap=softcap).transpose(1, 2).contiguous()
+    return _READING.attend(q, k, v, x, attention=SoftmaxAttention(scale, softcap)).transpose(1, 2).contiguous()
 
 
 @attend_to_piece.register_fake
@@ -168,7 +168,7 @@ def _read_layer(region: Callable[..., Any], size: int, module: nn.Module, /, *ar
     layer = next(u.layer for u in given if isinstance(u, LayerCache))
     hidden = next(u for u in given if isinstance(u, Tensor))
     alike = partial(_without_traits, LayerCache(OpaqueLayer(_READING.count(hidden.device))))
-    with _attending(partial(layer.run, block.store, valid=None, use_memory=block.mode == "memory")):
+    with _attending(partial(layer.run, block.attending, valid=None)):
         return (region if hidden.shape[1] == size else run_plainly)(
             module, *map(alike, args), **{name: alike(u) for name, u in kwargs.items()}
         )

@@ -40,14 +40,11 @@ class Recording:
     Args:
         store: takes tokens in.
         state: the state before the first call.
-        use_memory: as in ``MemoryStore.forward``.
         calls: what the calls took in.
     """
 
-    def __init__(
-        self, store: MemoryStore, state: MemoryState | None, use_memory: bool, calls: tuple[Taken, ...] = ()
-    ) -> None:
-        self.store, self.state, self.use_memory, self.calls = store, state, use_memory, calls
+    def __init__(self, store: MemoryStore, state: MemoryState | None, calls: tuple[Taken, ...] = ()) -> None:
+        self.store, self.state, self.calls = store, state, calls
 
     def __len__(self) -> int:
         """Recorded columns."""
@@ -58,7 +55,7 @@ class Recording:
         state, calls = self.state, (*self.calls, taken)
         while sum(len(call) for call in calls[1:]) >= MAX_ROLLBACK:
             state, calls = self._take_in(state, calls[0]), calls[1:]
-        return Recording(self.store, state, self.use_memory, calls)
+        return Recording(self.store, state, calls)
 
     def first(self, count: int) -> "Recording":
         """The recording of the first ``count`` columns alone."""
@@ -67,7 +64,7 @@ class Recording:
             if count > 0:
                 calls.append(call.columns(0, count))
             count -= len(call)
-        return Recording(self.store, self.state, self.use_memory, tuple(calls))
+        return Recording(self.store, self.state, tuple(calls))
 
     def with_valid(self, real: Bool[Tensor, "b r"]) -> "Recording":
         """The recording with another account of which of its columns are real tokens."""
@@ -75,7 +72,7 @@ class Recording:
         calls = [
             replace(call, valid=real[:, end - len(call) : end]) for call, end in zip(self.calls, ends, strict=True)
         ]
-        return Recording(self.store, self.state, self.use_memory, tuple(calls))
+        return Recording(self.store, self.state, tuple(calls))
 
     def replayed(self) -> MemoryState | None:
         """The state after all calls, computed anew."""
@@ -89,6 +86,5 @@ class Recording:
         k = taken.k
         heads = k.shape[1] if self.store.compressor is None else self.store.compressor.num_heads
         q = k.new_zeros(k.shape[0], heads, *k.shape[2:])
-        after = self.store(q, k, taken.v, taken.x, state, valid=taken.valid, use_memory=self.use_memory)[1]
-        assert after is not None
+        after = self.store(q, k, taken.v, taken.x, state, valid=taken.valid)[1]
         return after

@@ -30,6 +30,7 @@ class StaticMemoryLayer(MemoryLayer):
         self.pads = torch.zeros(0, dtype=torch.long)  # columns of each row that were none of its tokens
         self._known: tuple[int, bool] | None = (0, False)
         self._empty_memory: State | None = None
+        self._empty_kept: dict[str, Tensor] = {}
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Attend with new tokens and take them in, in place."""
@@ -42,18 +43,18 @@ class StaticMemoryLayer(MemoryLayer):
 
     def _run_in_place(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
         if self.state is None:
-            self._allocate(store, k, v, x, options.get("use_memory", True))
+            self._allocate(store, k, v, x)
         elif not torch.compiler.is_compiling():
             self._changeable()
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
-            out, _ = store(q, k, v, x, self.state, inplace=True, **options)
+            out, _ = store(q, k, v, x, self.state, **options)
             self._known = None
         else:
             before = self.state
             if self._known is not None and not torch.compiler.is_compiling():
                 before = replace(before, length=self._known[0], padded=self._known[1])
-            out, after = store(q, k, v, x, before, inplace=not torch.is_grad_enabled(), **options)
+            out, after = store(q, k, v, x, before, **options)
             with torch.no_grad():
                 self.state.copy_(after)
             self._known = None if after.length is None else (after.length, after.padded)
@@ -65,6 +66,7 @@ class StaticMemoryLayer(MemoryLayer):
     def _changeable(self) -> MemoryState | None:
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state, self.pads, self._empty_memory = self.state.clone(), self.pads.clone(), _copy(self._empty_memory)
+            self._empty_kept = {name: u.clone() for name, u in self._empty_kept.items()}
             self._fix_addresses()
         return self.state
 
@@ -87,13 +89,15 @@ class StaticMemoryLayer(MemoryLayer):
             return True
         return super().restore({name: value for name, value in before.items() if name != "was_empty"})
 
-    def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor, use_memory: bool) -> None:
+    def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor) -> None:
         with torch.no_grad():
             k, v = as_autocast(k[:, :, :1]), as_autocast(v[:, :, :1])
             with torch.autocast(k.device.type, enabled=False):
-                tokens = store.arrive(k, v, x[:, :1] if use_memory else None)
-            self.state = store.init_state(tokens, use_memory=use_memory, full=True)
-            self._empty_memory = self.state.clone().memory
+                tokens = store.arrive(k, v, x[:, :1])
+            self.state = store.init_state(tokens, full=True)
+            self.state.inplace = True
+            empty = self.state.clone()
+            self._empty_memory, self._empty_kept = empty.memory, empty.kept
         self.pads = torch.zeros_like(self.state.seen)
         if not torch.compiler.is_compiling():
             self._fix_addresses()
@@ -132,7 +136,7 @@ class StaticMemoryLayer(MemoryLayer):
         if self.state is not None:
             empty = self.state.clone()
             empty.slots, empty.seen = empty.slots.map(torch.zeros_like), torch.zeros_like(empty.seen)
-            empty.memory, empty.length, empty.padded = self._empty_memory, 0, False
+            empty.memory, empty.kept, empty.length, empty.padded = self._empty_memory, self._empty_kept, 0, False
             self.state.copy_(empty)
             self.state.length, self.state.padded = None, True
         self._known, self.padding, self.overwritten = (0, False), None, False

@@ -154,6 +154,8 @@ def decode_step(
 ) -> tuple[Float[Tensor, "b h 1 e"], Float[Tensor, "b h 1 e"]]:
     """In place: the token that leaves is folded, the new one takes its slot and is counted; then attend and read.
 
+    Runs in kernels, for tensors that ``fits_step``; ``Window.push`` and ``follow`` say the same in plain PyTorch.
+
     Args:
         q: queries.
         new: key, value and write gates of the new token.
@@ -170,51 +172,48 @@ def decode_step(
     Returns:
         The attention, with what the memory adds if the rule says how, and the reading, zero where no token left.
     """
-    (k, v, arriving), (k_slots, v_slots, gates) = new, slots
-    if fits_step(q, [k_slots, v_slots, *gates.values()], memory):
-        from . import triton_step
+    from . import triton_step
 
-        turned, facing = (q, 0) if q_sinks is None else (q_sinks, num_sinks)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        places = {None: -1} | {name: i for i, name in enumerate(gates)}
-        return triton_step.decode_step(
-            q, turned, k, v, [arriving[name] for name in gates], k_slots, v_slots, list(gates.values()), seen,
-            num_sinks, facing, scale, memory, asking, key, places[rule.decay], places[rule.strength], rule.rate,
-            rule.delta, rule.eps, rule.read_scale, rule.weight, rule.gate, rule.matrix, rule.norm_eps,
-        )  # fmt: skip
-    capacity = k_slots.shape[2]
-    leaves = (seen >= capacity).view(-1, 1, 1, 1)
-    slot = torch.where(seen < num_sinks, seen, num_sinks + (seen - num_sinks) % (capacity - num_sinks))
-    evicted = []
-    for held, token in [(k_slots, k), (v_slots, v), *((gates[name], arriving[name]) for name in gates)]:
-        at = slot.view(-1, *[1] * (held.ndim - 1)).expand_as(token)
-        evicted.append(held.gather(2, at).squeeze(2).to(memory.dtype))
-        held.scatter_(2, at, token)
-    seen += 1
-    out = slot_attention(
-        q, k_slots, v_slots, seen, full=False, scale=scale, q_sinks=q_sinks, num_sinks=num_sinks
+    (k, v, arriving), (k_slots, v_slots, gates) = new, slots
+    turned, facing = (q, 0) if q_sinks is None else (q_sinks, num_sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    places = {None: -1} | {name: i for i, name in enumerate(gates)}
+    return triton_step.decode_step(
+        q, turned, k, v, [arriving[name] for name in gates], k_slots, v_slots, list(gates.values()), seen,
+        num_sinks, facing, scale, memory, asking, key, places[rule.decay], places[rule.strength], rule.rate,
+        rule.delta, rule.eps, rule.read_scale, rule.weight, rule.gate, rule.matrix, rule.norm_eps,
     )  # fmt: skip
-    repeats = memory.shape[1] // k.shape[1]
-    key = evicted[0] if key is None else key.squeeze(2).to(memory.dtype)
-    key = l2_normalize(key, rule.eps).repeat_interleave(repeats, dim=1)
-    value = evicted[1].repeat_interleave(repeats, dim=1)
-    left = dict(zip(gates, evicted[2:], strict=True))
-    g = None if rule.decay is None else left[rule.decay] * (1 if rule.rate is None else rule.rate.to(memory.dtype))
-    strength = torch.ones_like(key[..., 0]) if rule.strength is None else left[rule.strength]
+
+
+def follow(
+    rule: StepRule,
+    memory: Float[Tensor, "b s d e"],
+    q: Float[Tensor, "b h 1 d"],
+    k: Float[Tensor, "b g 1 d"],
+    v: Float[Tensor, "b g 1 e"],
+    gates: dict[str, Float[Tensor, "b s 1"]],
+) -> tuple[Float[Tensor, "b h 1 e"] | None, Float[Tensor, "b h 1 e"], Float[Tensor, "b s d e"]]:
+    """One token folded and one query answered by a rule: what the kernel of a decode step does, in plain PyTorch.
+
+    Returns:
+        What is added to the attention, None if the rule does not say; the reading; and the state after.
+    """
+    repeats, dtype = memory.shape[1] // k.shape[1], memory.dtype
+    gate = {name: u.squeeze(2).to(dtype) for name, u in gates.items()}
+    key = l2_normalize(k.squeeze(2).to(dtype), rule.eps).repeat_interleave(repeats, dim=1)
+    value = v.squeeze(2).to(dtype).repeat_interleave(repeats, dim=1)
+    g = None if rule.decay is None else gate[rule.decay] * (1 if rule.rate is None else rule.rate.to(dtype))
+    strength = torch.ones_like(key[..., 0]) if rule.strength is None else gate[rule.strength]
     if not rule.delta:
         value = strength.unsqueeze(-1) * value
-    asked = l2_normalize((q if asking is None else asking).to(memory.dtype), rule.eps, rule.read_scale).squeeze(2)
+    asked = l2_normalize(q.to(dtype), rule.eps, rule.read_scale).squeeze(2)
     reading, after = fold_and_read(memory, asked, key, value, g, strength if rule.delta else None)
-    memory.copy_(torch.where(leaves, after, memory))
-    reading = torch.where(leaves, reading.unsqueeze(2), 0)
-    return out if rule.matrix is None else out + _recalled(reading, rule).to(out.dtype), reading
-
-
-def _recalled(reading: Float[Tensor, "b h 1 e"], rule: StepRule) -> Float[Tensor, "b h 1 e"]:
-    assert rule.matrix is not None
-    reading = rms_normalize(reading, rule.norm_eps)
+    reading = reading.unsqueeze(2)
+    if rule.matrix is None:
+        return None, reading, after
+    added = rms_normalize(reading, rule.norm_eps)
     if rule.weight is not None:
-        reading = reading * rule.weight.to(reading.dtype)
+        added = added * rule.weight.to(dtype)
     if rule.gate is not None:
-        reading = reading * F.silu(rule.gate.to(reading.dtype))[..., None, None]
-    return reading @ rule.matrix.to(reading.dtype)
+        added = added * F.silu(rule.gate.to(dtype))[..., None, None]
+    return added @ rule.matrix.to(dtype), reading, after

@@ -3,6 +3,7 @@
 Dimensions: b batch, h query heads, g key/value heads, t queries, s sinks, c context columns, d key size, e value size.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def masked_attention(
         q: queries.
         k: keys; ``h`` must be a multiple of ``g``.
         v: values.
-        visible: True where a query may see a key, broadcastable to ``(b, h, t, c)``; None shows everything.
+        visible: True where a query may see a key, broadcastable to ``(b, h, t, c)``, or of ``g`` heads; None shows
+            everything.
         scale: logit factor, default ``d ** -0.5``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
         q_sinks: queries to use against the first ``num_sinks`` keys instead of ``q``.
@@ -44,6 +46,8 @@ def masked_attention(
         The attention output, in the dtype of ``q``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if visible is not None and visible.ndim == 4 and 1 < visible.shape[1] < q.shape[1]:
+        visible = visible.repeat_interleave(q.shape[1] // visible.shape[1], dim=1)
     if softcap is None and (q_sinks is None or q.shape[2] > 1):
         size = v.shape[-1]
         if q_sinks is not None:
@@ -77,7 +81,11 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=repeats > 1)
     b, h, t, d = q.shape  # fused kernels take a mask or grouped heads: put the queries of a group side by side
     together = q.reshape(b, k.shape[1], repeats * t, d)
-    visible = visible.expand(-1, -1, t, -1).repeat(1, 1, repeats, 1)
+    visible = visible.expand(-1, -1, t, -1)
+    if visible.shape[1] == h > 1:
+        visible = visible.reshape(len(visible), k.shape[1], repeats * t, -1)
+    else:
+        visible = visible.repeat(1, 1, repeats, 1)
     return F.scaled_dot_product_attention(together, k, v, attn_mask=visible, scale=scale).reshape(b, h, t, -1)
 
 
@@ -95,6 +103,7 @@ def window_attention(
     softcap: float | None = None,
     q_sinks: Float[Tensor, "b h far d"] | None = None,
     first_rank: int | None = None,
+    beside: Sequence[Callable[[int, int], tuple[Tensor, Tensor, Tensor]]] = (),
 ) -> Float[Tensor, "b h t e"]:
     """Every query sees the sinks up to itself and the last ``window_size`` tokens, itself included.
 
@@ -117,13 +126,15 @@ def window_attention(
         softcap: see ``masked_attention``.
         q_sinks: queries to use against the sinks, for the last ``far`` queries.
         first_rank: rank of the first query, if it is the same in every row and known.
+        beside: what else is in the softmax: for queries ``start`` to ``stop``, keys, values, and which query sees
+            which ``(b, g, stop - start, n)``.
 
     Returns:
         The attention output, in the dtype of ``q``.
     """
     past = context_k.shape[2] - q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if first_rank is not None and flash_attention.supports(q, context_v, softcap):
+    if first_rank is not None and not beside and flash_attention.supports(q, context_v, softcap):
         far = 0 if q_sinks is None else q_sinks.shape[2]
         facing = None if q_sinks is None else torch.cat((q[:, :, : q.shape[2] - far], q_sinks), dim=2)
         if sink_k is not None and sink_v is not None:
@@ -143,13 +154,15 @@ def window_attention(
     if sink_k is None or sink_v is None:
         sink_k, sink_v = context_k[:, :, :num_sinks], context_v[:, :, :num_sinks]
     options: dict[str, Any] = {"window_size": window_size, "num_sinks": num_sinks, "scale": scale, "softcap": softcap}
-    return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, **options)
+    return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, beside, **options)
 
 
 def add_to_tail(out: Float[Tensor, "b h t e"], tail: Float[Tensor, "b h u e"]) -> Float[Tensor, "b h t e"]:
     """``tail`` added to the last tokens of ``out``."""
     first = out.shape[2] - tail.shape[2]
-    if first == 0 or torch.compiler.is_compiling():  # a compiler writes once by itself
+    if first == 0:
+        return out + tail
+    if torch.compiler.is_compiling():  # a compiler writes once by itself
         return out + F.pad(tail, (0, 0, first, 0))
     return _AddToTail.apply(out, tail)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -178,6 +191,7 @@ def _blockwise(
     context_v: Tensor,
     rank: Tensor,
     q_sinks: Tensor | None = None,
+    beside: Sequence[Callable[[int, int], tuple[Tensor, Tensor, Tensor]]] = (),
     *,
     window_size: int,
     num_sinks: int,
@@ -199,11 +213,15 @@ def _blockwise(
         keys = rank[..., :1, None] + (columns - past)
         seen = (keys >= num_sinks) & (keys <= queries) & (keys > queries - window_size)
         visible = torch.cat((sink_rank <= queries, seen), dim=-1)
+        visible = visible.view(-1, 1, *visible.shape[-2:])
+        others = [of(start, stop) for of in beside]
+        if others:
+            visible = torch.cat((visible.expand(len(q), context_k.shape[1], -1, -1), *(u[2] for u in others)), dim=3)
         return masked_attention(
             q[:, :, start:stop],
-            torch.cat((sink_k, context_k[:, :, low : stop + past]), dim=2),
-            torch.cat((sink_v, context_v[:, :, low : stop + past]), dim=2),
-            visible.view(-1, 1, *visible.shape[-2:]),
+            torch.cat((sink_k, context_k[:, :, low : stop + past], *(u[0] for u in others)), dim=2),
+            torch.cat((sink_v, context_v[:, :, low : stop + past], *(u[1] for u in others)), dim=2),
+            visible,
             scale=scale,
             softcap=softcap,
             q_sinks=None if q_sinks is None or start < near else q_sinks[:, :, start - near : stop - near],

@@ -1,9 +1,17 @@
-"""How a model rotates its queries, as far as the window needs to know."""
+"""What sinks and memory are shown of positions, and the rotation that has to be known for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .ops.rotary import turn_back
+from .window import Window
+
+MemoryPositions = Literal["absolute", "none"]
+"""Whether keys and queries of the memory are rotated."""
 
 
 class Rotary(nn.Module):
@@ -57,3 +65,47 @@ class Rotary(nn.Module):
     def turn_back(self, q: Float[Tensor, "b h t d"], distance: Int[Tensor, "*b t"]) -> Float[Tensor, "b h t d"]:
         """Queries as if each stood ``distance`` positions earlier, see ``ahn_layers.ops.rotary.turn_back``."""
         return turn_back(q, distance, self.inv_freq, interleaved=self.interleaved, start=self.start)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How queries and keys look to the sinks and to the memory; to the window they always look as the model made them.
+
+    Args:
+        window: the short-term memory.
+        rotary: how the model rotates; None if it is not known or it does not.
+        memory: what the memory is told of positions, see ``MemoryStore``.
+    """
+
+    window: Window
+    rotary: Rotary | None
+    memory: MemoryPositions
+
+    def facing_sinks(
+        self, q: Float[Tensor, "b h t d"], rank: Callable[[], Int[Tensor, "*b t"]], length: int | None
+    ) -> Float[Tensor, "b h far d"] | None:
+        """Queries as the sinks see them, from the first one that is too far away; None while all are near.
+
+        Args:
+            q: queries.
+            rank: makes the rank of each query's token.
+            length: the tokens so far, these included, if the number is known.
+        """
+        limit = None if self.rotary is None else self.window.farthest_sink(self.rotary.trained_length)
+        if limit is None or self.rotary is None or (length is not None and length - 1 <= limit):
+            return None
+        far = q.shape[2] if length is None else min(q.shape[2], length - 1 - limit)
+        return self.rotary.turn_back(q[:, :, -far:], (rank()[..., -far:] - limit).clamp(min=0))
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the memory is shown other queries and keys than the attention."""
+        return self.memory == "none" and self.rotary is not None
+
+    def for_memory(
+        self, q: Float[Tensor, "b h t d"], rank: Int[Tensor, "*b t"], keys: Float[Tensor, "b g t d"]
+    ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b g t d"]]:
+        """Queries of these ranks, and the keys that they push out of the window, as the memory is told them."""
+        if not self.hidden or self.rotary is None:
+            return q, keys
+        return self.rotary.turn_back(q, rank), self.rotary.turn_back(keys, rank - self.window.window_size)

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compressor import Compressor, State, map_state
-from .memory import MemoryStore
-from .ops.decode import decode_step
-from .window import Window
+from ..compressor import Compressor, State, map_state
+from ..memory import MemoryStore
+from ..ops.decode import follow
+from ..recurrent import Recurrent
+from ..tokens import per_head
+from ..window import Window
 
 _B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
 
@@ -18,9 +20,10 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
     """Run the contract of [`Compressor`][ahn_layers.Compressor] on a class, in float64 on the CPU.
 
     Checked: gates and fold agree on names and shapes; folding leaves the old state alone and keeps its size; ``scan``
-    equals ``fold`` and ``read`` one by one, values and gradients, with and without a mask; a fresh memory adds exactly
-    nothing; through a store, any cutting of a sequence gives the same result and padding changes nothing; ``rule``, if
-    there is one, says the same as ``fold``, ``read`` and ``output``; gradients reach every parameter.
+    equals ``fold`` and ``read`` one by one, values and gradients, without a mask, with one per row and with one per
+    key/value head; a fresh memory adds exactly nothing; through a store, any cutting of a sequence gives the same
+    result and padding changes nothing; ``rule``, if there is one, says the same as ``fold``, ``read`` and ``output``;
+    gradients reach every parameter.
 
     Args:
         compressor: the class.
@@ -58,6 +61,8 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
 def _check_gates(memory: Compressor, x: Tensor) -> None:
     gates = memory.gates(x)
     taken = list(inspect.signature(memory.fold).parameters)[3:]
+    if isinstance(memory, Recurrent) and memory.declared:
+        taken = memory.recurrence().gates
     assert sorted(gates) == sorted(taken), (
         f"gates(x) returns {sorted(gates)}, fold takes {sorted(taken)} after state, k, v: use the same names in both."
     )
@@ -97,14 +102,17 @@ def _check_untrained(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Ten
 
 
 def _check_scan(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
-    for mask in (None, torch.rand(_B, _T) < 0.7):
+    masks = [None, torch.rand(_B, _T) < 0.7]
+    if all(u.shape[1:2] == (memory.num_states,) for _, u in _named(memory.init_state(_B, k.new_zeros(())))):
+        masks.append(torch.rand(_B, _G, _T) < 0.7)  # of an eviction
+    for mask in masks:
         results = []
         for scan in (memory.scan, memory.loop):
             inputs = [u.clone().requires_grad_() for u in (q, k, v, x)]
             gates = memory.gates(inputs[3])
             state = memory.init_state(_B, k.new_zeros(()))
             r, state = scan(state, inputs[0], inputs[1], inputs[2], gates, mask)
-            r = r if mask is None else r * mask[:, None, :, None]
+            r = r if mask is None else r * per_head(mask, r)
             ends = [u for _, u in _named(state)]
             total = sum((u.square().sum() for u in ends), start=r.square().sum())
             gradients = torch.autograd.grad(total, inputs, allow_unused=True)
@@ -114,7 +122,7 @@ def _check_scan(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) 
         names = ["readings", *(f"state{name}" for name, _ in _named(state)), *(f"gradient of {n}" for n in "qkvx")]
         for name, fast, slow in zip(names, *results, strict=True):
             error = float(((fast - slow).abs().max() / slow.abs().max().clamp(min=1e-9)).detach())
-            where = "" if mask is None else " with a mask"
+            where = "" if mask is None else " with a mask" if mask.ndim == 2 else " with a mask per key/value head"
             assert error < 1e-8, (
                 f"scan{where}: {name} differ from fold and read one by one by {error:.2g} (relative), expected < 1e-8."
             )
@@ -140,21 +148,23 @@ def _check_splits(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor
 
 
 def _check_rule(memory: Compressor, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
-    head, last, store = slice(0, _T - 1), slice(_T - 1, _T), MemoryStore(Window(5, num_sinks=2), memory)
-    rule = memory.rule(x[:, last])
+    head, last = slice(0, _T - 1), slice(_T - 1, _T)
+    rule = memory.rule(x[:, last]) if memory.rule_holds else None
     if rule is None:
         return
     with torch.no_grad():
-        state = store(q[:, :, head], k[:, :, head], v[:, :, head], x[:, head])[1]
-        ours, new = state.clone(), store.arrive(k[:, :, last], v[:, :, last], x[:, last])
-        expected, after = store(q[:, :, last], k[:, :, last], v[:, :, last], x[:, last], state)
-        (tokens, slots), folded = ((u.k, u.v, u.gates) for u in (new, ours.slots)), ours.memory
-        assert isinstance(folded, Tensor), "rule() describes memories of one tensor: return None."
-        out, reading = decode_step(q[:, :, last], tokens, slots, ours.seen, folded, rule, num_sinks=2)
-        if rule.matrix is None:
-            out = out + memory.output(reading, x[:, last])
-    for name, one, other in (("output", out, expected), ("state", folded, after.memory)):
-        error = float((one - other).abs().max())
+        gates = memory.gates(x)
+        before, one = ({name: u[:, :, part] for name, u in gates.items()} for part in (head, last))
+        state = memory.loop(
+            memory.init_state(_B, k.new_zeros(())), q[:, :, head], k[:, :, head], v[:, :, head], before
+        )[1]
+        assert isinstance(state, Tensor), "rule() describes memories of one tensor: return None."
+        reading, after = memory.loop(state, q[:, :, last], k[:, :, last], v[:, :, last], one)
+        out, found, folded = follow(rule, state, q[:, :, last], k[:, :, last], v[:, :, last], one)
+        out = memory.output(found, x[:, last]) if out is None else out
+        expected = memory.output(reading, x[:, last])
+    for name, mine, other in (("output", out, expected), ("state", folded, after)):
+        error = float((mine - other).abs().max())  # type: ignore[operator]
         assert error < 1e-8, f"rule(): the {name} of a step differs from fold, read and output by {error:.2g}."
 
 

@@ -1,0 +1,74 @@
+"""The running choice of the tokens with the highest priorities, for every key/value head on its own.
+
+Dimensions: b batch, g key/value heads, e slots, n arrivals.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_CHUNK = 128
+"""Arrivals compared with each other at once."""
+
+Chosen = tuple[Int[Tensor, "b g e+n"], Int[Tensor, "b g n"], Int[Tensor, "b g e"], Int[Tensor, "b g"]]
+
+
+def running_top(
+    held: Float[Tensor, "b g e"],
+    filled: Int[Tensor, "b g"],
+    arriving: Float[Tensor, "b g n"],
+    where: Bool[Tensor, "b g n"],
+) -> Chosen:
+    """After every arrival the ``e`` tokens of highest priority are kept and the one that is then too many is lost.
+
+    Priorities do not change, so it does not matter how the arrivals are cut into calls. Among equal ones the older
+    token stays.
+
+    Args:
+        held: priorities in the slots, in the order in which they came.
+        filled: how many slots are.
+        arriving: priorities of the arrivals.
+        where: False where none arrives.
+
+    Returns:
+        Tokens are numbered: the slots, then the arrivals. For each token the arrival that it is lost at (``n`` if it
+        is not); the token that is lost at each arrival (``e + n`` if none is); the tokens in the slots afterwards, in
+        the order in which they came; and how many slots are filled.
+    """
+    slots, count, device = held.shape[2], arriving.shape[2], held.device
+    priority = torch.cat((held, arriving), dim=2)
+    priority = torch.where(priority.isnan(), float("-inf"), priority)
+    here = torch.arange(slots, device=device) < filled.unsqueeze(2)
+    kept = torch.arange(slots, device=device).expand_as(here)
+    lost_at = torch.full_like(priority, count, dtype=torch.long)
+    loser = torch.full_like(arriving, slots + count, dtype=torch.long)
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        index = torch.cat(
+            (kept, torch.arange(slots + start, slots + stop, device=device).expand(*kept.shape[:2], -1)), 2
+        )
+        valid = torch.cat((here, where[:, :, start:stop]), dim=2)
+        at = _lost(priority.gather(2, index), valid, slots)  # within the chunk
+        stays = valid & (at == stop - start)
+        lost_at.scatter_(2, index, torch.where(at < stop - start, at + start, lost_at.gather(2, index)))
+        # the last column takes what is not lost
+        out = torch.full((*at.shape[:2], stop - start + 1), slots + count, dtype=torch.long, device=device)
+        loser[:, :, start:stop] = out.scatter_(2, at, index)[:, :, :-1]
+        order = (~stays).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :slots]
+        kept, here = index.gather(2, order), stays.gather(2, order)
+    return lost_at, loser, kept, here.sum(dim=2)
+
+
+def _lost(priority: Tensor, valid: Tensor, slots: int) -> Tensor:
+    """At which arrival each of a few tokens is lost, the first ``slots`` being there before.
+
+    The number of arrivals if it is not. A token is lost once as many tokens as there are slots are better than it.
+    """
+    count = priority.shape[2] - slots
+    number = torch.arange(priority.shape[2], device=priority.device)
+    mine, other = priority.unsqueeze(3), priority.unsqueeze(2)
+    better = valid.unsqueeze(2) & ((other > mine) | ((other == mine) & (number < number.unsqueeze(1))))
+    total = better[..., :slots].sum(dim=3, keepdim=True) + better[..., slots:].cumsum(dim=3)
+    first = (total < slots).sum(dim=3)
+    at = torch.maximum(first, (number - slots).clamp(min=0))  # not before it is there
+    return torch.where(valid, at, count)

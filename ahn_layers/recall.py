@@ -1,0 +1,60 @@
+"""What leaves goes into the memory, and queries read it."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .compressor import Compressor, State
+from .eviction import RIDES
+from .positions import Positions
+from .tokens import Leaving, per_head
+
+_SEGMENT = {"cpu": 1024}
+"""Tokens folded in one go, by device type: bounds what the scan expands and converts at a time, within caches."""
+_LONG_SEGMENT = 8192
+"""The same for every other device, where launches cost more than memory traffic."""
+
+
+def recall(
+    compressor: Compressor | None,
+    memory: State | None,
+    q: Float[Tensor, "b h u d"],
+    x: Float[Tensor, "b t n"] | None,
+    leaving: Leaving,
+    rank: Callable[[], Int[Tensor, "*b t"]],
+    positions: Positions,
+) -> tuple[Float[Tensor, "b h u e"] | None, State | None]:
+    """Fold each token that leaves and read with the query that pushed it out; before the first one, read nothing.
+
+    Args:
+        compressor: the memory; None for none.
+        memory: its state.
+        q: the queries from ``leaving.first`` on.
+        x: hidden states of all queries' tokens.
+        leaving: what leaves.
+        rank: makes the ranks of all queries.
+        positions: what the memory is told of positions.
+
+    Returns:
+        What is added to the attention of these queries, None for nothing, and the state.
+    """
+    if compressor is None or memory is None or q.shape[2] == 0:
+        return None, memory
+    assert x is not None
+    outputs, evicted, folds = [], leaving.tokens, leaving.where
+    x, keys = x[:, leaving.first :], evicted.k
+    if positions.hidden:
+        q, keys = positions.for_memory(q, rank()[..., leaving.first :], keys)
+    size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
+    several = len(evicted) > size  # asked first: compiled code for one segment serves every length
+    for start in range(0, len(evicted), size) if several else (0,):
+        part = slice(start, start + size)
+        k, v = keys[:, :, part], evicted.v[:, :, part]
+        gates = {n: gate[:, :, part] for n, gate in evicted.gates.items() if not n.startswith(RIDES)}
+        mask, reads = (None if u is None else u[..., part] for u in (folds, leaving.reads))
+        reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
+        output = compressor.output(reading, x[:, part])
+        outputs.append(output if reads is None else output.masked_fill(~per_head(reads, output), 0))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory

@@ -1,0 +1,157 @@
+"""The contract of evictions as assertions, for your subclass and for ours."""
+
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compressors import GatedDeltaNet
+from ..eviction import Eviction
+from ..memory import MemoryStore
+from ..tokens import Leaving, Tokens
+from ..window import Window
+
+_B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
+
+
+def check_eviction(eviction: type[Eviction], **options: Any) -> None:
+    """Run the contract of [`Eviction`][ahn_layers.Eviction] on a class, in float64 on the CPU.
+
+    Checked: after every arrival each token that left the window is either seen or folded, exactly once, and folded
+    tokens are as they came; what is carried has a fixed size and is never changed in place; key/value heads do not
+    depend on each other; through a store, any cutting of a sequence gives the same result, values and gradients,
+    padding changes nothing, and a state that was saved goes on as if it had not been.
+
+    Args:
+        eviction: the class.
+        **options: passed to its constructor.
+
+    Raises:
+        AssertionError: with what was expected, what was found, and where to look.
+
+    Examples:
+        >>> from ahn_layers import FoldAll
+        >>> check_eviction(FoldAll)
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = eviction(**options).double()
+        x = torch.randn(_B, _T, _N, dtype=torch.float64)
+        q = torch.randn(_B, _H, _T, _D, dtype=torch.float64)
+        k, v = (torch.randn(_B, _G, _T, _D, dtype=torch.float64) for _ in range(2))
+        _check_once(policy, k, v, x)
+        _check_heads(policy, k, v, x)
+        compressor = GatedDeltaNet(_N, _H, _D, num_kv_heads=_G).double()
+        with torch.no_grad():
+            for parameter in compressor.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        store = MemoryStore(Window(5, num_sinks=2), compressor, eviction=policy)
+        _check_cutting(store, q, k, v, x)
+        _check_rows(store, q, k, v, x)
+        _check_saving(store, q, k, v, x)
+
+
+def _leaving(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> Leaving:
+    gates = {f"eviction.{name}": gate for name, gate in policy.gates(x).items()}
+    for name, gate in gates.items():
+        assert gate.shape == k.shape[:3], (
+            f"gates(x)[{name.split('.')[1]!r}] has shape {tuple(gate.shape)}, expected (batch, key/value heads, "
+            f"tokens) = {tuple(k.shape[:3])}."
+        )
+    return Leaving.of(0, Tokens(k, v, gates), None)
+
+
+def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
+    number = torch.arange(1.0, _T + 1, dtype=torch.float64)
+    v = v.clone()
+    v[..., 0] = number  # a name for each token
+    everything = _leaving(policy, k, v, x)
+    kept, folded = policy.init_kept(everything.tokens), torch.zeros(_B, _G, _T + 1, dtype=torch.long)
+    for start, stop in ((0, 1), (1, 9), (9, _T)):
+        before = {name: u.clone() for name, u in kept.items()}
+        tokens = everything.tokens.columns(start, stop)
+        seen, gone, after = policy.push(kept, Leaving.of(0, tokens, None))
+        assert all(torch.equal(u, before[name]) for name, u in kept.items()), (
+            "push changed what it was given: return new tensors, no in-place ops."
+        )
+        shapes = [{name: (tuple(u.shape), u.dtype) for name, u in held.items()} for held in (before, after)]
+        assert shapes[0] == shapes[1], f"push turned {shapes[0]} into {shapes[1]}: what is carried has a fixed size."
+        where = torch.ones(_B, _G, stop - start, dtype=torch.bool) if gone.where is None else gone.where
+        names = (gone.tokens.v[..., 0] * where).long()
+        for i in range(stop - start):
+            folded.scatter_add_(2, names[:, :, i : i + 1], torch.ones_like(folded[:, :, :1]))
+            held = torch.zeros_like(folded)
+            if seen is not None:
+                shown = (seen.first <= i) & (i < seen.last)
+                held.scatter_add_(2, (seen.v[..., 0] * shown).long(), shown.long())
+                assert int(shown.sum(dim=2).max()) <= seen.most, f"more than most={seen.most} tokens are seen at once."
+            total = (held + folded)[:, :, 1:]
+            expected = (number <= start + i + 1).long()
+            assert torch.equal(total, expected.expand_as(total)), (
+                f"after {start + i + 1} arrivals the tokens are seen or folded {total[0, 0].tolist()} times, expected "
+                f"{expected.tolist()}: each exactly once, from its arrival on."
+            )
+        kept = after
+
+
+def _check_heads(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
+    other = k.clone()
+    other[:, 1:] = torch.randn_like(other[:, 1:])
+    found = []
+    for keys in (k, other):
+        leaving = _leaving(policy, keys, v, x)
+        _, gone, kept = policy.push(policy.init_kept(leaving.tokens), leaving)
+        where = torch.ones(_B, _G, _T, dtype=torch.bool) if gone.where is None else gone.where
+        found.append([(gone.tokens.v * where.unsqueeze(3))[:, 0], *(u[:, 0] for u in kept.values() if u.ndim > 1)])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True)), (
+        "what a key/value head keeps or passes on depends on the keys of another: heads must not mix."
+    )
+
+
+def _run(store: MemoryStore, tensors: list[Tensor], cuts: list[int]) -> tuple[Tensor, Any]:
+    outs, state, start = [], None, 0
+    for size in cuts:
+        out, state = store(*(u.narrow(-2, start, size) for u in tensors), state)
+        outs.append(out)
+        start += size
+    return torch.cat(outs, dim=2), state
+
+
+def _check_cutting(store: MemoryStore, *tensors: Tensor) -> None:
+    inputs = [u.clone().requires_grad_() for u in tensors]
+    results = []
+    for cuts in ([_T], [1] * _T, [6, 1, 1, 3, _T - 11], [7, _T - 7]):
+        out, state = _run(store, inputs, cuts)
+        total = out.square().sum() + state.memory.square().sum()
+        gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+        assert all(g is not None and torch.isfinite(g).all() for g in gradients), "gradients do not reach every token."
+        results.append((out, state.memory, *gradients))
+        for one, whole in zip(results[-1], results[0], strict=True):
+            error = float((one - whole).abs().max().detach())  # type: ignore[operator]
+            assert error < 1e-8, f"cut into {cuts} outputs, state or gradients differ by {error:.2g} from one pass."
+
+
+def _check_rows(store: MemoryStore, *tensors: Tensor) -> None:
+    valid = torch.rand(_B, _T) < 0.8
+    valid[:, 0] = True
+    with torch.no_grad():
+        out, state = store(*tensors, valid=valid)
+        for row in range(_B):
+            real = valid[row].nonzero().squeeze(1)
+            alone, end = store(*(u[row : row + 1].index_select(-2, real) for u in tensors))
+            error = float((out[row : row + 1, :, real] - alone).abs().max())
+            assert error < 1e-8, f"a padded row differs from the same row alone by {error:.2g}: rows must not mix."
+            for name, u in end.tensors().items():
+                assert torch.allclose(state.tensors()[name][row : row + 1].to(u), u), (
+                    f"{name} of a padded row differs from the same row alone."
+                )
+
+
+def _check_saving(store: MemoryStore, *tensors: Tensor) -> None:
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        _, state = store(*(u.narrow(-2, 0, _T - 5) for u in tensors))
+        state.save(f"{folder}/state.safetensors")
+        rest = [u.narrow(-2, _T - 5, 5) for u in tensors]
+        expected, found = (store(*rest, s)[0] for s in (state, type(state).load(f"{folder}/state.safetensors")))
+    assert torch.equal(found, expected), "a state that was saved and loaded goes on differently."

@@ -1,0 +1,32 @@
+"""Every compressor and eviction that the tests run over: a new one in these tables is tested by all contracts."""
+
+from ahn_layers import DeltaNet, Eviction, FoldAll, GatedDeltaNet, LinearAttention, Mamba2, empty_slots, keep_best
+
+COMPRESSORS = [LinearAttention, DeltaNet, GatedDeltaNet, Mamba2]
+NAMES = [compressor.__name__ for compressor in COMPRESSORS]
+RELEASED = [DeltaNet, GatedDeltaNet, Mamba2]
+"""Those of the paper, of which there are released weights and golden files."""
+
+
+class LargestKeys(Eviction):
+    """Every key/value head keeps the tokens with its largest keys."""
+
+    def __init__(self, num_slots):
+        super().__init__()
+        self.num_slots = num_slots
+
+    def init_kept(self, like):
+        return empty_slots(like, self.num_slots)
+
+    def push(self, kept, leaving):
+        return keep_best(kept, leaving, lambda tokens: tokens.k.norm(dim=-1))
+
+
+EVICTIONS = {
+    "FoldAll": (FoldAll, {}),
+    "no slots": (LargestKeys, {"num_slots": 0}),
+    "one slot": (LargestKeys, {"num_slots": 1}),
+    "a few slots": (LargestKeys, {"num_slots": 5}),
+    "slots for all": (LargestKeys, {"num_slots": 50}),
+}
+"""Classes and what they are made with."""

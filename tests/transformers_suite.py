@@ -34,12 +34,12 @@ BY_DESIGN = {
     "test_custom_4d_attention_mask": "a mask beyond causality and padding is refused: tokens are folded in their order",
     "test_generate*_with_static_cache": "a static cache holds sinks and window, not max_cache_len tokens",
     "test_generate_compilation_all_outputs": "keys and attentions of a static cache have the width of sinks and window",
-    "test_generate_compile_model_forward_fullgraph": "generate returns a HippocampalCache, which can be forked and saved",
+    "test_generate_compile_model_forward_fullgraph": "generate returns a HippocampalCache, which can be forked",
     "test_can_set_attention_dynamically": "retrofitted blocks and mask makers hold a view of the config with our name",
     "test_sdpa_can_dispatch_non_composite_models": "the same",
     "test_all_tensors_are_parameter_or_buffer": "a retrofit comes after loading, not on the meta device",
     "test_init_weights_can_init_buffers": "the same",
-    "test_retain_grad_hidden_states_attentions": "attention weights are computed beside the attention, without gradient",
+    "test_retain_grad_hidden_states_attentions": "attention weights are computed beside the attention, with no gradient",
 }
 """Tests whose outcome differs as it should, by patterns of their names: why."""
 

@@ -39,7 +39,7 @@ BY_DESIGN = {
     "test_sdpa_can_dispatch_non_composite_models": "the same",
     "test_all_tensors_are_parameter_or_buffer": "a retrofit comes after loading, not on the meta device",
     "test_init_weights_can_init_buffers": "the same",
-    "test_retain_grad_hidden_states_attentions": "attention weights are computed beside the attention, with no gradient",
+    "test_retain_grad_hidden_states_attentions": "attention weights are computed beside the attention, without a graph",
 }
 """Tests whose outcome differs as it should, by patterns of their names: why."""
 

@@ -12,6 +12,7 @@ from . import adapter_files
 from .adapter_files import Weights
 from .attention import HippocampalAttention
 from .compressor import Compressor
+from .eviction import FoldAll
 from .fingerprint import base_fingerprint, differences, whole
 from .peft import in_use
 from .record import Retrofitted, find_retrofitted
@@ -39,6 +40,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     inner, record = find_retrofitted(model)
     if record.compressor is None:
         raise ValueError("the model was retrofitted without a compressor: there are no memory weights to save.")
+    check_evictions(inner)
     adapter_files.write(folder, gather_weights(inner), describe_adapter(inner, record))
 
 
@@ -99,6 +101,17 @@ def load_checked(
         files.check_hash()
         _write_parameters(updates, keep_dtype)
     return model
+
+
+def check_evictions(inner: nn.Module) -> None:
+    """Adapter files hold compressors; an eviction that was put into a store is not among what they describe."""
+    for block in inner.modules():
+        if isinstance(block, HippocampalAttention) and not isinstance(block.store.eviction, FoldAll):
+            raise ValueError(
+                f"{type(block.store.eviction).__name__} was put into the memory of layer {block.layer_idx}: adapters "
+                "and saved models do not describe evictions yet. Save it with torch.save, or set store.eviction = "
+                "FoldAll() first."
+            )
 
 
 def describe(record: Retrofitted) -> dict[str, Any]:

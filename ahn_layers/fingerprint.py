@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import HippocampalAttention
+from .memory import MemoryStore
 from .record import Retrofitted, find_retrofitted
 
 FACTS = (
@@ -45,8 +46,20 @@ class _Weight(NamedTuple):
         return same and (u.is_inference() or u._version == self.version)
 
 
-_identities: "WeakKeyDictionary[Retrofitted, tuple[list[_Weight], str]]" = WeakKeyDictionary()
-"""The weights of models that were looked at, and their identity."""
+class _Known(NamedTuple):
+    """An identity, and what it was computed from."""
+
+    weights: list[_Weight]
+    evictions: list[tuple[MemoryStore, nn.Module]]
+    identity: str
+
+    def holds(self) -> bool:
+        same = all(store.eviction is eviction for store, eviction in self.evictions)
+        return same and all(weight.is_as_it_was() for weight in self.weights)
+
+
+_identities: "WeakKeyDictionary[Retrofitted, _Known]" = WeakKeyDictionary()
+"""What is known of the models that were looked at."""
 
 
 def base_fingerprint(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -116,14 +129,13 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
         record: what the retrofit did.
     """
     known = _identities.get(record)
-    if known is not None and all(weight.is_as_it_was() for weight in known[0]):
-        return known[1]
+    if known is not None and known.holds():
+        return known.identity
     weights, digest = [], hashlib.sha256(f"{record.compressor} {record.memory_positions}".encode())
-    blocks = [block for block in module.modules() if isinstance(block, HippocampalAttention)]
-    for place, block in enumerate(blocks):
-        if block.store.compressor is None:
-            continue
-        for name, part in block.store.compressor.named_modules():
+    stores = [block.store for block in module.modules() if isinstance(block, HippocampalAttention)]
+    for place, store in enumerate(stores):
+        digest.update(type(store.eviction).__name__.encode())
+        for name, part in _parts(store):
             for holder in (part._parameters, part._buffers):
                 for key, u in holder.items():
                     if u is None:
@@ -136,8 +148,15 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
                     digest.update(local.flatten().view(torch.uint8).numpy().data)
     dtype = weights[0].value.dtype if weights else None
     found = f"{dtype} {digest.hexdigest()}"
-    _identities[record] = weights, found
+    _identities[record] = _Known(weights, [(store, store.eviction) for store in stores], found)
     return found
+
+
+def _parts(store: MemoryStore) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose weights make the states of a store: of the compressor and of the eviction."""
+    if store.compressor is not None:
+        yield from store.compressor.named_modules()
+    yield from store.eviction.named_modules(prefix="eviction")
 
 
 def _local(u: Tensor) -> Tensor:

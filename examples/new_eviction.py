@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, MemoryStore):
             module.eviction = LargestKeys(args.slots)
-    text = model.generate(ids, past_key_values=cache, max_new_tokens=args.new_tokens, do_sample=False)
+    text = model.generate(ids, cache=cache, max_new_tokens=args.new_tokens, do_sample=False)
     print(f"{text.shape[1]} tokens read or written, {cache.nbytes:,} bytes held")
     with torch.no_grad():
         gap = (before - model(ids).logits[0, -1]).abs().max().item()

@@ -110,11 +110,14 @@ def best_slots(
     for b in range(batch):
         tokens, row = valid[b].nonzero().flatten().tolist(), slice(b, b + 1)
         kept, ever = [[] for _ in range(groups)], torch.zeros(heads, dtype=torch.bool)
-        for p, t in enumerate(tokens):
+        for t in range(length):
+            p = sum(j <= t for j in tokens) - 1
+            if p < 0:
+                continue
             window = [j for i, j in enumerate(tokens[: p + 1]) if i < num_sinks or i > p - window_size]
             for g in range(groups):
                 readers = slice(g * repeats, (g + 1) * repeats)
-                if p >= num_sinks + window_size:
+                if p >= num_sinks + window_size and valid[b, t]:
                     kept[g].append(tokens[p - window_size])
                 if len(kept[g]) > num_slots:
                     gone = min(kept[g], key=lambda j, g=g: float(k[b, g, j].norm()))

@@ -187,6 +187,15 @@ def test_dtypes_are_kept(dtype, tmp_path):
     assert torch.equal(go_on(model, resumed), go_on(model, cache))
 
 
+def test_a_state_is_lent_for_a_call_only():
+    """Somebody else who continues the state of a cache does not change it."""
+    model = retrofitted()
+    cache = read(model, tokens(2, LONG))
+    for _ in range(2):
+        assert not any(layer.state.inplace for layer in cache.layers)
+        go_on(model, cache)
+
+
 def test_padded_rows_are_resumed(model, tmp_path):
     ids, mask = tokens(2, LONG), torch.ones(2, LONG, dtype=torch.long)
     mask[0, :-3] = 0

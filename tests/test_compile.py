@@ -78,6 +78,17 @@ def same_states(one, other):
 # --- stores and custom blocks
 
 
+def test_compiled_models_notice_packed_texts(models):
+    """They read one text a row, and assert that there is no second."""
+    model, row = models.retrofitted(), models.tokens(1, 30)
+    compiled = torch.compile(model, backend="eager")
+    positions = torch.cat((torch.arange(20), torch.arange(10)))[None]
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="begin again"):
+            compiled(row, position_ids=positions, use_cache=False)
+        assert compiled(row, position_ids=torch.arange(30)[None], use_cache=False).logits.isfinite().all()
+
+
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 cannot trace einops")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("compressor", [*NAMES, None])

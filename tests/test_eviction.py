@@ -17,6 +17,7 @@ from ahn_layers import (
     empty_slots,
     keep_best,
 )
+from ahn_layers.fingerprint import memory_identity
 from ahn_layers.ops.top_slots import running_top
 
 from . import oracle
@@ -275,6 +276,42 @@ def test_generate_with_every_cache():
         assert torch.equal(generate(model, ids, 20, **options), expected), options
     beams = generate(model, ids, 12, num_beams=3)
     assert torch.equal(generate(model, ids, 12, num_beams=3, use_cache=False), beams)
+
+
+@torch.no_grad()
+def test_tokens_are_taken_back_with_their_slots():
+    model, ids = with_slots(), tokens(1, 60)
+    assert torch.equal(generate(model, ids[:, :40], 20, prompt_lookup_num_tokens=3), generate(model, ids[:, :40], 20))
+    cache = HippocampalCache()
+    logits(model, ids[:, :40], 20, cache)
+    cache.activate_past_recording()
+    logits(model, ids[:, 40:50].flip(1), 5, cache)
+    cache.crop(-10)
+    rest = logits(model, ids[:, 40:], 5, cache)
+    torch.testing.assert_close(rest, logits(model, ids)[:, 40:], rtol=0, atol=1e-9)
+
+
+def test_without_memory_leaves_out_an_eviction_that_was_assigned():
+    store = MemoryStore(Window(WINDOW, num_sinks=SINKS))
+    assert store.without_memory() is store
+    store.eviction = LargestKeys(3)
+    _, inputs = make()
+    q, k, v, x = inputs
+    plain, state = store.without_memory()(q, k, v)
+    assert not state.kept and torch.equal(plain, MemoryStore(store.window)(q, k, v)[0])
+    assert not torch.equal(plain, store(q, k, v, x)[0])
+
+
+def test_memory_identity_covers_the_weights_of_an_eviction():
+    def made(seed):
+        model = retrofitted()
+        for module in model.modules():
+            if isinstance(module, MemoryStore):
+                module.eviction = LargestKeys(3)
+                module.eviction.score = torch.nn.Parameter(torch.full((2,), float(seed)))
+        return model
+
+    assert memory_identity(made(1)) == memory_identity(made(1)) != memory_identity(made(2))
 
 
 def test_fold_all_is_the_default():

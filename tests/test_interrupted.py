@@ -56,6 +56,22 @@ def test_the_cache_is_what_it_was(length, layer, error):
     assert cache.get_seq_length() == untouched.get_seq_length() == length + 5
 
 
+@pytest.mark.parametrize("count", [1, 4, CAPACITY])
+def test_a_large_window_is_not_held_twice(count, monkeypatch):
+    """While it grows, its old tokens are the first of the new ones; only a call that fills it up cannot be undone."""
+    monkeypatch.setattr("ahn_layers.huggingface.cache_layers._LARGE", 0)
+    model, ids, new = retrofitted(), tokens(2, 4), tokens(2, count, seed=1)
+    cache, untouched = HippocampalCache(), HippocampalCache()
+    for one in (cache, untouched):
+        call(model, ids, one)
+    interrupt(model, new, cache, model.model.layers[1], UnexpectedError)
+    if count == CAPACITY:
+        with pytest.raises(RuntimeError, match="this cache is unusable"):
+            call(model, new, cache)
+        return
+    assert torch.equal(call(model, new, cache), call(model, new, untouched))
+
+
 @pytest.mark.parametrize("error", [UnexpectedError, KeyboardInterrupt])
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("make", [HippocampalCache, DynamicCache, static])

@@ -165,16 +165,6 @@ def test_sources_that_contradict_each_other_are_an_error():
         find_texts(1, 7, seq_idx=torch.zeros(1, 6))
 
 
-def test_compiled_models_assert_that_there_is_one_text():
-    model, (_, row, positions) = retrofitted(), packed()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    with torch.no_grad():
-        with pytest.raises(RuntimeError, match="begin again"):
-            compiled(row, position_ids=positions, use_cache=False)
-        assert compiled(row, position_ids=torch.arange(row.shape[1])[None], use_cache=False).logits.isfinite().all()
-
-
 def test_the_base_model_keeps_texts_apart_too():
     """So that what is compared above is what a user of transformers expects."""
     plain, (texts, row, positions) = base(), packed()

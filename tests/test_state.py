@@ -53,6 +53,13 @@ def test_resumed_in_place(filled, count, tmp_path):
         torch.testing.assert_close(u, state.tensors()[name])
 
 
+def test_copies_are_not_overwritten(filled):
+    _, state, _ = filled
+    state.inplace = True
+    copies = [state.clone(), state.to("cpu"), state.reorder(torch.arange(state.batch_size))]
+    assert not any(copied.inplace for copied in copies)
+
+
 def test_rows_reordered_repeated_and_dropped(filled):
     store, state, tokens = filled
     index = torch.tensor([2, 0, 0])

@@ -6,17 +6,35 @@ The attention function does all the work: ``update`` hands keys and values throu
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..compressor import State
 from ..memory import MemoryStore
 from ..state import MemoryState
 from .padding import Padding
 from .recording import MAX_ROLLBACK, Recording, Taken
+
+_LARGE = 1 << 22
+"""Bytes of a state that are not kept a second time while a call runs."""
+
+
+class _Prefix(NamedTuple):
+    """A state as the beginning of a longer one, from which nothing has left."""
+
+    length: int
+    memory: State | None
+    kept: dict[str, Tensor]
+
+    def of(self, longer: MemoryState) -> MemoryState:
+        """The state."""
+        seen = torch.full_like(longer.seen, self.length)
+        slots = longer.slots.columns(0, self.length)
+        return replace(longer, slots=slots, seen=seen, length=self.length, memory=self.memory, kept=self.kept)
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -79,6 +97,7 @@ class MemoryLayer(CacheLayerMixin):
         writes = before is not None and before.held.overwritten and len(before.slots) == store.window.capacity
         with self._overwriting(writes):
             out, self.state = store(q, k, v, x, before, valid=valid, **options)
+        self.state.inplace = False  # another caller that continues it must not change it
         if self.record_past:
             recording = self.recording or Recording(store, before)
             self.recording = recording.with_call(Taken(k, v, x, valid))
@@ -196,9 +215,18 @@ class MemoryLayer(CacheLayerMixin):
         self.state = state
 
     def snapshot(self) -> dict[str, Any]:
-        """What ``restore`` needs to undo the calls to come, unless they write into tensors that are there now."""
+        """What ``restore`` needs to undo the calls to come, unless they write into tensors that are there now.
+
+        A large window that grows is not held on to, which would take its memory twice: the tokens of a longer one begin
+        with the same. Only a call that fills it up cannot be undone then.
+        """
         self.overwritten = False
-        return dict(vars(self))
+        saved, state = dict(vars(self)), self.state
+        if type(self) is not MemoryLayer or state is None or self.recording is not None or state.nbytes <= _LARGE:
+            return saved
+        if state.uniform is not None and state.uniform < state.window.capacity:
+            saved["state"] = _Prefix(state.uniform, state.memory, state.kept)
+        return saved
 
     def restore(self, before: dict[str, Any]) -> bool:
         """Go back to a snapshot.
@@ -210,6 +238,11 @@ class MemoryLayer(CacheLayerMixin):
             return self.state is None
         if self.overwritten:
             return False
+        if isinstance(before["state"], _Prefix):
+            assert self.state is not None
+            if self.state.uniform is None or self.state.uniform > self.state.window.capacity:
+                return False
+            before = before | {"state": before["state"].of(self.state)}
         self.__dict__.clear()
         self.__dict__.update(before)
         return True

@@ -306,7 +306,8 @@ class PrepareInputs:
             columns = length_of(cache) + (kwargs.get("next_sequence_length") or 1)
             mask = rows.mask(kwargs.get("attention_mask"), input_ids.shape[1], columns)
             kwargs["attention_mask"] = mask
-        if isinstance(cache, Cache) and cache.is_compileable:
+        steps = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        if isinstance(cache, Cache) and cache.is_compileable and (rows is not None or not steps):
             _reconcile_early(cache, input_ids, kwargs)
         if (
             rows is None

@@ -42,9 +42,10 @@ class SavePretrained:
         **kwargs: Any,
     ) -> None:
         """Save as the model would; arguments as there. A folder that holds another saved model is overwritten."""
-        from ..adapter import describe, describe_adapter, gather_weights
+        from ..adapter import check_evictions, describe, describe_adapter, gather_weights
 
         model: Any = self.model
+        check_evictions(model)
         folder, record, description = Path(save_directory), model.hippocampus, describe(model.hippocampus)
         adapter = None if record.compressor is None else describe_adapter(model, record, state_dict)
         names = _names(model)

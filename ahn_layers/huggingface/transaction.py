@@ -56,7 +56,11 @@ def settle(cache: Any) -> None:
 def _save(layer: Any) -> Any:
     if isinstance(layer, MemoryLayer):
         return layer.snapshot()
-    return dict(vars(layer)), _stamps(layer)
+    attributes = dict(vars(layer))
+    if type(layer) is DynamicLayer and layer.is_initialized:  # which appends: its old tensors need not be held
+        attributes["length"] = attributes.pop("keys").shape[-2]
+        del attributes["values"]
+    return attributes, _stamps(layer)
 
 
 def _put_back(layer: Any, saved: Any) -> bool:
@@ -64,6 +68,9 @@ def _put_back(layer: Any, saved: Any) -> bool:
         return layer.restore(saved)
     attributes, stamps = saved
     if type(layer) in _GROWING:
+        if "length" in attributes:
+            length = attributes.pop("length")
+            attributes |= {name: getattr(layer, name)[..., :length, :] for name in ("keys", "values")}
         vars(layer).clear()
         vars(layer).update(attributes)
         return True

@@ -91,12 +91,8 @@ class MemoryStore(nn.Module):
         self.rotary = rotary
         self.eviction = FoldAll() if eviction is None else eviction
         self.memory_positions = memory_positions
-        # not a child: it has nothing of its own
-        self.__dict__["_plain"] = (
-            None
-            if compressor is None and eviction is None
-            else MemoryStore(window, None, rotary, memory_positions=memory_positions)
-        )
+        if compressor is not None or eviction is not None:
+            self._make_plain()  # now, since compiled code makes no modules
 
     def without_memory(self) -> "MemoryStore":
         """The same store without compressor and eviction: sinks and window alone, what leaves is forgotten.
@@ -109,10 +105,16 @@ class MemoryStore(nn.Module):
             >>> store.without_memory().compressor is None
             True
         """
-        plain: MemoryStore | None = self.__dict__["_plain"]
-        if plain is None:
+        if self.compressor is None and isinstance(self.eviction, FoldAll):
             return self
+        plain: MemoryStore = self.__dict__.get("_plain") or self._make_plain()
         plain.window = self.window
+        return plain
+
+    def _make_plain(self) -> "MemoryStore":
+        """The store of ``without_memory``; not a child, since it has nothing of its own."""
+        plain = MemoryStore(self.window, None, self.rotary, memory_positions=self.memory_positions)
+        self.__dict__["_plain"] = plain
         return plain
 
     def extra_repr(self) -> str:

@@ -118,7 +118,8 @@ class MemoryState:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         memory = None if self.memory is None else map_state(function, self.memory)
         kept = {name: function(u) for name, u in self.kept.items()}
-        return replace(self, slots=self.slots.map(function), seen=function(self.seen), memory=memory, kept=kept)
+        slots, seen = self.slots.map(function), function(self.seen)
+        return replace(self, slots=slots, seen=seen, memory=memory, kept=kept, inplace=False)
 
     def clone(self) -> "MemoryState":
         """A copy that shares nothing, detached from any graph."""

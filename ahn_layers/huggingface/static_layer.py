@@ -67,6 +67,7 @@ class StaticMemoryLayer(MemoryLayer):
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state, self.pads, self._empty_memory = self.state.clone(), self.pads.clone(), _copy(self._empty_memory)
             self._empty_kept = {name: u.clone() for name, u in self._empty_kept.items()}
+            self.state.inplace = True
             self._fix_addresses()
         return self.state
 

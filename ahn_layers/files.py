@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,16 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, descri
 
     metadata = {"format": f"ahn_layers.{kind}", "version": str(FORMAT_VERSION), "description": json.dumps(description)}
     write_atomically(path, save({name: u.detach().contiguous() for name, u in tensors.items()}, metadata))
+
+
+def digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A text that is the same for the same names, dtypes, shapes and values, wherever the tensors are."""
+    found = hashlib.sha256()
+    for name, u in named:
+        u = u.detach().cpu().contiguous()
+        found.update(f"{name} {u.dtype} {tuple(u.shape)}".encode())
+        found.update(u.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

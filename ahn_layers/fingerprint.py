@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import HippocampalAttention
+from .files import digest
 from .memory import MemoryStore
 from .record import Retrofitted, find_retrofitted
 
@@ -131,25 +132,21 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
     known = _identities.get(record)
     if known is not None and known.holds():
         return known.identity
-    weights, digest = [], hashlib.sha256(f"{record.compressor} {record.memory_positions}".encode())
     stores = [block.store for block in module.modules() if isinstance(block, HippocampalAttention)]
+    weights, named = [], []
     for place, store in enumerate(stores):
-        digest.update(type(store.eviction).__name__.encode())
+        kind = f"{record.compressor} {record.memory_positions} {type(store.eviction).__name__} {place}"
         for name, part in _parts(store):
             for holder in (part._parameters, part._buffers):
-                for key, u in holder.items():
-                    if u is None:
-                        continue
-                    if u.is_meta:
-                        return ""
+                for key in (key for key, u in holder.items() if u is not None):
                     weights.append(_Weight.of(holder, key))
-                    local = _local(u).detach().cpu().contiguous()
-                    digest.update(f"{place} {name} {key} {local.dtype} {tuple(local.shape)}".encode())
-                    digest.update(local.flatten().view(torch.uint8).numpy().data)
+                    named.append((f"{kind} {name} {key}", _local(holder[key])))  # type: ignore[arg-type]
+    if any(u.is_meta for _, u in named):
+        return ""
     dtype = weights[0].value.dtype if weights else None
-    found = f"{dtype} {digest.hexdigest()}"
-    _identities[record] = _Known(weights, [(store, store.eviction) for store in stores], found)
-    return found
+    identity = f"{dtype} {digest(named)}"
+    _identities[record] = _Known(weights, [(store, store.eviction) for store in stores], identity)
+    return identity
 
 
 def _parts(store: MemoryStore) -> Iterator[tuple[str, nn.Module]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compressor import State, map_state
-from .files import load_tensors, reading, save_tensors
+from .files import digest, load_tensors, reading, save_tensors
 from .ring import Held
 from .tokens import Later, Tokens
 from .window import Window
@@ -170,18 +170,38 @@ class MemoryState:
             mine.copy_(theirs[name])
         self.length, self.padded = other.length, other.padded
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file, atomically: the file is complete or not there."""
-        save_tensors(path, self.tensors(), "memory_state", self.description())
+    def save(self, path: str | Path, store: nn.Module | None = None) -> None:
+        """Write the state to a safetensors file, atomically: the file is complete or not there.
+
+        Args:
+            path: the file.
+            store: the store that made the state; the file then knows its weights.
+        """
+        description = self.description() | {"made_with": None if store is None else digest(store.named_parameters())}
+        save_tensors(path, self.tensors(), "memory_state", description)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MemoryState":
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", *, store: nn.Module | None = None
+    ) -> "MemoryState":
         """Read a state back, bit for bit.
 
+        Args:
+            path: the file.
+            device: where its tensors go.
+            store: the store that will continue the state, to be compared with the one that made it.
+
         Raises:
-            ValueError: if the file is not a state, is damaged, or has an unknown format version.
+            ValueError: if the file is not a state, is damaged, has an unknown format version, or was made with other
+                weights than the store has.
         """
         tensors, description = load_tensors(path, "memory_state", device)
+        made_with = description.get("made_with")
+        if store is not None and made_with is not None and made_with != digest(store.named_parameters()):
+            raise ValueError(
+                f"{path}: the state was made with other weights than this store has. Load the weights that it was made "
+                "with, or begin with state=None."
+            )
         with reading(path):
             return cls.from_tensors(tensors, description)
 

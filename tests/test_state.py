@@ -36,6 +36,21 @@ def test_saved_and_resumed_bit_for_bit(filled, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
+def test_a_file_knows_the_weights_that_made_it(filled, tmp_path):
+    store, state, _ = filled
+    path = tmp_path / "state.safetensors"
+    state.save(path, store)
+    assert MemoryState.load(path, store=store).length == state.length
+    if store.compressor is None:
+        return
+    with torch.no_grad():
+        store.compressor.o_proj.weight[0, 0, 0] += 1
+    with pytest.raises(ValueError, match="was made with other weights"):
+        MemoryState.load(path, store=store)
+    state.save(path)  # nobody said by what
+    assert MemoryState.load(path, store=store).length == state.length
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_resumed_in_place(filled, count, tmp_path):
     """A file has the gates in another order than the compressor."""

@@ -48,7 +48,9 @@ class StaticMemoryLayer(MemoryLayer):
             self._changeable()
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
-            out, _ = store(q, k, v, x, self.state, **options)
+            out, after = store(q, k, v, x, self.state, **options)
+            if after is not self.state:  # somebody passed a copy on, as hooks that move arguments do
+                self.state.copy_(after)
             self._known = None
         else:
             before = self.state

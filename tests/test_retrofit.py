@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from ahn_layers import (
     Compressor,
@@ -525,10 +525,11 @@ def test_what_the_record_says():
     assert [isinstance(layer, MemoryLayer) for layer in cache.layers] == [False, True, False]
 
 
-def test_a_model_without_values_can_be_counted_but_not_run():
+@pytest.mark.parametrize("sliding_window", [None, 40])
+def test_a_model_without_values_can_be_counted_but_not_run(sliding_window):
     """On the meta device the rotation cannot be found, so the sinks would stay at their true distance."""
     with torch.device("meta"):
-        empty = LlamaForCausalLM(LlamaConfig(**SIZES))
+        empty = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=sliding_window))
     retrofit(empty, GatedDeltaNet, window_size=WINDOW, num_sinks=SINKS)
     assert "bytes per sequence" in memory_report(empty)
     empty.to_empty(device="cpu")

@@ -164,7 +164,7 @@ def _kind(call: dict[str, Any]) -> tuple[str, int | None]:
     if mask_kind(call) != "local":
         return mask_kind(call), None
     size = int(call["local_size"])
-    first, query, key = (torch.tensor(i, device=call.get("device")) for i in (0, size, 1))
+    first, query, key = (torch.tensor(i, device="cpu") for i in (0, size, 1))  # values, also on the meta device
     return ("sliding" if bool(call["mask_function"](first, first, query, key)) else "chunked"), size
 
 

@@ -94,7 +94,7 @@ def _taken_from(state_dict: dict[str, Any], model: nn.Module, names: dict[int, d
 
 @contextmanager
 def _left_out(model: Any, names: set[str]) -> Iterator[None]:
-    """Within this context, ``save_pretrained`` of the model's class leaves these weights out, also where others collect them."""
+    """Within this context, ``save_pretrained`` of the model's class leaves these weights out."""
     before = dict(vars(model))
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *names}
     try:

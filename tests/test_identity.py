@@ -65,3 +65,13 @@ def test_the_window_alone_needs_no_memory_weights():
         call(model, tokens(1, 20), cache)
         train_memory(model, seed=1)
         assert call(model, tokens(1, 1), cache).isfinite().all()
+
+
+def test_training_steps_do_not_look_at_the_weights(monkeypatch):
+    """They change in every step, and there is no cache that could be continued."""
+    model = retrofitted()
+    monkeypatch.setattr("ahn_layers.huggingface.call.identity_of", lambda *_: pytest.fail("looked at the weights"))
+    for use_cache in (None, False):
+        model(tokens(1, 20), use_cache=use_cache).logits.sum().backward()
+    with torch.no_grad():
+        model(tokens(1, 20), use_cache=False)

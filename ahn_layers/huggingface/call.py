@@ -163,7 +163,8 @@ class ForwardHook:
         if isinstance(cache, HippocampalCache):
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle(cache)
-        if self.owner.mode == "memory" and self.owner.compressor is not None:
+        kept = cache is not None or (kwargs.get("use_cache") is not False and not torch.is_grad_enabled())
+        if kept and self.owner.mode == "memory" and self.owner.compressor is not None:
             call.identity = identity_of(module, self.owner)
             check_memory(cache, call.identity)
         mask = kwargs.get("attention_mask")

@@ -134,6 +134,10 @@ def check(command, parse):
             )
     elif program == "mkdocs":
         assert rest[0] in ("serve", "build")
+    elif program in ("ruff", "mypy"):
+        assert rest in {"ruff": (["check", "."], ["format", "--check", "."]), "mypy": ([],)}[program]
+    elif program.startswith("tests."):
+        assert (ROOT / f"{program.replace('.', '/')}.py").is_file() and rest[:1] in ([], [">"]), "no such module"
     else:
         known = (["git", "clone"], ["cd", "ahn_layers"], [".", ".venv/bin/activate"], ["venv", ".venv"])
         assert any(words[: len(start)] == start for start in known), "an unknown command"

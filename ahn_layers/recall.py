@@ -14,7 +14,7 @@ from .tokens import Leaving, per_head
 _SEGMENT = {"cpu": 1024}
 """Tokens folded in one go, by device type: bounds what the scan expands and converts at a time, within caches."""
 _LONG_SEGMENT = 8192
-"""The same for every other device, where launches cost more than memory traffic."""
+"""Tokens folded at once on any other device, where kernel launches cost more than memory traffic."""
 
 
 def recall(

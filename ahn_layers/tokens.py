@@ -79,7 +79,7 @@ class Tokens:
         return self.map(lambda u: u[:, :, start:stop])
 
     def take(self, index: Int[Tensor, "*b t"]) -> "Tokens":
-        """Columns by index, the same for every row ``(T,)``, per row ``(B, T)`` or per key/value head ``(B, G, T)``."""
+        """Columns by index: shared by all rows ``(T,)``, per row ``(B, T)`` or per key/value head ``(B, G, T)``."""
         return self.map(lambda u: take(u, index))
 
     def zeroed(self, mask: Bool[Tensor, "b g t"]) -> "Tokens":

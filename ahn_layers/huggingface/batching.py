@@ -4,14 +4,14 @@ from typing import Any
 
 from torch import nn
 
+from .model_method import ModelMethod
+
 METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """What transformers calls it by."""
 
 
-class RefuseBatching:
+class RefuseBatching(ModelMethod):
     """Stands in for a method of continuous batching: its paged cache has no place for a state of fixed size.
-
-    An object and not a function, so that the model can still be pickled and copied.
 
     Args:
         model: the retrofitted model.
@@ -19,7 +19,8 @@ class RefuseBatching:
     """
 
     def __init__(self, model: nn.Module, method: str) -> None:
-        self.model, self.method = model, method
+        super().__init__(model)
+        self.method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own method inside ``full_attention``.

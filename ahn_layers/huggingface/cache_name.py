@@ -8,22 +8,18 @@ from typing import Any
 from torch import nn
 
 from .decoder import CACHE
+from .model_method import ModelMethod
 
 NAME = "cache"
 """The name since transformers 5.24."""
 
 
-class PrepareConfig:
+class PrepareConfig(ModelMethod):
     """Stands in for ``model._prepare_generation_config``, the first method that sees the arguments of ``generate``.
-
-    An object and not a function, so that the model can still be pickled and copied.
 
     Args:
         model: the retrofitted model.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
     def __call__(self, generation_config: Any, **kwargs: Any) -> Any:
         """What the model's own method does, for the renamed arguments."""

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import StoppingCriteriaList
+
+from .model_method import ModelMethod
 
 _ROWS = "_hippocampal_rows"
 
@@ -46,15 +48,12 @@ class FinishedRows(StoppingCriteriaList):
         return going if given is None else going & given.to(torch.bool)
 
 
-class StoppingCriteria:
+class StoppingCriteria(ModelMethod):
     """Stands in for ``model._get_stopping_criteria``: if the cache outlives ``generate``, rows that finish are noted.
 
     Args:
         model: the retrofitted model.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         """The model's own criteria, in a list that takes notes if ``watch`` asked for it."""

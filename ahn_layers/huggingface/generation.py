@@ -16,6 +16,7 @@ from .call import running
 from .config_view import original
 from .decoder import CACHE, DecoderAttention
 from .finished import finished_rows, watch
+from .model_method import ModelMethod
 from .reading import Reader
 from .reconcile import length_of, note_padding, reconcile
 from .region import compiled_region, decoding_backend, only_device
@@ -49,20 +50,15 @@ class ChosenSize(int):
     """A size of pieces that the caller has not asked for."""
 
 
-class PrepareCache:
+class PrepareCache(ModelMethod):
     """Stands in for ``model._prepare_cache_for_generation``: the cache of ``generate`` gets our layers from the start.
 
     A prompt that may outgrow the window is read in chunks of ``PREFILL_CHUNK`` tokens, which rows share, so that not
     only the cache but the activations too stay bounded.
 
-    An object and not a function, so that the model can still be pickled and copied.
-
     Args:
         model: the retrofitted model.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
     def __call__(
         self,
@@ -109,7 +105,7 @@ class PrepareCache:
         return result
 
 
-class Prefill:
+class Prefill(ModelMethod):
     """Stands in for ``model._prefill``: the prompt is read without compiling the model, whatever the cache.
 
     Chunks have many lengths, decoding has one. On a cache that holds tokens already, the new ones are cut here:
@@ -124,7 +120,7 @@ class Prefill:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        super().__init__(model)
         self.reader = Reader(model)
 
     def __call__(
@@ -200,7 +196,7 @@ def _size_of_pieces(
     )
 
 
-class CompiledCall:
+class CompiledCall(ModelMethod):
     """Stands in for ``model.get_compiled_call``: on a CUDA GPU a decoding step is one CUDA graph.
 
     Whoever passes a ``compile_config``, and every other device, gets what transformers makes of it; a model on several
@@ -211,7 +207,7 @@ class CompiledCall:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        super().__init__(model)
         self._region: Callable[..., Any] | None = None
         self._steps: WeakKeyDictionary[Any, ReferenceType[Step]] = WeakKeyDictionary()
 
@@ -255,7 +251,7 @@ class CompiledCall:
         return run
 
 
-class CreateMasks:
+class CreateMasks(ModelMethod):
     """Stands in for ``model.create_masks_for_generate``: masks for a static cache are made before the model is called.
 
     Args:
@@ -264,7 +260,7 @@ class CreateMasks:
     """
 
     def __init__(self, model: nn.Module, config: Any) -> None:
-        self.model = model
+        super().__init__(model)
         self.config = config
 
     def __call__(self, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,7 +272,7 @@ class CreateMasks:
             return make(self.config if original(config) is original(self.config) else config, *args, **kwargs)
 
 
-class PrepareInputs:
+class PrepareInputs(ModelMethod):
     """Stands in for ``model.prepare_inputs_for_generation``: once a step is recorded, its inputs are known.
 
     All but the ids and positions of the next token are what they were; to find that out anew takes the host as long as
@@ -285,9 +281,6 @@ class PrepareInputs:
     Args:
         model: the retrofitted model.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapter_files import DESCRIPTION, WEIGHTS, Weights
 from ..attention import HippocampalAttention
 from ..files import write_atomically
+from .model_method import ModelMethod
 from .saved_model import ADVICE, saved_config, variant_of
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -19,17 +20,12 @@ RESUMED = "memory.safetensors"
 """The memory weights by their names in the model: with the index, what a ``Trainer`` resumes from."""
 
 
-class SavePretrained:
+class SavePretrained(ModelMethod):
     """Stands in for ``model.save_pretrained``: the folder holds the base, the memory, and how they belong together.
-
-    An object and not a function, so that the model can still be pickled and copied.
 
     Args:
         model: the retrofitted model.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The running choice of the tokens with the highest priorities, for every key/value head on its own.
+"""Running top-k: keeps the tokens with the highest priorities, separately for each key/value head.
 
 Dimensions: b batch, g key/value heads, e slots, n arrivals.
 """

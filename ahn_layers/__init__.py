@@ -10,6 +10,7 @@ from .attention import HippocampalAttention
 from .compressor import Compressor
 from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
 from .eviction import Eviction, FoldAll, empty_slots, keep_best
+from .evictions import SalientSlots
 from .layers import outer
 from .memory import MemoryStore
 from .missing import needs_transformers
@@ -34,6 +35,7 @@ __all__ = [
     "Recurrence",
     "Eviction",
     "FoldAll",
+    "SalientSlots",
     "keep_best",
     "empty_slots",
     "MemoryStore",

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from . import adapter_files
 from .adapter_files import Weights
 from .attention import HippocampalAttention
 from .compressor import Compressor
-from .eviction import FoldAll
+from .eviction import RIDES, Eviction, FoldAll
 from .fingerprint import base_fingerprint, differences, whole
 from .peft import in_use
 from .record import Retrofitted, find_retrofitted
@@ -34,13 +34,14 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         folder: made if it is not there; earlier adapter files in it are replaced.
 
     Raises:
-        ValueError: if the model is not retrofitted or has no compressor.
+        ValueError: if the model is not retrofitted or has neither compressor nor eviction.
         OSError: if the folder cannot be written to.
     """
     inner, record = find_retrofitted(model)
-    if record.compressor is None:
-        raise ValueError("the model was retrofitted without a compressor: there are no memory weights to save.")
-    check_evictions(inner)
+    if not is_described(inner, record):
+        raise ValueError(
+            "the model was retrofitted without a compressor and without an eviction: there is no memory to save."
+        )
     adapter_files.write(folder, gather_weights(inner), describe_adapter(inner, record))
 
 
@@ -97,28 +98,25 @@ def load_checked(
                 f"{source}: released memories were trained with memory_positions='absolute', the model was retrofitted "
                 f"with {record.memory_positions!r}."
             )
-        updates = _match(_compressors(inner), files.weights, source)
+        memories = _memories(inner)
+        if description is None:  # released files know compressors alone
+            memories = {index: memory._replace(eviction=FoldAll()) for index, memory in memories.items()}
+        updates = _match(memories, files.weights, source)
         files.check_hash()
         _write_parameters(updates, keep_dtype)
     return model
 
 
-def check_evictions(inner: nn.Module) -> None:
-    """Adapter files hold compressors; an eviction that was put into a store is not among what they describe."""
-    for block in inner.modules():
-        if isinstance(block, HippocampalAttention) and not isinstance(block.store.eviction, FoldAll):
-            raise ValueError(
-                f"{type(block.store.eviction).__name__} was put into the memory of layer {block.layer_idx}: adapters "
-                "and saved models do not describe evictions yet. Save it with torch.save, or set store.eviction = "
-                "FoldAll() first."
-            )
+def is_described(inner: nn.Module, record: Retrofitted) -> bool:
+    """Whether there is anything to save beside the sizes of the window."""
+    return record.compressor is not None or bool(_describe_evictions(inner))
 
 
-def describe(record: Retrofitted) -> dict[str, Any]:
+def describe(inner: nn.Module, record: Retrofitted) -> dict[str, Any]:
     """What ``retrofit`` was asked for, as JSON values.
 
     Raises:
-        ValueError: if the compressor's options are no JSON values.
+        ValueError: if the options of the compressor or an eviction are no JSON values.
     """
     try:
         options = json.loads(json.dumps(record.options))
@@ -126,8 +124,10 @@ def describe(record: Retrofitted) -> dict[str, Any]:
         raise ValueError(
             f"compressor_options={record.options!r}: cannot be written as JSON ({error}). Use numbers, texts, lists."
         ) from error
+    evictions = _describe_evictions(inner)
     return {
-        "format_version": adapter_files.FORMAT_VERSION,
+        # earlier versions of this library must not read what they would not understand
+        "format_version": adapter_files.FORMAT_VERSION if evictions else 1,
         "library_version": __version__,
         "compressor": record.compressor,
         "compressor_options": options,
@@ -136,13 +136,28 @@ def describe(record: Retrofitted) -> dict[str, Any]:
         "sink_positions": record.window.sink_positions,
         "memory_positions": record.memory_positions,
         "layers": sorted(record.layers),
-    }
+    } | ({"evictions": evictions} if evictions else {})
+
+
+def _describe_evictions(inner: nn.Module) -> list[dict[str, Any]]:
+    """Every policy but ``FoldAll``, with the layers that have it."""
+    found: list[dict[str, Any]] = []
+    for index, memory in _memories(inner).items():
+        if isinstance(memory.eviction, FoldAll):
+            continue
+        one = {"eviction": type(memory.eviction).__name__, "options": memory.eviction.options()}
+        same = next((other for other in found if other.items() >= one.items()), None)
+        if same is None:
+            found.append(one | {"layers": [index]})
+        else:
+            same["layers"].append(index)
+    return found
 
 
 def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """What ``adapter.json`` says, except the hash of the weights; of the base weights in a given state dict."""
-    return describe(record) | {
-        "sizes": _sizes(next(iter(_compressors(inner).values()))),
+    return describe(inner, record) | {
+        "sizes": _sizes(next(iter(_memories(inner).values())).compressor),
         "base_model_type": inner.config.get_text_config(decoder=True).model_type,
         "base_model": getattr(inner.config, "_name_or_path", "") or None,
         "base": base_fingerprint(inner, given),
@@ -151,13 +166,18 @@ def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor
 
 def gather_weights(inner: nn.Module) -> Weights:
     """The memory weights of a model, each in one piece."""
-    layers = _compressors(inner)
-    return {i: {name: whole(u.detach()) for name, u in own.state_dict().items()} for i, own in layers.items()}
+    layers = _memories(inner)
+    return {i: {name: whole(u.detach()) for name, u in own.weights().items()} for i, own in layers.items()}
 
 
 def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:
     """Retrofit a model the way that ``describe`` says."""
     name = description["compressor"]
+    evictions = {
+        layer: Eviction.by_name[one["eviction"]](**one["options"])
+        for one in description.get("evictions", ())
+        for layer in one["layers"]
+    }
     return retrofit(
         model,
         None if name is None else Compressor.by_name[name],
@@ -166,6 +186,7 @@ def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.M
         sink_positions=description["sink_positions"],
         memory_positions=description["memory_positions"],
         layers=description["layers"],
+        eviction=evictions or None,
         **description["compressor_options"],
     )
 
@@ -190,26 +211,37 @@ def _is_retrofitted(model: nn.Module) -> bool:
     return any(isinstance(module.__dict__.get("hippocampus"), Retrofitted) for module in model.modules())
 
 
-def _compressors(inner: nn.Module) -> dict[int, Compressor]:
-    blocks = [module for module in inner.modules() if isinstance(module, HippocampalAttention)]
-    compressors = {
-        block.layer_idx: in_use(block.memory.compressor) for block in blocks if block.memory.compressor is not None
-    }
-    for index, compressor in compressors.items():
-        for name, u in compressor.state_dict().items():
-            if not isinstance(u, Tensor):
-                raise ValueError(
-                    f"the memory of layer {index} was quantized ({name!r} is a {type(u).__name__}): save and load "
-                    "adapters before quantize_dynamic, or leave the memory out of it."
-                )
-    return compressors  # type: ignore[return-value]
+class _Memory(NamedTuple):
+    """What has weights in the memory of a layer."""
+
+    compressor: Compressor | None
+    eviction: Eviction
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its weights, by the names that they have in files."""
+        own = {} if self.compressor is None else self.compressor.state_dict(keep_vars=True)
+        return own | {RIDES + name: u for name, u in self.eviction.state_dict(keep_vars=True).items()}
 
 
-def _sizes(compressor: Compressor) -> dict[str, int]:
-    return {
-        name: getattr(compressor, name)
-        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")
-    }
+def _memories(inner: nn.Module) -> dict[int, _Memory]:
+    memories = {}
+    for block in inner.modules():
+        if isinstance(block, HippocampalAttention):
+            compressor = None if block.memory.compressor is None else in_use(block.memory.compressor)
+            memory = _Memory(compressor, in_use(block.memory.eviction))  # type: ignore[arg-type]
+            memories[int(block.layer_idx)] = memory
+            for name, u in memory.weights().items():
+                if not isinstance(u, Tensor):
+                    raise ValueError(
+                        f"the memory of layer {block.layer_idx} was quantized ({name!r} is a {type(u).__name__}): save "
+                        "and load adapters before quantize_dynamic, or leave the memory out of it."
+                    )
+    return memories
+
+
+def _sizes(compressor: Compressor | None) -> dict[str, int] | None:
+    names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")
+    return None if compressor is None else {name: getattr(compressor, name) for name in names}
 
 
 def _check_window(record: Retrofitted, chosen: dict[str, int]) -> None:
@@ -222,34 +254,33 @@ def _check_window(record: Retrofitted, chosen: dict[str, int]) -> None:
 
 
 def _check_memory(inner: nn.Module, record: Retrofitted, description: dict[str, Any], source: str | Path) -> None:
-    compressors = _compressors(inner)
-    facts: dict[str, Any] = {
-        "compressor": record.compressor,
-        "compressor_options": describe(record)["compressor_options"],
-        "memory_positions": record.memory_positions,
-        "layers": sorted(compressors),
-    }
-    if compressors:
-        facts["sizes"] = _sizes(next(iter(compressors.values())))
+    own = describe(inner, record)
+    facts = {name: own[name] for name in ("compressor", "compressor_options", "memory_positions", "layers")}
+    facts["sizes"] = _sizes(next(iter(_memories(inner).values())).compressor)
+    facts["evictions"] = own.get("evictions", [])
     for name, ours in facts.items():
-        if description[name] != ours:
-            raise ValueError(f"{source}: the adapter has {name}={description[name]!r}, the model has {ours!r}.")
+        if description.get(name, []) != ours:
+            raise ValueError(f"{source}: the adapter has {name}={description.get(name)!r}, the model has {ours!r}.")
 
 
-def _match(compressors: dict[int, Compressor], weights: Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
+def _match(memories: dict[int, _Memory], weights: Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
     """Each parameter with its new value, every one of them checked."""
-    if compressors.keys() != weights.keys():
+    with_weights = {index for index, memory in memories.items() if memory.weights()}
+    if with_weights != weights.keys():
         raise ValueError(
             f"{source}: memory weights for the layers {sorted(weights)}, the model has a memory in"
-            f" {sorted(compressors)}."
+            f" {sorted(with_weights)}."
         )
     updates = []
-    for index, compressor in sorted(compressors.items()):
-        own, given = compressor.state_dict(keep_vars=True), weights[index]
+    for index in sorted(with_weights):
+        compressor, own, given = memories[index].compressor, memories[index].weights(), weights[index]
+        unused = () if compressor is None else compressor.unused_parameters
         for name in sorted(own.keys() - given.keys()):
-            raise ValueError(f"{source}: layer {index} lacks {name!r}, which {type(compressor).__name__} needs.")
-        for name in sorted(given.keys() - own.keys() - set(compressor.unused_parameters)):
-            raise ValueError(f"{source}: layer {index} has {name!r}, which {type(compressor).__name__} does not know.")
+            needs = memories[index].eviction if name.startswith(RIDES) else compressor
+            raise ValueError(f"{source}: layer {index} lacks {name!r}, which {type(needs).__name__} needs.")
+        for name in sorted(given.keys() - own.keys() - set(unused)):
+            lacks = memories[index].eviction if name.startswith(RIDES) else compressor
+            raise ValueError(f"{source}: layer {index} has {name!r}, which {type(lacks).__name__} does not know.")
         for name, parameter in own.items():
             value = given[name]
             if value.shape != parameter.shape:

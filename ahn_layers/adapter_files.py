@@ -1,10 +1,12 @@
 """The two files of an adapter, and the released AHN naming: writing, finding and reading them.
 
-An adapter is a folder with ``adapter.safetensors`` (``layers.<layer_idx>.<parameter>``) and ``adapter.json``.
+An adapter is a folder with ``adapter.safetensors`` (``layers.<layer_idx>.<parameter>`` of the compressor, and
+``layers.<layer_idx>.eviction.<parameter>``) and ``adapter.json``.
 """
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from .compressor import Compressor
+from .eviction import Eviction
 from .files import sha256, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What this library writes for memories with an eviction; without one, version 1."""
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 Weights = dict[int, dict[str, Tensor]]
 """Memory weights by layer and name."""
@@ -83,13 +87,17 @@ def read(source: str | Path) -> AdapterFiles:
     return AdapterFiles(files[0], _read_weights(files), description)
 
 
-def check_known(compressor: str | None, source: str | Path) -> None:
-    """Raise a ValueError if no compressor class has this name."""
-    if compressor is not None and compressor not in Compressor.by_name:
-        raise ValueError(
-            f"{source}: unknown compressor {compressor!r}, known are {sorted(Compressor.by_name)}. Import "
-            "the module that defines the class first."
-        )
+def check_known(description: dict[str, Any], source: str | Path) -> None:
+    """Raise a ValueError if no class has the name of the compressor or of an eviction."""
+    named: list[tuple[str, str | None, Mapping[str, type]]]
+    named = [("compressor", description["compressor"], Compressor.by_name)]
+    named += [("eviction", one["eviction"], Eviction.by_name) for one in description.get("evictions", ())]
+    for kind, name, known in named:
+        if name is not None and name not in known:
+            raise ValueError(
+                f"{source}: unknown {kind} {name!r}, known are {sorted(known)}. Import the module that defines the "
+                "class first."
+            )
 
 
 def _find(source: str | Path) -> list[Path]:
@@ -155,13 +163,13 @@ def _read_description(path: Path) -> dict[str, Any]:
         version = description["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of an adapter ({error}).") from error
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise ValueError(
-            f"{path}: adapter format version {version}, this library reads {FORMAT_VERSION}. Load it with the version "
-            "of ahn_layers that wrote it."
+            f"{path}: adapter format version {version}, this library reads 1 to {FORMAT_VERSION}. Load it with the "
+            "version of ahn_layers that wrote it."
         )
     for name in _DESCRIBED:
         if name not in description:
             raise ValueError(f"{path}: lacks {name!r}.")
-    check_known(description["compressor"], path)
+    check_known(description, path)
     return description

@@ -54,7 +54,7 @@ def check_inputs(
         _check_valid(valid, batch, count)
     if compressor is not None:
         _check_compressor(compressor, q, k, v, x)
-    elif x is None and type(eviction).gates is not Eviction.gates:
+    elif x is None and eviction.reads_hidden:
         raise ValueError(f"x=None: {type(eviction).__name__} needs the hidden states that enter the attention block.")
 
 

@@ -1,6 +1,5 @@
 """The contract of a long-term memory: a fixed-size state that tokens are folded into and queries read."""
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .by_name import register
 from .layers import HeadwiseLinear
 from .ops.decode import StepRule
 from .ops.normalize import rms_normalize
@@ -73,8 +73,7 @@ class Compressor(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        _refuse_second(cls)
-        Compressor.by_name[cls.__name__] = cls
+        register(Compressor.by_name, cls, "compressor")
         made = {
             name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
             for name in ("rule", "fold", "read", "scan", "output")
@@ -227,25 +226,6 @@ class Compressor(nn.Module, ABC):
             x: hidden states of the queries' own tokens.
         """
         return self.o_proj(rms_normalize(r))
-
-
-def _refuse_second(cls: type[Compressor]) -> None:
-    """Adapter files name a class: the same name must not mean two."""
-    if _namesake(cls) is not None:
-        gc.collect()  # classes are parts of cycles: one that nobody can use any more counts until it is collected
-    other = _namesake(cls)
-    if other is not None:
-        raise ValueError(
-            f"a second compressor class is called {cls.__name__!r}: {cls.__module__}.{cls.__qualname__}, after "
-            f"{other.__module__}.{other.__qualname__}. Adapter files know a class by its name: choose another one."
-        )
-
-
-def _namesake(cls: type[Compressor]) -> type[Compressor] | None:
-    """A class of the same name that was defined elsewhere."""
-    other = Compressor.by_name.get(cls.__name__)
-    same = other is None or (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
-    return None if same else other
 
 
 def state_dtype(like: Tensor) -> torch.dtype:

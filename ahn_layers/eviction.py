@@ -1,14 +1,20 @@
 """What happens to a token that leaves the window: the contract, and the policy of the paper."""
 
+import copy
+import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .ops.attend import Between
+from .by_name import register
+from .ops.attend import Between, Turn
 from .ops.top_slots import running_top
 from .tokens import Leaving, Tokens
 
@@ -17,6 +23,8 @@ Kept = dict[str, Tensor]
 
 RIDES = "eviction."
 """What the names of an eviction's own gates begin with, beside those of the compressor."""
+_LEFT_OUT = f"{RIDES}left_out"
+"""Beside each kept token: how many tokens had been refused when it came."""
 _FOLDED = "folded"
 """Among what is kept: whether anything has been folded in each key/value head."""
 
@@ -31,6 +39,12 @@ class Eviction(nn.Module, ABC):
 
     Policies that keep a fixed number of tokens by a priority need no more than [`keep_best`][ahn_layers.keep_best].
 
+    Adapter files know a policy by its class name and by the arguments of its constructor, which are read from
+    attributes of the same names.
+
+    Raises:
+        ValueError: where a subclass is defined, if there is another one of that name.
+
     Examples:
         >>> class LargestKeys(Eviction):
         ...     def __init__(self, num_slots):
@@ -44,13 +58,60 @@ class Eviction(nn.Module, ABC):
         ...         return keep_best(kept, leaving, lambda tokens: tokens.k.norm(dim=-1))
     """
 
-    def gates(self, x: Float[Tensor, "b t n"]) -> dict[str, Float[Tensor, "b g t"]]:
+    by_name: ClassVar[MutableMapping[str, type["Eviction"]]] = WeakValueDictionary()
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        register(Eviction.by_name, cls, "eviction")
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the constructor, as JSON values: what files say of this policy.
+
+        Raises:
+            ValueError: if an argument is no JSON value, or there is no attribute of its name.
+        """
+        parameters = inspect.signature(type(self).__init__).parameters.values()
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
+        try:
+            return json.loads(json.dumps({name: getattr(self, name) for name in named}))  # type: ignore[no-any-return]
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{type(self).__name__} cannot be described in a file ({error}): keep each argument of the constructor "
+                "as an attribute of the same name, a number, a text or a list; or override options()."
+            ) from error
+
+    def __str__(self) -> str:
+        """The class with its options, in one line."""
+        try:
+            options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        except ValueError:
+            options = "..."
+        return f"{type(self).__name__}({options})"
+
+    def for_layer(self, **sizes: int) -> "Eviction":
+        """This policy for one layer of a model: ``retrofit`` calls it for each. Default: a copy.
+
+        Args:
+            **sizes: ``hidden_size``, ``num_heads``, ``num_kv_heads``, ``head_dim`` and ``value_dim`` of the layer.
+        """
+        return copy.deepcopy(self)
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it needs the hidden states of the tokens. Default: if it has ``gates``."""
+        return type(self).gates is not Eviction.gates
+
+    def gates(
+        self, x: Float[Tensor, "b t n"], k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"]
+    ) -> dict[str, Float[Tensor, "b g t"]]:
         """Scalars of arriving tokens, one per key/value head, that ride beside them: a score, say. Default: none.
 
-        They come back in ``push`` as ``tokens.gates["eviction.<name>"]``.
+        They come back in ``push`` as ``tokens.gates["eviction.<name>"]``, in the dtype that is returned here.
 
         Args:
             x: hidden states that enter the attention block.
+            k: keys, rotated.
+            v: values.
         """
         return {}
 
@@ -89,20 +150,25 @@ class FoldAll(Eviction):
         return None, leaving, kept
 
 
-def empty_slots(like: Tokens, num_slots: int) -> Kept:
+def empty_slots(like: Tokens, num_slots: int, *, compact: bool = False) -> Kept:
     """Slots for ``keep_best``, all empty.
 
     Args:
         like: any tokens, for batch size, heads, sizes, dtype and device.
         num_slots: slots of each key/value head.
+        compact: show kept tokens at distances that leave out the tokens that were refused at once: nearer than they
+            are, in the same order. Without it, at their true distances.
 
     Raises:
         ValueError: if ``num_slots`` is not a whole number of at least 0.
     """
     if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 0:
         raise ValueError(f"num_slots={num_slots!r}: expected a whole number of at least 0.")
+    none = torch.zeros(like.k.shape[:2], dtype=torch.long, device=like.k.device)
+    if compact:
+        like = replace(like, gates=like.gates | {_LEFT_OUT: like.k.new_zeros(like.k.shape[:3], dtype=torch.long)})
     slots = like.map(lambda u: u.new_zeros(*u.shape[:2], num_slots, *u.shape[3:]))
-    return slots.named() | {"filled": torch.zeros(like.k.shape[:2], dtype=torch.long, device=like.k.device)}
+    return slots.named() | {"filled": none} | ({"refused": none.clone()} if compact else {})
 
 
 def keep_best(
@@ -121,8 +187,12 @@ def keep_best(
     Returns:
         What ``Eviction.push`` returns.
     """
-    slots, filled = Tokens.from_named(kept), kept["filled"]
-    every, count, size = slots.cat(leaving.tokens), len(leaving.tokens), len(slots)
+    slots, filled, arriving = Tokens.from_named(kept), kept["filled"], leaving.tokens
+    count, size, compact = len(arriving), len(slots), "refused" in kept
+    if compact:
+        unknown = torch.zeros_like(arriving.k[..., 0], dtype=torch.long)
+        arriving = replace(arriving, gates=arriving.gates | {_LEFT_OUT: unknown})
+    every = slots.cat(arriving)
     score = priority(every)
     if score.shape != every.k.shape[:3]:
         raise ValueError(
@@ -134,18 +204,27 @@ def keep_best(
     lost_at, loser, index, now = running_top(score[:, :, :size].detach(), filled, score[:, :, size:].detach(), where)
     number = torch.arange(size + count, device=score.device)
     there = torch.cat((number[:size] < filled.unsqueeze(2), where), dim=2)
+    turn, after = None, {"filled": now}
+    if compact:
+        refused = where & (lost_at[:, :, size:] == torch.arange(count, device=score.device))
+        left_out = kept["refused"].unsqueeze(2) + refused.cumsum(dim=2)
+        gates = every.gates | {_LEFT_OUT: torch.cat((slots.gates[_LEFT_OUT], left_out), dim=2)}
+        every, after = replace(every, gates=gates), after | {"refused": left_out[:, :, -1]}
+        past = kept["refused"].unsqueeze(2).expand(-1, -1, leaving.first)
+        turn = Turn(every.gates[_LEFT_OUT], torch.cat((past, left_out), dim=2))
     seen = Between(
         every.k,
         every.v,
         first=(number - size + leaving.first).clamp(min=0).masked_fill(number < size, 0).expand_as(lost_at),
         last=torch.where(there, torch.where(lost_at < count, lost_at + leaving.first, Between.ALWAYS), 0),
         most=size,
+        turn=turn,
     )
     lost = loser < size + count
     losers = every.take(loser.clamp(max=size + count - 1))
     empty = torch.arange(size, device=score.device) >= now.unsqueeze(2)
     held = every.take(index).zeroed(empty)
-    return seen, Leaving.of(leaving.first, losers, lost), held.named() | {"filled": now}
+    return seen, Leaving.of(leaving.first, losers, lost), held.named() | after
 
 
 def first_kept(eviction: Eviction, like: Tokens) -> Kept:

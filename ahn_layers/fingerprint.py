@@ -135,7 +135,7 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
     stores = [block.store for block in module.modules() if isinstance(block, HippocampalAttention)]
     weights, named = [], []
     for place, store in enumerate(stores):
-        kind = f"{record.compressor} {record.memory_positions} {type(store.eviction).__name__} {place}"
+        kind = f"{record.compressor} {record.memory_positions} {_described(store.eviction)} {place}"
         for name, part in _parts(store):
             for holder in (part._parameters, part._buffers):
                 for key in (key for key, u in holder.items() if u is not None):
@@ -154,6 +154,14 @@ def _parts(store: MemoryStore) -> Iterator[tuple[str, nn.Module]]:
     if store.compressor is not None:
         yield from store.compressor.named_modules()
     yield from store.eviction.named_modules(prefix="eviction")
+
+
+def _described(eviction: Any) -> str:
+    """An eviction with its options, if it can tell them."""
+    try:
+        return f"{type(eviction).__name__} {eviction.options()}"
+    except (AttributeError, ValueError):
+        return type(eviction).__name__
 
 
 def _local(u: Tensor) -> Tensor:

@@ -160,11 +160,12 @@ class MemoryStore(nn.Module):
     def arrive(
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
     ) -> Tokens:
-        """New tokens with their write gates, which ride in the window in the dtype of ``k``."""
+        """New tokens with their gates, which ride in the window: write gates in the dtype of ``k``."""
         gates = {} if self.recalling is None or x is None else self.recalling.gates(x)
-        if x is not None:
-            gates = gates | {RIDES + name: score for name, score in self.eviction.gates(x).items()}
-        return Tokens(k, v, {name: gate.to(k.dtype) for name, gate in gates.items()})
+        gates = {name: gate.to(k.dtype) for name, gate in gates.items()}
+        if x is not None:  # those of the eviction are compared with each other: they keep their precision
+            gates |= {RIDES + name: score for name, score in self.eviction.gates(x, k, v).items()}
+        return Tokens(k, v, gates)
 
     def forward(
         self,
@@ -259,15 +260,19 @@ class MemoryStore(nn.Module):
                 return out, state
         seen, leaving, held = self.window.push(held, new, valid)
         others, leaving, kept = evict(self.eviction, state.kept, leaving, len(new))
+        queries = q
         ((q, readers),) = share_columns((q, leaving.first, len(new)))
         recalled, memory = recall(self.recalling, state.memory, readers, x, leaving, seen.rank, self.positions)
-        out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length))
+        q_kept, others = self.positions.facing_kept(queries, others)
+        out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length), q_kept)
         out = self._idle(out) if recalled is None else add_to_tail(out, recalled.to(out.dtype))
         if single and valid is not None:
             out = out.masked_fill((held.seen == 0).view(-1, 1, 1, 1), 0)
         return out, state.after(held, memory, kept)
 
-    def bytes_per_row(self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, **_: int) -> int:
+    def bytes_per_row(
+        self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, hidden_size: int = 0, **_: int
+    ) -> int:
         """Bytes that a state holds for each row once the window is full.
 
         Args:
@@ -275,10 +280,12 @@ class MemoryStore(nn.Module):
             num_kv_heads: key/value heads of the attention.
             head_dim: size of keys.
             value_dim: size of values.
+            hidden_size: width of the hidden states. Default: what the compressor was made for.
         """
-        k, v = (like.new_empty(1, num_kv_heads, 1, size, device="meta") for size in (head_dim, value_dim))
-        x = None if self.recalling is None else k.new_empty(1, 1, self.recalling.hidden_size)
-        if x is not None:
-            x = torch.zeros_like(x, device=next(self.recalling.parameters()).device)  # type: ignore[union-attr]
+        device = next((parameter.device for parameter in self.parameters()), torch.device("meta"))
+        k, v = (
+            torch.zeros(1, num_kv_heads, 1, size, dtype=like.dtype, device=device) for size in (head_dim, value_dim)
+        )
+        x = torch.zeros(1, 1, hidden_size, dtype=like.dtype, device=device)
         with torch.no_grad():
-            return self.init_state(self.arrive(k, v, x), full=True).nbytes
+            return self.init_state(self.arrive(k, v, x).map(lambda u: u.to("meta")), full=True).nbytes

@@ -45,12 +45,13 @@ def attend_at_end(
     slots, folds = state.slots, torch.zeros(len(q), count, dtype=torch.bool, device=q.device)
     rank = Later(lambda: (state.seen - 1).clamp(min=0).unsqueeze(1).expand(-1, count))
     nothing = Later(lambda: slots.columns(0, 1).map(lambda u: u.expand(*u.shape[:2], count, *u.shape[3:])))
+    ranks = Later(lambda: torch.zeros_like(folds, dtype=torch.long))
     reads = (state.seen > state.window.capacity).unsqueeze(1).expand(-1, count)
-    kept, leaving, _ = evict(eviction, state.kept, Leaving(0, nothing, Later(lambda: folds), reads), count)
+    kept, leaving, _ = evict(eviction, state.kept, Leaving(0, nothing, Later(lambda: folds), ranks, reads), count)
     filled = InSlots(lambda: (slots.k, slots.v), rank, state.seen, False, min(positions.window.num_sinks, len(slots)))
-    seen = attention.over_slots(
-        q, filled, [] if kept is None else [kept.of(0, count)], positions.facing_sinks(q, rank, None)
-    )
+    q_kept, kept = positions.facing_kept(q, kept)
+    beside = [] if kept is None else [kept.of(0, count)]
+    seen = attention.over_slots(q, filled, beside, positions.facing_sinks(q, rank, None), q_kept)
     recalled, _ = recall(compressor, state.memory, q, x, leaving, rank, positions)
     seen = seen if recalled is None else seen + recalled.to(seen.dtype)
     tail = torch.where(follows[:, None, -count:, None], seen, out[:, :, -count:])

@@ -1,12 +1,13 @@
 """What sinks and memory are shown of positions, and the rotation that has to be known for it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .ops.attend import Between
 from .ops.rotary import turn_back
 from .window import Window
 
@@ -97,6 +98,20 @@ class Positions:
         far = q.shape[2] if length is None else min(q.shape[2], length - 1 - limit)
         return self.rotary.turn_back(q[:, :, -far:], (rank()[..., -far:] - limit).clamp(min=0))
 
+    def facing_kept(
+        self, q: Float[Tensor, "b h t d"], seen: Between | None
+    ) -> tuple[Float[Tensor, "b h t d"] | None, Between | None]:
+        """Queries as the tokens that an eviction keeps see them, None for as they are; and these tokens, likewise.
+
+        Args:
+            q: all queries of the call.
+            seen: the tokens.
+        """
+        if seen is None or seen.turn is None or self.rotary is None:
+            return None, seen
+        k = _turn_each(self.rotary, seen.k, seen.turn.keys)
+        return _turn_each(self.rotary, q, seen.turn.queries), replace(seen, k=k)
+
     @property
     def hidden(self) -> bool:
         """Whether the memory is shown other queries and keys than the attention."""
@@ -109,3 +124,9 @@ class Positions:
         if not self.hidden or self.rotary is None:
             return q, keys
         return self.rotary.turn_back(q, rank), self.rotary.turn_back(keys, rank - self.window.window_size)
+
+
+def _turn_each(rotary: Rotary, u: Float[Tensor, "b h t d"], distance: Int[Tensor, "b g t"]) -> Float[Tensor, "b h t d"]:
+    """Queries or keys turned back by a distance of each key/value head's own."""
+    grouped = u.unflatten(1, (distance.shape[1], -1)).flatten(0, 1)
+    return rotary.turn_back(grouped, distance.flatten(0, 1)).reshape(u.shape)

@@ -1,6 +1,6 @@
 """Put a memory into a loaded model, take it out again, and switch between the two."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
+from .eviction import Eviction, FoldAll
 from .missing import needs_transformers
 from .peft import out_of_use
 from .positions import MemoryPositions
@@ -27,6 +28,7 @@ def retrofit(
     layers: Iterable[int] | None = None,
     sink_positions: SinkPositions = "trained",
     memory_positions: MemoryPositions = "absolute",
+    eviction: Eviction | Mapping[int, Eviction] | None = None,
     **compressor_options: Any,
 ) -> Model:
     """Give every attention layer of a loaded transformers decoder a bounded memory, in place.
@@ -43,14 +45,18 @@ def retrofit(
             layer whose own sliding window holds at least ``num_sinks + window_size`` tokens.
         sink_positions: see [`Window`][ahn_layers.Window].
         memory_positions: see [`MemoryStore`][ahn_layers.MemoryStore].
+        eviction: what happens to a token that leaves the window, for all layers or by layer; each layer gets its own
+            (``Eviction.for_layer``). Default: it is folded into the compressor's state.
         **compressor_options: passed to the compressor, ``shared_state=True`` for instance.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: if ``model`` is not a transformers model, or ``compressor`` is not a class.
-        ValueError: if the model is retrofitted already, or has no suitable layer. The model is unchanged.
+        TypeError: if ``model`` is not a transformers model, ``compressor`` is not a class, or ``eviction`` not an
+            ``Eviction``.
+        ValueError: if the model is retrofitted already, has no suitable layer, or an eviction is given for a layer that
+            is not retrofitted. The model is unchanged.
 
     Examples:
         >>> import torch
@@ -66,6 +72,7 @@ def retrofit(
         raise TypeError(
             f"compressor={compressor!r}: expected a subclass of Compressor (the class, not an object), or None."
         )
+    _check_evictions(eviction)
     try:
         from .huggingface import install, probe
     except ImportError as error:
@@ -74,7 +81,11 @@ def retrofit(
     install.check_model(model)
     found = probe.probe_model(model)
     chosen, skipped = install.choose(found.blocks, window, None if layers is None else list(layers))
-    stores = [install.make_store(block, window, compressor, memory_positions, compressor_options) for block in chosen]
+    policies = _by_layer(eviction, [block.layer_idx for block in chosen])
+    stores = [
+        install.make_store(block, window, compressor, policies[block.layer_idx], memory_positions, compressor_options)
+        for block in chosen
+    ]
     record = Retrofitted(
         window,
         None if compressor is None else compressor.__name__,
@@ -87,6 +98,26 @@ def retrofit(
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)
     return model
+
+
+def _check_evictions(eviction: Any) -> None:
+    """Raise unless it is a policy, several by layer, or None."""
+    for one in eviction.values() if isinstance(eviction, Mapping) else (eviction,):
+        if one is not None and not isinstance(one, Eviction):
+            raise TypeError(
+                f"eviction={one!r}: expected an object of a subclass of Eviction, SalientSlots(384) for instance; a "
+                "mapping from layer indices to such objects; or None."
+            )
+
+
+def _by_layer(eviction: Eviction | Mapping[int, Eviction] | None, layers: list[int]) -> dict[int, Eviction | None]:
+    """The policy of each layer."""
+    if not isinstance(eviction, Mapping):
+        return dict.fromkeys(layers, eviction)
+    unknown = sorted(set(eviction) - set(layers))
+    if unknown:
+        raise ValueError(f"eviction: no memory in the layers {unknown}, expected some of {sorted(layers)}.")
+    return {layer: eviction.get(layer) for layer in layers}
 
 
 def restore(model: Model) -> Model:
@@ -175,7 +206,19 @@ def memory_report(model: nn.Module) -> str:
         ValueError: if the model is not retrofitted.
     """
     inner, record = find_retrofitted(model)
-    rows = [("layer", "window", "sinks", "compressor", "parameters", "bytes per sequence")]
+    stores = [module.memory for module in inner.modules() if isinstance(module, HippocampalAttention)]
+    evicts = any(not isinstance(store.eviction, FoldAll) for store in stores)
+    rows = [
+        (
+            "layer",
+            "window",
+            "sinks",
+            *(["eviction"] if evicts else []),
+            "compressor",
+            "parameters",
+            "bytes per sequence",
+        )
+    ]
     parameters = total = 0
     for name, module in inner.named_modules():
         if isinstance(module, HippocampalAttention):
@@ -184,12 +227,15 @@ def memory_report(model: nn.Module) -> str:
             parameters, total = parameters + count, total + size
             window = module.memory.window
             kind = type(module.memory.compressor).__name__ if module.memory.compressor else "none"
-            rows.append((name, f"{window.window_size:,}", f"{window.num_sinks:,}", kind, f"{count:,}", f"{size:,}"))
-    rows.append(("total", "", "", "", f"{parameters:,}", f"{total:,}"))
+            policy = [str(module.memory.eviction)] if evicts else []
+            row = (name, f"{window.window_size:,}", f"{window.num_sinks:,}", *policy, kind, f"{count:,}", f"{size:,}")
+            rows.append(row)
+    rows.append(("total", *[""] * (len(rows[0]) - 3), f"{parameters:,}", f"{total:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = zip(row, widths, ("<", ">", ">", "<", ">", ">"), strict=True)
+        sides = ("<", ">", ">", *["<"] * (len(row) - 5), ">", ">")
+        cells = zip(row, widths, sides, strict=True)
         lines.append("  ".join(f"{cell:{side}{width}}" for cell, width, side in cells))
     lines.insert(1, "-" * len(lines[0]))
     lines += [f"skipped {name}: {reason}" for name, reason in record.skipped.items()]

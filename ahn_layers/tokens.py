@@ -112,23 +112,34 @@ class Leaving:
             column each, to the last arrival.
         made: the tokens, every key/value head with its own.
         mask: True where a token leaves, ``(B, T)``, or ``(B, G, T)`` if heads differ; None if one leaves everywhere.
+        ranks: the ranks of the tokens, ``(T,)`` or ``(B, T)``; meaningless where none leaves, None if not known.
         reading: True where a query reads the memory, likewise; by default where a token leaves.
     """
 
     first: int
     made: Later[Tokens]
     mask: Later[Bool[Tensor, "*b t"] | None]
+    ranks: Later[Int[Tensor, "*b t"]] | None = None
     reading: Bool[Tensor, "*b t"] | None = None
 
     @classmethod
-    def of(cls, first: int, tokens: Tokens, where: Bool[Tensor, "*b t"] | None) -> "Leaving":
+    def of(
+        cls, first: int, tokens: Tokens, where: Bool[Tensor, "*b t"] | None, rank: Int[Tensor, "*b t"] | None = None
+    ) -> "Leaving":
         """Of tokens that are there already; for the arguments see the attributes."""
-        return cls(first, Later(lambda: tokens), Later(lambda: where))
+        return cls(first, Later(lambda: tokens), Later(lambda: where), None if rank is None else Later(lambda: rank))
 
     @property
     def tokens(self) -> Tokens:
         """The tokens."""
         return self.made()
+
+    @property
+    def rank(self) -> Int[Tensor, "*b t"]:
+        """The ranks of the tokens: their numbers among the real tokens of their rows."""
+        if self.ranks is None:
+            raise ValueError("these tokens leave without their ranks: pass rank to Leaving.of.")
+        return self.ranks()
 
     @property
     def reads(self) -> Bool[Tensor, "*b t"] | None:

@@ -116,7 +116,8 @@ class Window(Ring):
         sinks = None if begins else self.sinks(held, new, after, valid)
         pieces = (None if sinks is None else (sinks.k, sinks.v), (context.k, context.v))
         seen = InWindow(Later(lambda: pieces), rank, held.uniform, self.window_size, self.num_sinks)
-        return seen, Leaving(first, Later(lambda: leavers), Later(leaves)), after
+        ranks = Later(lambda: held.next_rank + torch.arange(first, count, device=new.k.device) - self.window_size)
+        return seen, Leaving(first, Later(lambda: leavers), Later(leaves), ranks), after
 
     def _step(self, held: Held, new: Tokens, arrives: Bool[Tensor, " b"] | None) -> tuple[InSlots, Leaving, Held]:
         """One new token and every slot allocated: the token takes the slot of the one that leaves."""
@@ -142,7 +143,9 @@ class Window(Ring):
             rank = Later(lambda: (seen - 1).clamp(min=0).unsqueeze(1))
             reads = self.leaves(seen - 1).unsqueeze(1)
         view = InSlots(Later(lambda: (slots().k, slots().v)), rank, seen, full, self.num_sinks)
-        return view, Leaving(0, Later(lambda: held.slots.take(slot.unsqueeze(1))), Later(leaves), reads), after
+        leavers = Later(lambda: held.slots.take(slot.unsqueeze(1)))
+        ranks = Later(lambda: held.seen.unsqueeze(1) - self.window_size)
+        return view, Leaving(0, leavers, Later(leaves), ranks, reads), after
 
     def _cut(self, whole: Tokens, past: int) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
         """Sinks, unless the context begins with them, and context, of all tokens in the order of rank."""

@@ -1,6 +1,16 @@
 """Every compressor and eviction that the tests run over: a new one in these tables is tested by all contracts."""
 
-from ahn_layers import DeltaNet, Eviction, FoldAll, GatedDeltaNet, LinearAttention, Mamba2, empty_slots, keep_best
+from ahn_layers import (
+    DeltaNet,
+    Eviction,
+    FoldAll,
+    GatedDeltaNet,
+    LinearAttention,
+    Mamba2,
+    SalientSlots,
+    empty_slots,
+    keep_best,
+)
 
 COMPRESSORS = [LinearAttention, DeltaNet, GatedDeltaNet, Mamba2]
 NAMES = [compressor.__name__ for compressor in COMPRESSORS]
@@ -27,6 +37,8 @@ EVICTIONS = {
     "no slots": (LargestKeys, {"num_slots": 0}),
     "one slot": (LargestKeys, {"num_slots": 1}),
     "a few slots": (LargestKeys, {"num_slots": 5}),
+    "salient, learned": (SalientSlots, {"num_slots": 5}),
+    "salient, by values, ageing": (SalientSlots, {"num_slots": 4, "score": "value_norm", "rate": 0.1}),
     "slots for all": (LargestKeys, {"num_slots": 50}),
 }
 """Classes and what they are made with."""

@@ -168,7 +168,7 @@ BAD_FOLDERS = {
         lambda f: edit(f, memory_positions="none"),
         "has memory_positions='none', the model has 'absolute'",
     ),
-    "version": (lambda f: edit(f, format_version=2), "adapter format version 2, this library reads 1"),
+    "version": (lambda f: edit(f, format_version=3), "adapter format version 3, this library reads 1 to 2"),
     "compressor": (lambda f: edit(f, compressor="Elephant"), "unknown compressor 'Elephant'"),
     "other compressor": (lambda f: edit(f, compressor="Mamba2"), "the adapter has compressor='Mamba2'"),
     "options": (lambda f: edit(f, compressor_options={"shared_state": True}), "the adapter has compressor_options"),

@@ -11,6 +11,7 @@ from ahn_layers import (
     HippocampalCache,
     MemoryState,
     MemoryStore,
+    SalientSlots,
     SoftmaxAttention,
     Window,
     check_eviction,
@@ -223,7 +224,7 @@ def test_a_score_rides_beside_the_tokens():
     """An eviction's own gates are kept with the tokens, and the compressor does not see them."""
 
     class Scored(LargestKeys):
-        def gates(self, x):
+        def gates(self, x, k, v):
             return {"score": x[..., :1].transpose(1, 2).expand(-1, G, -1)}
 
         def push(self, kept, leaving):
@@ -237,18 +238,22 @@ def test_a_score_rides_beside_the_tokens():
     torch.testing.assert_close(state.kept["gates.eviction.score"][:, 0].sort().values, left.sort().values[:, -3:])
 
 
-def with_slots(name="llama", num_slots=6):
-    """A retrofitted model whose stores keep the tokens with the largest keys."""
-    model = retrofitted(name)
-    for module in model.modules():
-        if isinstance(module, MemoryStore):
-            module.eviction = LargestKeys(num_slots)
-    return model
+POLICIES = {
+    "largest keys": lambda: LargestKeys(6),
+    "salient, learned": lambda: SalientSlots(6),
+    "salient, by values": lambda: SalientSlots(6, score="value_norm", rate=0.02, positions="absolute"),
+}
+
+
+@pytest.fixture(params=POLICIES)
+def with_slots(request):
+    """A retrofitted model whose stores keep some tokens."""
+    return retrofitted(eviction=POLICIES[request.param]())
 
 
 @torch.no_grad()
-def test_in_a_retrofitted_model(tmp_path):
-    model, ids = with_slots(), tokens(2, 60)
+def test_in_a_retrofitted_model(tmp_path, with_slots):
+    model, ids = with_slots, tokens(2, 60)
     whole = logits(model, ids)
     assert (whole - logits(retrofitted(), ids)).abs().max() > 1e-3
     for cuts in (1, [20, 40], [7, 1, 52]):
@@ -265,8 +270,8 @@ def test_in_a_retrofitted_model(tmp_path):
     torch.testing.assert_close(rest, whole[:, 50:], rtol=0, atol=1e-9)
 
 
-def test_generate_with_every_cache():
-    model, ids = with_slots(), tokens(2, 40)
+def test_generate_with_every_cache(with_slots):
+    model, ids = with_slots, tokens(2, 40)
     expected = generate(model, ids, 20)
     for options in (
         {"cache_implementation": "static", "disable_compile": True},
@@ -279,8 +284,8 @@ def test_generate_with_every_cache():
 
 
 @torch.no_grad()
-def test_tokens_are_taken_back_with_their_slots():
-    model, ids = with_slots(), tokens(1, 60)
+def test_tokens_are_taken_back_with_their_slots(with_slots):
+    model, ids = with_slots, tokens(1, 60)
     assert torch.equal(generate(model, ids[:, :40], 20, prompt_lookup_num_tokens=3), generate(model, ids[:, :40], 20))
     cache = HippocampalCache()
     logits(model, ids[:, :40], 20, cache)

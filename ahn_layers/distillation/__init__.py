@@ -12,6 +12,7 @@ from .compiling import compile_layers
 from .copying import repeat_spans
 from .loss import sliced_loss
 from .passes import DistillationLoss, arm_losses, distillation_loss, freeze_base, gap_closed, output_head
+from .retention import learn_scores, retrieval_heads, salient_slots, set_rates, soft_slots
 from .windows import sample_window, use_window
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ __all__ = [
     "distillation_loss",
     "freeze_base",
     "gap_closed",
+    "learn_scores",
     "output_head",
     "repeat_spans",
+    "retrieval_heads",
+    "salient_slots",
+    "set_rates",
+    "soft_slots",
     "sample_window",
     "sliced_loss",
     "use_window",

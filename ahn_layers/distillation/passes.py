@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
@@ -65,6 +65,8 @@ def distillation_loss(
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     layer_weight: float = 0.0,
+    answers: Bool[Tensor, "b t"] | None = None,
+    answer_weight: float = 1.0,
     slice_size: int = 1024,
 ) -> DistillationLoss:
     """Compare the model with its memory to the same model with full attention (arXiv 2510.07318, section 3.3).
@@ -77,6 +79,9 @@ def distillation_loss(
         kl_weight: factor of KL(teacher || student).
         ce_weight: factor of the student's cross-entropy on the text itself.
         layer_weight: factor of the squared error of each layer's attention output, relative to the teacher's.
+        answers: True at tokens that decide whether the memory recalls, answers about facts far back for instance. Their
+            own mean divergence is added, since among all other tokens they would hardly count.
+        answer_weight: factor of that.
         slice_size: tokens whose logits exist at a time.
 
     Returns:
@@ -109,6 +114,11 @@ def distillation_loss(
         ce_weight=ce_weight,
         slice_size=slice_size,
     )
+    if answers is not None and answer_weight:
+        chosen = answers[:, start + 1 :]  # the position before a token predicts it
+        if bool(chosen.any()):
+            own, goal = (u[:, start:-1][chosen] for u in (student, teacher))
+            loss = loss + answer_weight * sliced_loss(own, head, teacher=goal, slice_size=slice_size)[0]
     layers = loss.new_zeros(())
     if layer_weight:
         errors = [relative_error(u[:, start:], goal[:, start:]) for u, goal in zip(outputs, goals, strict=True)]

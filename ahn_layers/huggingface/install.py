@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..attention import HippocampalAttention
 from ..compressor import Compressor
+from ..eviction import Eviction
 from ..memory import MemoryStore
 from ..positions import MemoryPositions
 from ..record import Retrofitted
@@ -94,6 +95,7 @@ def make_store(
     block: AttentionBlock,
     window: Window,
     compressor: type[Compressor] | None,
+    eviction: Eviction | None,
     memory_positions: MemoryPositions,
     options: dict[str, Any],
 ) -> MemoryStore:
@@ -109,13 +111,17 @@ def make_store(
         )
     if memory_positions == "none" and block.rotary is None:
         memory_positions = "absolute"  # this layer rotates nothing
-    memory = None
+    memory = policy = None
     assert block.like is not None
+    if eviction is not None:
+        with torch.device(block.like.device):
+            policy = eviction.for_layer(**block.sizes)
+        policy = policy.to(block.like.device, block.like.dtype)
     if compressor is not None:
         with torch.device(block.like.device):
             memory = compressor(**block.sizes, **options)  # type: ignore[arg-type]
         memory = memory.to(block.like.dtype)
-    return MemoryStore(window, memory, block.rotary, memory_positions=memory_positions)
+    return MemoryStore(window, memory, block.rotary, eviction=policy, memory_positions=memory_positions)
 
 
 def replace_blocks(

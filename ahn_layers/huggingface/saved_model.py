@@ -89,7 +89,7 @@ class SavedConfig(PreTrainedConfig):
                 "module that registers it, or update transformers."
             )
         # here and not where the memory is loaded, since pipelines go on to other classes then
-        check_known(retrofit["compressor"], kwargs.get("name_or_path", "config.json"))
+        check_known(retrofit, kwargs.get("name_or_path", "config.json"))
         found = CONFIG_MAPPING[model_type].from_dict(base, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         config.retrofit = retrofit
@@ -156,7 +156,7 @@ class RetrofittedModel:
         found = cls.auto.from_pretrained(source, *args, config=base, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         _retrofit(model, description)
-        if description["compressor"] is not None:
+        if description["compressor"] is not None or description.get("evictions"):
             folder = _adapter_folder(str(source), hub)
             load_checked(model, folder, {}, "weights", keep_dtype=given in (None, "auto"))
         model.eval()

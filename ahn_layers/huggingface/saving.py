@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter_files import DESCRIPTION, WEIGHTS, Weights
 from ..attention import HippocampalAttention
+from ..eviction import RIDES
 from ..files import write_atomically
 from .model_method import ModelMethod
 from .saved_model import ADVICE, saved_config, variant_of
@@ -38,12 +39,11 @@ class SavePretrained(ModelMethod):
         **kwargs: Any,
     ) -> None:
         """Save as the model would; arguments as there. A folder that holds another saved model is overwritten."""
-        from ..adapter import check_evictions, describe, describe_adapter, gather_weights
+        from ..adapter import describe, describe_adapter, gather_weights, is_described
 
         model: Any = self.model
-        check_evictions(model)
-        folder, record, description = Path(save_directory), model.hippocampus, describe(model.hippocampus)
-        adapter = None if record.compressor is None else describe_adapter(model, record, state_dict)
+        folder, record, description = Path(save_directory), model.hippocampus, describe(model, model.hippocampus)
+        adapter = describe_adapter(model, record, state_dict) if is_described(model, record) else None
         names = _names(model)
         weights = gather_weights(model) if state_dict is None else _taken_from(state_dict, model, names)
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
@@ -75,11 +75,19 @@ class SavePretrained(ModelMethod):
 
 def _names(model: nn.Module) -> dict[int, dict[str, str]]:
     """Of each retrofitted layer: the names of the memory weights, with their names in the model."""
-    return {
-        block.layer_idx: {key: f"{name}.memory.compressor.{key}" for key in block.memory.compressor.state_dict()}
-        for name, block in model.named_modules()
-        if isinstance(block, HippocampalAttention) and block.memory.compressor is not None
-    }
+    named: dict[int, dict[str, str]] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, HippocampalAttention):
+            parts = (("", block.memory.compressor, "compressor"), (RIDES, block.memory.eviction, "eviction"))
+            own = {
+                prefix + key: f"{name}.memory.{place}.{key}"
+                for prefix, part, place in parts
+                if part is not None
+                for key in part.state_dict()
+            }
+            if own:
+                named[block.layer_idx] = own
+    return named
 
 
 def _taken_from(state_dict: dict[str, Any], model: nn.Module, names: dict[int, dict[str, str]]) -> Weights:

@@ -65,7 +65,7 @@ class DistillationTrainer(Trainer):
         freeze_base(model)
         args.remove_unused_columns = False
         super().__init__(model, args, **trainer_arguments)
-        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "layer_weight": layer_weight}
+        self.weights: dict[str, Any] = {"kl_weight": kl_weight, "ce_weight": ce_weight, "layer_weight": layer_weight}
         self.random_windows = random_windows
         self.shortest = shortest
         self.sinks = tuple(sinks)
@@ -87,7 +87,9 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
         """The distillation loss of a batch."""
-        found = distillation_loss(model, inputs["input_ids"], slice_size=self.slice_size, **self.weights)
+        found = distillation_loss(
+            model, inputs["input_ids"], answers=inputs.get("answers"), slice_size=self.slice_size, **self.weights
+        )
         return (found.loss, found) if return_outputs else found.loss
 
     @torch.no_grad()

@@ -22,12 +22,14 @@ def masked_attention(
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b g c d"],
     v: Float[Tensor, "b g c e"],
-    visible: Bool[Tensor, "*m c"] | None,
+    visible: Bool[Tensor, "*m c"] | Float[Tensor, "*m c"] | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
     q_sinks: Float[Tensor, "b h t d"] | None = None,
     num_sinks: int = 0,
+    q_kept: Float[Tensor, "b h t d"] | None = None,
+    num_kept: int = 0,
 ) -> Float[Tensor, "b h t e"]:
     """Attention under a boolean mask, with grouped key/value heads and, on request, capped or re-positioned logits.
 
@@ -35,25 +37,33 @@ def masked_attention(
         q: queries.
         k: keys; ``h`` must be a multiple of ``g``.
         v: values.
-        visible: True where a query may see a key, broadcastable to ``(b, h, t, c)``, or of ``g`` heads; None shows
-            everything.
+        visible: True where a query may see a key, or what is added to its logit; broadcastable to ``(b, h, t, c)``, or
+            of ``g`` heads. None shows everything.
         scale: logit factor, default ``d ** -0.5``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
         q_sinks: queries to use against the first ``num_sinks`` keys instead of ``q``.
         num_sinks: how many leading keys are sinks.
+        q_kept: queries to use against the last ``num_kept`` keys instead of ``q``.
+        num_kept: how many of the last keys an eviction keeps.
 
     Returns:
         The attention output, in the dtype of ``q``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    first, last = (0 if q_sinks is None else num_sinks), k.shape[2] - (0 if q_kept is None else num_kept)
+    facing = [(q_sinks, 0, first), (q, first, last), (q_kept, last, k.shape[2])]
+    views = [(u, a, b) for u, a, b in facing if u is not None]
+    if visible is not None and visible.dtype != torch.bool:
+        visible = visible.to(q.dtype)
     if visible is not None and visible.ndim == 4 and 1 < visible.shape[1] < q.shape[1]:
         visible = visible.repeat_interleave(q.shape[1] // visible.shape[1], dim=1)
-    if softcap is None and (q_sinks is None or q.shape[2] > 1):
+    if softcap is None and (len(views) == 1 or q.shape[2] > 1):
         size = v.shape[-1]
-        if q_sinks is not None:
-            # one product for both kinds of keys: [q_sinks, q] with [k, 0] at the sinks and [0, k] elsewhere
-            is_sink = (torch.arange(k.shape[2], device=k.device) < num_sinks).unsqueeze(-1)
-            q, k = torch.cat((q_sinks, q), dim=-1), torch.cat((k * is_sink, k * ~is_sink), dim=-1)
+        if len(views) > 1:
+            # one product for all kinds of keys: [q_sinks, q, ...] with [k, 0, ...] at the sinks, [0, k, ...] elsewhere
+            place = torch.arange(k.shape[2], device=k.device).unsqueeze(-1)
+            q = torch.cat([u for u, _, _ in views], dim=-1)
+            k = torch.cat([k * ((place >= a) & (place < b)) for _, a, b in views], dim=-1)
             v = F.pad(v, (0, k.shape[-1] - size))
         return _grouped_attention(q, k, v, visible, scale)[..., :size]
     b, h, t, _ = q.shape
@@ -61,17 +71,27 @@ def masked_attention(
     def by_group(u: Tensor) -> Tensor:  # the queries of a key/value head side by side: nothing is repeated
         return u.reshape(b, k.shape[1], -1, u.shape[-1])
 
-    if q_sinks is None:
-        logits = by_group(q * scale) @ k.mT
-    else:
-        sinks, rest = k.mT.split((num_sinks, k.shape[2] - num_sinks), dim=-1)
-        logits = torch.cat((by_group(q_sinks * scale) @ sinks, by_group(q * scale) @ rest), dim=-1)
+    logits = torch.cat([by_group(u * scale) @ k[:, :, i:j].mT for u, i, j in views], dim=-1)
     logits = logits.reshape(b, h, t, -1).to(torch.promote_types(q.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
-        logits = logits.masked_fill(~visible, float("-inf"))
+        logits = logits + added(visible, logits.dtype)
     return (by_group(logits.softmax(dim=-1).to(v.dtype)) @ v).reshape(b, h, t, -1)
+
+
+def together(*visible: Tensor) -> Tensor:
+    """Masks of several kinds of keys, one beside the other: boolean if all are, else as they are added to logits."""
+    if all(u.dtype == torch.bool for u in visible):
+        return torch.cat(visible, dim=3)
+    return torch.cat([added(u, torch.float32) for u in visible], dim=3)
+
+
+def added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as it is added to logits."""
+    if visible.dtype != torch.bool:
+        return visible.to(torch.promote_types(visible.dtype, dtype))
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
@@ -104,6 +124,7 @@ def window_attention(
     q_sinks: Float[Tensor, "b h far d"] | None = None,
     first_rank: int | None = None,
     beside: Sequence[Callable[[int, int], tuple[Tensor, Tensor, Tensor]]] = (),
+    q_kept: Float[Tensor, "b h t d"] | None = None,
 ) -> Float[Tensor, "b h t e"]:
     """Every query sees the sinks up to itself and the last ``window_size`` tokens, itself included.
 
@@ -128,6 +149,7 @@ def window_attention(
         first_rank: rank of the first query, if it is the same in every row and known.
         beside: what else is in the softmax: for queries ``start`` to ``stop``, keys, values, and which query sees
             which ``(b, g, stop - start, n)``.
+        q_kept: queries to use against what is beside, instead of ``q``.
 
     Returns:
         The attention output, in the dtype of ``q``.
@@ -154,7 +176,7 @@ def window_attention(
     if sink_k is None or sink_v is None:
         sink_k, sink_v = context_k[:, :, :num_sinks], context_v[:, :, :num_sinks]
     options: dict[str, Any] = {"window_size": window_size, "num_sinks": num_sinks, "scale": scale, "softcap": softcap}
-    return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, beside, **options)
+    return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, beside, q_kept, **options)
 
 
 def add_to_tail(out: Float[Tensor, "b h t e"], tail: Float[Tensor, "b h u e"]) -> Float[Tensor, "b h t e"]:
@@ -192,6 +214,7 @@ def _blockwise(
     rank: Tensor,
     q_sinks: Tensor | None = None,
     beside: Sequence[Callable[[int, int], tuple[Tensor, Tensor, Tensor]]] = (),
+    q_kept: Tensor | None = None,
     *,
     window_size: int,
     num_sinks: int,
@@ -216,7 +239,7 @@ def _blockwise(
         visible = visible.view(-1, 1, *visible.shape[-2:])
         others = [of(start, stop) for of in beside]
         if others:
-            visible = torch.cat((visible.expand(len(q), context_k.shape[1], -1, -1), *(u[2] for u in others)), dim=3)
+            visible = together(visible.expand(len(q), context_k.shape[1], -1, -1), *(u[2] for u in others))
         return masked_attention(
             q[:, :, start:stop],
             torch.cat((sink_k, context_k[:, :, low : stop + past], *(u[0] for u in others)), dim=2),
@@ -226,6 +249,8 @@ def _blockwise(
             softcap=softcap,
             q_sinks=None if q_sinks is None or start < near else q_sinks[:, :, start - near : stop - near],
             num_sinks=sinks,
+            q_kept=None if q_kept is None else q_kept[:, :, start:stop],
+            num_kept=sum(u[0].shape[2] for u in others),
         )
 
     ends = [*starts[1:], q.shape[2]]

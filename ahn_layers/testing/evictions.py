@@ -36,7 +36,11 @@ def check_eviction(eviction: type[Eviction], **options: Any) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        policy = eviction(**options).double()
+        sizes = {"hidden_size": _N, "num_heads": _H, "num_kv_heads": _G, "head_dim": _D, "value_dim": _D}
+        policy = eviction(**options).for_layer(**sizes).double()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
         x = torch.randn(_B, _T, _N, dtype=torch.float64)
         q = torch.randn(_B, _H, _T, _D, dtype=torch.float64)
         k, v = (torch.randn(_B, _G, _T, _D, dtype=torch.float64) for _ in range(2))
@@ -53,13 +57,13 @@ def check_eviction(eviction: type[Eviction], **options: Any) -> None:
 
 
 def _leaving(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> Leaving:
-    gates = {f"eviction.{name}": gate for name, gate in policy.gates(x).items()}
+    gates = {f"eviction.{name}": gate for name, gate in policy.gates(x, k, v).items()}
     for name, gate in gates.items():
         assert gate.shape == k.shape[:3], (
-            f"gates(x)[{name.split('.')[1]!r}] has shape {tuple(gate.shape)}, expected (batch, key/value heads, "
+            f"gates(x, k, v)[{name.split('.')[1]!r}] has shape {tuple(gate.shape)}, expected (batch, key/value heads, "
             f"tokens) = {tuple(k.shape[:3])}."
         )
-    return Leaving.of(0, Tokens(k, v, gates), None)
+    return Leaving.of(0, Tokens(k, v, gates), None, torch.arange(_T))
 
 
 def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
@@ -71,7 +75,7 @@ def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
     for start, stop in ((0, 1), (1, 9), (9, _T)):
         before = {name: u.clone() for name, u in kept.items()}
         tokens = everything.tokens.columns(start, stop)
-        seen, gone, after = policy.push(kept, Leaving.of(0, tokens, None))
+        seen, gone, after = policy.push(kept, Leaving.of(0, tokens, None, torch.arange(start, stop)))
         assert all(torch.equal(u, before[name]) for name, u in kept.items()), (
             "push changed what it was given: return new tensors, no in-place ops."
         )

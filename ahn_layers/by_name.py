@@ -1,0 +1,33 @@
+"""Classes that files know by their names: a name must not mean two of them."""
+
+import gc
+from collections.abc import MutableMapping
+
+
+def register(table: MutableMapping[str, type], cls: type, kind: str) -> None:
+    """Enter a class under its name; one that was defined in the same place before is replaced.
+
+    Args:
+        table: the classes by name, held weakly.
+        cls: the class.
+        kind: what such a class is called in messages.
+
+    Raises:
+        ValueError: if another class has this name.
+    """
+    if _namesake(table, cls) is not None:
+        gc.collect()  # classes are parts of cycles: one that nobody can use any more counts until it is collected
+    other = _namesake(table, cls)
+    if other is not None:
+        raise ValueError(
+            f"a second {kind} class is called {cls.__name__!r}: {cls.__module__}.{cls.__qualname__}, after "
+            f"{other.__module__}.{other.__qualname__}. Adapter files know a class by its name: choose another one."
+        )
+    table[cls.__name__] = cls
+
+
+def _namesake(table: MutableMapping[str, type], cls: type) -> type | None:
+    """A class of the same name that was defined elsewhere."""
+    other = table.get(cls.__name__)
+    same = other is None or (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+    return None if same else other

@@ -1,0 +1,88 @@
+"""What every memory is given while the model runs with full attention."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..attention import HippocampalAttention
+from ..memory import MemoryStore
+from ..ops.attend import SoftmaxAttention
+from .passes import run_hidden
+from .windows import use_window
+
+
+class Attended(NamedTuple):
+    """One layer's part of a pass with full attention.
+
+    Attributes:
+        layer: number of the layer among those with a memory.
+        store: its memory.
+        q: queries, rotated.
+        k: keys, rotated.
+        v: values.
+        x: hidden states that enter the attention block.
+        attention: how the model attends.
+    """
+
+    layer: int
+    store: MemoryStore
+    q: Float[Tensor, "b h t d"]
+    k: Float[Tensor, "b g t d"]
+    v: Float[Tensor, "b g t e"]
+    x: Float[Tensor, "b t n"]
+    attention: SoftmaxAttention
+
+    def weights(self, start: int, stop: int) -> Float[Tensor, "b g r u c"]:
+        """Attention of the queries ``start`` to ``stop`` to the keys before ``stop``, by key/value head and query head.
+
+        Args:
+            start: first query.
+            stop: end of the queries.
+        """
+        q, k = self.q[:, :, start:stop], self.k[:, :, :stop]
+        grouped = q.unflatten(1, (k.shape[1], -1))
+        scale = q.shape[-1] ** -0.5 if self.attention.scale is None else self.attention.scale
+        logits = (grouped @ k.unsqueeze(2).mT).float() * scale
+        if self.attention.softcap is not None:
+            logits = self.attention.softcap * torch.tanh(logits / self.attention.softcap)
+        place = torch.arange(stop, device=q.device)
+        return logits.masked_fill(place > place[start:].unsqueeze(1), float("-inf")).softmax(dim=-1)
+
+
+@torch.no_grad()
+def watch_full_attention(model: nn.Module, input_ids: Int[Tensor, "b t"], look: Callable[[Attended], None]) -> None:
+    """Run a model with full attention and look at each layer in turn, without gradients.
+
+    A window as long as the text is full attention: nothing leaves it.
+
+    Args:
+        model: a retrofitted transformers model.
+        input_ids: token ids without padding.
+        look: called with what each memory was given.
+    """
+    with use_window(model, input_ids.shape[1]), _looking(model, look):
+        run_hidden(model, input_ids)
+
+
+@contextmanager
+def _looking(model: nn.Module, look: Callable[[Attended], None]) -> Iterator[None]:
+    stores = [block.store for block in model.modules() if isinstance(block, HippocampalAttention)]
+
+    def hook(index: int) -> Callable[..., None]:
+        def see(store: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            q, k, v, x = args[:4]
+            look(Attended(index, store, q, k, v, x, kwargs.get("attention") or SoftmaxAttention()))
+
+        return see
+
+    handles = [store.register_forward_pre_hook(hook(i), with_kwargs=True) for i, store in enumerate(stores)]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,167 @@
+"""A few evicted tokens kept without loss, chosen by a score; the others are folded."""
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
+from ..ops.attend import Between, Soft
+from ..tokens import Later, Leaving, Tokens
+from .scores import SCORES, LearnedScore
+
+SlotPositions = Literal["compact", "absolute"]
+"""At which distances kept tokens are shown."""
+PRIORITY, RANK = f"{RIDES}priority", f"{RIDES}rank"
+"""Beside each kept token: its priority, and its number among the real tokens of its row."""
+
+
+class SalientSlots(Eviction):
+    """Every key/value head keeps the evicted tokens of highest priority in slots of its own and folds the others.
+
+        priority = score + rate * rank
+
+    A token that leaves the window competes with those in the slots, and the loser is folded into the compressor's state
+    (or forgotten, without a compressor). The rank is the token's number in its text. A priority never changes, so two
+    tokens never change places, and the result does not depend on how a text is cut into calls. With a rate of 0 a token
+    stays until better ones come; a large rate makes the slots a longer window.
+
+    Distances to kept tokens leave out the tokens that were refused at once, so that they grow with the tokens that were
+    once kept and not with the text, and stay in the range that the model was trained on.
+
+    Compare TRIM-KV (arXiv 2512.03324), Locret (arXiv 2410.01805) and IndexMem (arXiv 2605.25475).
+
+    Args:
+        num_slots: tokens that each key/value head keeps.
+        score: ``"learned"``, or a score that needs no training: ``"recent"`` (all tokens alike), ``"key_norm"`` (small
+            keys first, arXiv 2406.11430), ``"value_norm"`` (large values first, arXiv 2406.12335).
+        rate: priority that each further token of the text is worth more than the one before it. A learned score has
+            rates of its own, one for each key/value head, and ignores this one.
+        score_size: hidden units of a learned score.
+        positions: ``"compact"`` as said above, where the model's rotation is known; ``"absolute"`` shows kept tokens at
+            their true distances.
+
+    Attributes:
+        temperature: in training, how soft the choice is (see [`soft_slots`][ahn_layers.distillation.soft_slots]); None
+            for a hard one.
+
+    Raises:
+        ValueError: if an argument is out of range or unknown.
+
+    Examples:
+        >>> import torch
+        >>> from ahn_layers import GatedDeltaNet, MemoryStore, SalientSlots, Window
+        >>> sizes = {"hidden_size": 32, "num_kv_heads": 2, "value_dim": 8}
+        >>> eviction = SalientSlots(8).for_layer(**sizes)
+        >>> store = MemoryStore(Window(4), GatedDeltaNet(num_heads=2, head_dim=8, **sizes), eviction=eviction)
+        >>> q, k, v = torch.randn(3, 1, 2, 20, 8)
+        >>> out, state = store(q, k, v, torch.randn(1, 20, 32))
+        >>> state.kept["k"].shape
+        torch.Size([1, 2, 8, 8])
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        score: str = "learned",
+        rate: float = 0.0,
+        score_size: int = 64,
+        positions: SlotPositions = "compact",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("num_slots", num_slots, 0), ("score_size", score_size, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
+        if score not in (*SCORES, "learned"):
+            raise ValueError(f"score={score!r}: expected 'learned' or one of {sorted(SCORES)}.")
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"rate={rate!r}: expected a number of at least 0.")
+        if positions not in get_args(SlotPositions):
+            raise ValueError(f"positions={positions!r}: expected one of {get_args(SlotPositions)}.")
+        self.num_slots, self.score, self.rate, self.score_size = num_slots, score, rate, score_size
+        self.positions = positions
+        self.learned: LearnedScore | None = None
+        self.temperature: float | None = None
+
+    def for_layer(self, **sizes: int) -> "SalientSlots":
+        """A copy for a layer of these sizes, with a score to be trained if it is learned.
+
+        Args:
+            **sizes: ``hidden_size``, ``num_kv_heads`` and ``value_dim``; others are not needed.
+        """
+        copied = SalientSlots(**self.options())
+        if self.score == "learned":
+            copied.learned = LearnedScore(
+                sizes["hidden_size"], sizes["num_kv_heads"], sizes["value_dim"], self.score_size
+            )
+        return copied
+
+    @property
+    def reads_hidden(self) -> bool:
+        """A learned score does."""
+        return self.score == "learned"
+
+    def __str__(self) -> str:
+        """Slots and score, in one line."""
+        untrained = self.learned is not None and not self.learned.is_trained
+        score = "untrained score: a longer window" if untrained else self.score
+        return f"{self.num_slots:,} slots ({score})"
+
+    def gates(
+        self, x: Float[Tensor, "b t n"], k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"]
+    ) -> dict[str, Float[Tensor, "b g t"]]:
+        """The score of each token, if it is learned.
+
+        Raises:
+            ValueError: if the score has not been made for a layer.
+        """
+        if self.score != "learned":
+            return {}
+        if self.learned is None:
+            raise ValueError(
+                "this SalientSlots has a learned score and does not know its layer: use SalientSlots(...).for_layer("
+                "hidden_size=..., num_kv_heads=..., value_dim=...), or a score without training."
+            )
+        return {"score": self.learned(x, v)}
+
+    def priority(self, tokens: Tokens, rank: Int[Tensor, "*b t"]) -> Float[Tensor, "b g t"]:
+        """Score plus rate times rank.
+
+        Args:
+            tokens: the tokens.
+            rank: their numbers among the real tokens of their rows.
+        """
+        if self.learned is None:
+            score, rate = SCORES[self.score](tokens), torch.tensor(self.rate, device=tokens.k.device)
+        else:
+            score, rate = tokens.gates[f"{RIDES}score"], self.learned.rate.unsqueeze(1)
+        return score + rate.to(score.dtype) * (rank if rank.ndim == 1 else rank.unsqueeze(1)).to(score.dtype)
+
+    def init_kept(self, like: Tokens) -> Kept:
+        """Empty slots."""
+        like = like.columns(0, 0)
+        none = like.k.new_zeros(like.k.shape[:3], dtype=torch.promote_types(like.k.dtype, torch.float32))
+        like = _with(like, none, torch.zeros(0, dtype=torch.long, device=none.device))
+        return empty_slots(like, self.num_slots, compact=self.positions == "compact")
+
+    def push(self, kept: Kept, leaving: Leaving) -> tuple[Between | None, Leaving, Kept]:
+        """Each token that leaves the window competes with those in the slots; the loser is folded."""
+        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank), leaving.rank)
+        seen, leaving, after = keep_best(
+            kept, replace(leaving, made=Later(lambda: tokens)), lambda u: u.gates[PRIORITY]
+        )
+        if self.temperature is not None:
+            priority = torch.cat((kept[f"gates.{PRIORITY}"], tokens.gates[PRIORITY]), dim=2)
+            # empty slots never become visible
+            first = seen.first.masked_fill(seen.last == 0, Between.ALWAYS)
+            seen = replace(seen, first=first, soft=Soft(priority, self.temperature))
+        return seen, leaving, after
+
+
+def _with(tokens: Tokens, priority: Float[Tensor, "b g t"], rank: Int[Tensor, "*b t"]) -> Tokens:
+    """The tokens with their priorities and ranks beside them."""
+    rank = (rank if rank.ndim == 1 else rank.unsqueeze(1)).expand(priority.shape)
+    return replace(tokens, gates=tokens.gates | {PRIORITY: priority, RANK: rank})

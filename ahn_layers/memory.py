@@ -283,9 +283,10 @@ class MemoryStore(nn.Module):
             hidden_size: width of the hidden states. Default: what the compressor was made for.
         """
         device = next((parameter.device for parameter in self.parameters()), torch.device("meta"))
-        k, v = (
-            torch.zeros(1, num_kv_heads, 1, size, dtype=like.dtype, device=device) for size in (head_dim, value_dim)
-        )
-        x = torch.zeros(1, 1, hidden_size, dtype=like.dtype, device=device)
+        if self.recalling is not None:
+            hidden_size = hidden_size or self.recalling.hidden_size
+        like = torch.zeros(1, num_kv_heads, 1, 1, dtype=like.dtype, device=device)
+        k, v = (like.expand(-1, -1, -1, size) for size in (head_dim, value_dim))
         with torch.no_grad():
-            return self.init_state(self.arrive(k, v, x).map(lambda u: u.to("meta")), full=True).nbytes
+            tokens = self.arrive(k, v, like.new_zeros(1, 1, hidden_size))
+            return self.init_state(tokens.map(lambda u: u.to("meta")), full=True).nbytes

@@ -3,9 +3,9 @@
     python examples/what_is_kept.py    # SmolLM2-135M-Instruct, 64 slots for the largest values, about a minute
     python examples/what_is_kept.py --score key_norm --tokens 4096 --html kept.html --plot kept.png
 
-The text is printed with sinks, window and kept tokens marked, then a table of all heads. ``--html`` writes the text as a
-page, on which each token says which heads keep it; ``--plot`` draws the kept tokens of each head over their rank. With
-``--adapter`` the slots are those of a trained memory.
+The text is printed with sinks, window and kept tokens marked, then a table of all heads. ``--html`` writes the text as
+a page, on which each token says which heads keep it; ``--plot`` draws the kept tokens of each head over their rank.
+With ``--adapter`` the slots are those of a trained memory.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -136,7 +137,8 @@ def kept_tokens(cache: Any, row: int = 0) -> KeptTokens:
     found = {i: u for i, u in states.items() if isinstance(u, MemoryState) and {RANK, PRIORITY} <= u.kept.keys()}
     if not found:
         raise ValueError(
-            "no layer of this cache has slots. Retrofit the model with eviction=SalientSlots(...) and let it read a text."
+            "no layer of this cache has slots. Retrofit the model with eviction=SalientSlots(...), then let it read a "
+            "text."
         )
     first = next(iter(found.values()))
     heads = [len(state.kept["filled"][row]) for state in found.values()]
@@ -229,12 +231,12 @@ def _marked(text: str, mark: str, color: bool) -> str:
 def format_table(found: KeptTokens, pieces: Sequence[str], top: int = 5) -> str:
     """Slots filled, oldest kept token, median age and the tokens of highest priority, of each head.
 
-    The age of a token is the number of tokens read after it.
+    The age of a token is the number of tokens read after it. Equal tokens are shown once, with their number.
 
     Args:
         found: what is kept.
         pieces: the text of each token.
-        top: how many tokens of highest priority.
+        top: how many different tokens of highest priority.
     """
     rows = [("layer", "head", "filled", "oldest", "token", "median age", "highest priority")]
     for place, head in found.rows:
@@ -244,7 +246,8 @@ def format_table(found: KeptTokens, pieces: Sequence[str], top: int = 5) -> str:
         if best:
             oldest, token = f"{min(best):,}", _quoted(pieces[min(best)])
             age = f"{(found.seen - 1 - ranks).double().quantile(0.5).item():,.0f}"
-        names = " ".join(_quoted(pieces[rank]) for rank in best[:top])
+        times = Counter(pieces[rank] for rank in best)  # in the order of priority
+        names = " ".join(_quoted(piece) + (f" x{n}" if n > 1 else "") for piece, n in list(times.items())[:top])
         filled = f"{len(best)}/{found.slots[place]}"
         rows.append((str(found.layers[place]), str(head), filled, oldest, token, age, names))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -329,12 +332,11 @@ def to_html(found: KeptTokens, pieces: Sequence[str]) -> str:
         shade = f' style="--a:{_alpha(math.sqrt(share))}"' if kind == "slots" else ""
         title = escape(_title(found, rank, piece, kind, share)).replace("\n", "&#10;")
         spans.append(f'<span class="{kind}"{shade} title="{title}">{escape(shown)}</span>')
-    order = found.order
-    rows, options = [], []
-    for number_, (place, head) in enumerate(found.rows):
+    rows, options, order = [], [], found.order
+    for i, (place, head) in enumerate(found.rows):
         ranks = found.kept[place, head].nonzero().flatten().tolist()
         rows.append({rank: _alpha(float(order[place, head, rank])) for rank in ranks})
-        options.append(f'<option value="{number_}">layer {found.layers[place]}, head {head}</option>')
+        options.append(f'<option value="{i}">layer {found.layers[place]}, head {head}</option>')
     return PAGE.substitute(
         facts=escape(describe(found)), options="".join(options), text="".join(spans), rows=json.dumps(rows)
     )
@@ -371,12 +373,12 @@ def plot(found: KeptTokens, path: Path) -> None:
         if ranks:
             axes.axvspan(ranks[0] - 0.5, ranks[-1] + 0.5, color=color, alpha=0.25, linewidth=0)
             shades.append(Patch(color=color, alpha=0.25, label=name))
-    ranks, heights, colors = [], [], []
+    ranks, heights, colors, order = [], [], [], found.order
     for y, (place, head) in enumerate(rows):
         where = found.kept[place, head].nonzero().flatten()
         ranks += where.tolist()
         heights += [y] * len(where)
-        colors += found.order[place, head, where].tolist()
+        colors += order[place, head, where].tolist()
     dots = axes.scatter(ranks, heights, c=colors, s=8, vmin=0, vmax=1, cmap="viridis", linewidths=0)
     figure.colorbar(dots, ax=axes, label="order of priority in the head, 1 is highest")
     every = len(rows) <= 24
@@ -397,16 +399,16 @@ def give_slots(model: Any, adapter: Path | None, args: argparse.Namespace) -> No
         ValueError: if the trained memory has no slots.
     """
     if adapter is None:
-        window = {"window_size": args.window or WINDOW, "num_sinks": SINKS if args.sinks is None else args.sinks}
+        window, sinks = args.window or WINDOW, SINKS if args.sinks is None else args.sinks
         slots = SalientSlots(args.slots or SLOTS, score=args.score or SCORE, rate=args.rate or 0.0)
-        retrofit(model, None, **window, eviction=slots)
+        retrofit(model, None, window_size=window, num_sinks=sinks, eviction=slots)
         return
     give_memory(model, adapter, window=args.window, sinks=args.sinks)
     stores = [module.memory for module in model.modules() if isinstance(module, HippocampalAttention)]
     if not any(isinstance(store.eviction, SalientSlots) for store in stores):
         raise ValueError(
             f"--adapter {adapter}: this memory has no slots, it keeps nothing but sinks and window. Name an adapter "
-            "that was trained with SalientSlots, or leave --adapter out for a score without training (--slots, --score)."
+            "that was trained with SalientSlots, or leave --adapter out: --slots and --score need no training."
         )
 
 

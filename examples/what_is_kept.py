@@ -1,6 +1,6 @@
 """Show which tokens of a text a memory with slots keeps without loss, in each layer and key/value head.
 
-    python examples/what_is_kept.py    # SmolLM2-135M-Instruct, 64 slots for the largest values, about a minute
+    python examples/what_is_kept.py    # SmolLM2-135M-Instruct, 64 slots for the largest values, 15 seconds
     python examples/what_is_kept.py --score key_norm --tokens 4096 --html kept.html --plot kept.png
 
 The text is printed with sinks, window and kept tokens marked, then a table of all heads. ``--html`` writes the text as
@@ -101,9 +101,9 @@ class KeptTokens:
 
     @property
     def order(self) -> Tensor:
-        """Share of a head's kept tokens whose priority is not above this one's: 1 for the best; NaN where not kept.
+        """Place of each kept token in its head's order of priority, up to 1 for the highest; NaN where not kept.
 
-        Priorities of different heads have different scales, so colours show this.
+        Priorities of different heads have different scales, so pictures show this.
         """
         place = self.priority.argsort(dim=2, stable=True).argsort(dim=2) + 1  # NaN comes last
         return (place / self.kept.sum(dim=2, keepdim=True)).masked_fill(~self.kept, math.nan)
@@ -267,9 +267,10 @@ def _quoted(piece: str) -> str:
 def describe(found: KeptTokens) -> str:
     """The sizes, in one sentence."""
     slots = "-".join(f"{u:,}" for u in sorted({min(found.slots), max(found.slots)}))
+    layers = "1 layer" if len(found.layers) == 1 else f"{len(found.layers)} layers"
     return (
         f"{found.seen:,} tokens read, {found.window.num_sinks:,} sinks, a window of {found.window.window_size:,}, "
-        f"{slots} slots in each of {len(found.rows)} key/value heads ({len(found.layers)} layers)"
+        f"{slots} slots in each of {len(found.rows)} key/value heads ({layers})"
     )
 
 
@@ -371,7 +372,7 @@ def plot(found: KeptTokens, path: Path) -> None:
     for name, (color, where) in spans.items():
         ranks = where.nonzero().flatten().tolist()
         if ranks:
-            axes.axvspan(ranks[0] - 0.5, ranks[-1] + 0.5, color=color, alpha=0.25, linewidth=0)
+            axes.axvspan(ranks[0] - 0.5, ranks[-1] + 0.5, color=color, alpha=0.25, linewidth=1)
             shades.append(Patch(color=color, alpha=0.25, label=name))
     ranks, heights, colors, order = [], [], [], found.order
     for y, (place, head) in enumerate(rows):
@@ -380,7 +381,7 @@ def plot(found: KeptTokens, path: Path) -> None:
         heights += [y] * len(where)
         colors += order[place, head, where].tolist()
     dots = axes.scatter(ranks, heights, c=colors, s=8, vmin=0, vmax=1, cmap="viridis", linewidths=0)
-    figure.colorbar(dots, ax=axes, label="order of priority in the head, 1 is highest")
+    figure.colorbar(dots, ax=axes, label="order of priority in the head, 1 is highest", aspect=60, pad=0.01)
     every = len(rows) <= 24
     ticks = [y for y, (_, head) in enumerate(rows) if every or head == 0]
     names = [f"{found.layers[place]}" + (f" / {head}" if every else "") for place, head in (rows[y] for y in ticks)]

@@ -53,11 +53,11 @@ def masked_attention(
     first, last = (0 if q_sinks is None else num_sinks), k.shape[2] - (0 if q_kept is None else num_kept)
     facing = [(q_sinks, 0, first), (q, first, last), (q_kept, last, k.shape[2])]
     views = [(u, a, b) for u, a, b in facing if u is not None]
-    if visible is not None and visible.dtype != torch.bool:
-        visible = visible.to(q.dtype)
     if visible is not None and visible.ndim == 4 and 1 < visible.shape[1] < q.shape[1]:
         visible = visible.repeat_interleave(q.shape[1] // visible.shape[1], dim=1)
-    if softcap is None and (len(views) == 1 or q.shape[2] > 1):
+    # a mask that learns goes the plain way: the backward pass of the fused kernels refuses some shapes of it
+    learns = visible is not None and visible.dtype != torch.bool
+    if softcap is None and not learns and (len(views) == 1 or q.shape[2] > 1):
         size = v.shape[-1]
         if len(views) > 1:
             # one product for all kinds of keys: [q_sinks, q, ...] with [k, 0, ...] at the sinks, [0, k, ...] elsewhere

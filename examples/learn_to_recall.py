@@ -1,0 +1,284 @@
+"""Teach a language model to recall what has left its window, on a laptop.
+
+    python examples/learn_to_recall.py
+
+Every key/value head of SmolLM2-135M-Instruct keeps some evicted tokens in slots. Which ones, a small network in each
+layer learns in three stages: from the attention that tokens will get, from where the model looks facts up, and from the
+model's own answers. Facts are hidden in the text of Python's reference manual, or in texts of yours (``--text``). Then
+the model is asked for facts in other wordings that have left the window: with full attention, with a window that holds
+as many tokens, and with the slots.
+
+Writes an adapter and a picture. On a GPU, longer texts and more of them: ``--length 4096 --batch 4 --score-steps 400
+--steps 180``.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import count, number, positive
+from matplotlib.figure import Figure
+from needles import make, score
+from planting import PlantedCrops
+from quickstart import load_text
+from smollm2 import load_causal_lm
+from texts import read_texts, tokenize
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ahn_layers import (
+    Compressor,
+    SalientSlots,
+    adapter_parameters,
+    full_attention,
+    load_adapter,
+    memory_report,
+    retrofit,
+    save_adapter,
+    window_only,
+)
+from ahn_layers.distillation import (
+    distillation_loss,
+    freeze_base,
+    learn_scores,
+    retrieval_heads,
+    set_rates,
+    soft_slots,
+    use_window,
+)
+
+ASKED = {"one needle": "RULER single", "one of four keys": "RULER multi-key", "pass key": "pass key"}
+"""What the model is asked for, by the names of ``needles.TASKS``."""
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train and measure.
+
+    Returns:
+        ``recall``: right answers by arm and task; ``of``: questions of each task; ``adapter``: where it was saved.
+    """
+    options = parse(arguments)
+    random.seed(options.seed)
+    torch.manual_seed(options.seed)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        texts = read_texts(options.text) if options.text else [load_text(None)]
+        model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
+        compressor = Compressor.by_name[options.compressor] if options.compressor else None
+        sizes = {"window_size": options.window, "num_sinks": options.sinks}
+        if options.start_from is None:
+            retrofit(model, compressor, eviction=SalientSlots(options.slots), **sizes)
+        else:
+            load_adapter(model, options.start_from, **sizes)
+        documents = tokenize(tokenizer, texts, "texts")
+        train, held_out = split(documents, options.held_out)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"learn_to_recall: {' '.join(str(error).split())}") from None
+    print(memory_report(model).splitlines()[-1])
+    freeze_base(model)
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+
+    begun = time.perf_counter()
+    recall = measure(model, encode, held_out, options, ("full attention", "window"))
+    log = learn(model, encode, train, options)
+    recall |= measure(model, encode, held_out, options, ("slots",))
+    save_adapter(model, options.output)
+    results = {"recall": recall, "of": options.questions, "seconds": time.perf_counter() - begun, **log}
+    (options.output / "recall.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("\n" + format_table(results, options))
+    plot(results, options.output / "recall.png")
+    print(f"{results['seconds'] / 60:.1f} minutes. Adapter, figures and picture: {options.output}")
+    return results | {"adapter": options.output}
+
+
+def split(documents: list[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The beginning of every text to learn from, its end to be judged on."""
+    cuts = [round(len(u) * (1 - share)) for u in documents]
+    return [u[:cut] for u, cut in zip(documents, cuts, strict=True)], [
+        u[cut:] for u, cut in zip(documents, cuts, strict=True)
+    ]
+
+
+def learn(model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace) -> dict[str, list[float]]:
+    """The three stages; returns the errors and losses on the way."""
+    log: dict[str, list[float]] = {"score_errors": [], "losses": []}
+    named = dict(adapter_parameters(model))
+    scores = [p for name, p in named.items() if ".eviction." in name and "log_rate" not in name]
+    for bar, batch in steps(options.score_steps, "1. attention to come", scores, 2e-3, encode, documents, options, 0):
+        error = learn_scores(model, batch["input_ids"]).mean().item()
+        log["score_errors"].append(error)
+        bar.set_postfix(error=f"{sum(log['score_errors'][-20:]) / len(log['score_errors'][-20:]):.3f}")
+
+    found = []
+    for bar, batch in steps(
+        options.retrieval_steps, "2. where facts are looked up", [], 0, encode, documents, options, 1
+    ):
+        asked = [[(a.value, a.answer) for a in row] for row in batch["asked"]]
+        if any(asked):
+            found.append(retrieval_heads(model, batch["input_ids"], asked))
+            bar.set_postfix(best=f"{torch.stack(found).mean(dim=0).max().item():.2f}")
+    if found:
+        set_rates(model, torch.stack(found).mean(dim=0), share=options.share)
+        save_adapter(model, options.output / "scores")
+
+    rates = [p for name, p in named.items() if "log_rate" in name]
+    others = [p for name, p in named.items() if ".eviction." not in name]
+    groups = [{"params": scores, "lr": 1e-3}, {"params": rates, "lr": 0.03, "weight_decay": 0.0}]
+    groups += [{"params": others, "lr": 2e-3}] if others else []
+    for bar, batch in steps(options.steps, "3. answers", groups, 1e-3, encode, documents, options, 2):
+        with soft_slots(model):
+            found_loss = distillation_loss(model, batch["input_ids"], answers=batch["answers"])
+        found_loss.loss.backward()
+        log["losses"].append(found_loss.loss.item())
+        bar.set_postfix(loss=f"{sum(log['losses'][-10:]) / len(log['losses'][-10:]):.3f}")
+    return log
+
+
+def steps(
+    number_of: int, title: str, parameters: Any, rate: float, encode: Any, documents: list[Tensor],
+    options: argparse.Namespace, seed: int,
+) -> Iterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
+    """Batches, with a step of the optimiser after each, under a cosine schedule."""
+    crops = PlantedCrops(documents, options.length, number_of * options.batch, encode, seed=3 * options.seed + seed)
+    loader = DataLoader(crops, options.batch, num_workers=options.workers, collate_fn=collate)
+    if parameters:
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+        highest = [group["lr"] for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, number_of + 1, pct_start=0.1)
+    bar = tqdm(loader, desc=title, unit=" steps")
+    for batch in bar:
+        yield bar, {name: u.to(options.device) if isinstance(u, Tensor) else u for name, u in batch.items()}
+        if parameters:
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors side by side, lists as they are."""
+    return {
+        name: torch.stack([item[name] for item in items]) if isinstance(u, Tensor) else [item[name] for item in items]
+        for name, u in items[0].items()
+    }
+
+
+@torch.no_grad()
+def measure(
+    model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, arms: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Right answers to questions about facts that have left the window."""
+    capacity = options.window + options.sinks + options.slots
+    found: dict[str, dict[str, int]] = {}
+    bar = tqdm(total=len(arms) * len(ASKED) * options.questions, desc="questions", unit=" answers")
+    for arm in arms:
+        found[arm] = dict.fromkeys(ASKED, 0)
+        with attention_of(model, arm, capacity, options.sinks):
+            for task in ASKED:
+                rng = random.Random(options.seed)
+                for _ in range(options.questions):
+                    document = documents[rng.randrange(len(documents))]
+                    start = rng.randrange(max(1, len(document) - options.test_length))
+                    text = document[start : start + options.test_length].tolist()
+                    # everything that is hidden ends well before the last `capacity` tokens
+                    deepest = 1 - (capacity + 160) / options.test_length
+                    example = make(ASKED[task], encode, text, options.test_length, rng.uniform(0.05, deepest), rng)
+                    found[arm][task] += score(model, example, options.test_length)[0].correct
+                    bar.update()
+    bar.close()
+    return found
+
+
+@contextmanager
+def attention_of(model: Any, arm: str, capacity: int, sinks: int) -> Iterator[None]:
+    """The model with full attention, with a window that holds as much as window and slots, or as it is."""
+    if arm == "full attention":
+        with full_attention(model):
+            yield
+    elif arm == "window":
+        with use_window(model, capacity - sinks, sinks), window_only(model):
+            yield
+    else:
+        yield
+
+
+def format_table(results: dict[str, Any], options: argparse.Namespace) -> str:
+    """Right answers, as text."""
+    capacity, recall = options.window + options.sinks + options.slots, results["recall"]
+    rows = [
+        (f"full attention, {options.test_length:,} tokens", recall["full attention"]),
+        (f"window, {capacity:,} tokens", recall["window"]),
+        (f"slots, {capacity:,} tokens", recall["slots"]),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{task:>20}" for task in ASKED)]
+    lines += [
+        name.ljust(width) + "".join(f"{found[task]:>14} of {results['of']:<3}" for task in ASKED)
+        for name, found in rows
+    ]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Answers by arm, and the losses on the way."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, arm in enumerate(results["recall"]):
+        heights = [100 * results["recall"][arm][task] / results["of"] for task in ASKED]
+        left.bar([j + 0.25 * i for j in range(len(ASKED))], heights, 0.22, label=arm)
+    left.set_xticks([j + 0.25 for j in range(len(ASKED))], list(ASKED))
+    left.set(ylabel="right answers, %", ylim=(0, 105), title="Facts that have left the window")
+    left.legend(fontsize=8)
+    for name, label in (("score_errors", "error of the scores"), ("losses", "loss of the answers")):
+        right.plot(results[name], label=label)
+    right.set(xlabel="step", yscale="log", title="Training")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
+    add("--text", type=Path, nargs="+", default=[], help="files or folders; default: the reference of Python")
+    add("--held-out", type=number(0.9), default=0.3, help="share at the end of each text that judges (default: 0.3)")
+    add("--window", type=positive, default=128, help="most recent tokens kept (default: 128)")
+    add("--sinks", type=count, default=32, help="first tokens kept (default: 32)")
+    add("--slots", type=positive, default=352, help="evicted tokens kept in each key/value head (default: 352)")
+    add("--start-from", help="adapter with slots to go on from")
+    add("--compressor", choices=sorted(Compressor.by_name), help="takes what is not kept; default: none, it is lost")
+    add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
+    add("--batch", type=positive, default=1, help="texts a step (default: 1)")
+    add("--score-steps", type=count, default=80, help="steps of the first stage (default: 80)")
+    add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
+    add("--steps", type=count, default=20, help="steps of the third stage (default: 20)")
+    add(
+        "--share", type=number(1.0), default=0.25, help="share of the heads that keep for good at first (default: 0.25)"
+    )
+    add("--questions", type=positive, default=6, help="of each task (default: 6)")
+    add("--test-length", type=positive, default=2048, help="tokens in each text of a question (default: 2048)")
+    add("--workers", type=count, default=0, help="processes that make training texts (default: 0)")
+    add("--seed", type=count, default=0)
+    add("--device", default="cuda" if gpu else "cpu")
+    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    add("--output", type=Path, default=Path("recall"), help="folder for adapter, figures and picture (default: recall)")
+    options = parser.parse_args(arguments)
+    capacity = options.window + options.sinks + options.slots
+    if options.test_length <= 1.1 * capacity + 200:
+        parser.error(f"--test-length {options.test_length}: expected more than the {capacity} tokens kept, and 200")
+    if options.length <= options.window + options.sinks + 256 + 100:
+        parser.error(f"--length {options.length}: expected at least 357 more than --window and --sinks")
+    return options
+
+
+if __name__ == "__main__":
+    main()

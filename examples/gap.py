@@ -4,15 +4,16 @@ Paired differences of losses, token by token, and the standard error of their me
 """
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from arms import arms_of, equal_window, stores_of, use_arm
 from torch import Tensor
 
-from ahn_layers import HippocampalAttention
 from ahn_layers.distillation import arm_losses, gap_closed
 
 ARMS = ("full", "window", "memory")
@@ -68,14 +69,64 @@ def difference(texts: list[Tensor]) -> Difference:
     return Difference(float(means.mean()), error, len(parts))
 
 
-def stretch_losses(model: Any, pieces: list[Tensor], i: int, start: int) -> dict[str, Tensor]:
-    """Loss of each token of one stretch from ``start`` on, in every arm and with the memory of another text."""
-    losses = {arm: values[0].double().cpu() for arm, values in arm_losses(model, pieces[i], start=start).items()}
+def stretch_losses(
+    model: Any, pieces: list[Tensor], i: int, start: int, window: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Loss of each token of one stretch from ``start`` on, in every arm and with the memory of another text.
+
+    Args:
+        model: a retrofitted model.
+        pieces: the stretches, each of shape (1, T).
+        i: which one.
+        start: first position that predicts.
+        window: ``(window_size, num_sinks)`` of the memory, its own by default.
+    """
+    losses = {arm: _losses(model, arm, pieces[i], start, window) for arm in arms_of(model)}
     if len(pieces) > 1:
         with swapped_memories(model):
             pair = torch.cat((pieces[i], pieces[i - len(pieces) // 2]))
-            losses["another_text"] = arm_losses(model, pair, start=start, arms=["memory"])["memory"][0].double().cpu()
+            losses["another_text"] = _losses(model, "memory", pair, start, window)
     return losses
+
+
+def span_losses(
+    model: Any, text: Tensor, length: int, rng: random.Random, window: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Loss of each token but the first of a span that comes again after every arm's window has lost it, in every arm.
+
+    Args:
+        model: a retrofitted model.
+        text: token ids, shape (T,).
+        length: tokens of the stretch that ends with the span; it begins anywhere in the text.
+        rng: source of randomness.
+        window: ``(window_size, num_sinks)`` of the memory.
+    """
+    begin, kept = rng.randrange(len(text) - length + 1), length - SEGMENT
+    place = begin + rng.randint(window[1], kept - SEGMENT - sum(equal_window(model, window)))
+    ids = torch.cat((text[begin : begin + kept], text[place : place + SEGMENT])).long()[None]
+    return {arm: _losses(model, arm, ids, kept, window) for arm in arms_of(model)}
+
+
+def measure_spans(losses: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """For each arm its mean loss, by how much it is below that of the window, and the standard error of that.
+
+    Args:
+        losses: of each span, by arm, one value for each token.
+    """
+    results: dict[str, Any] = {}
+    for arm in losses[0]:
+        by_span = [float(span[arm].mean()) for span in losses]
+        gains = torch.tensor([float(span["window"].mean()) for span in losses]) - torch.tensor(by_span)
+        error = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else None
+        results[arm] = {"loss": sum(by_span) / len(by_span), "gain": float(gains.mean()), "gain_error": error}
+        results[arm]["by_span"] = by_span
+    return results
+
+
+def _losses(model: Any, arm: str, ids: Tensor, start: int, window: tuple[int, int] | None) -> Tensor:
+    """Losses of the first row."""
+    with use_arm(model, arm, window):
+        return arm_losses(model, ids, start=start, arms=["memory"])["memory"][0].double().cpu()
 
 
 def measure(losses: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -117,19 +168,36 @@ def jackknife(losses: dict[str, list[float]]) -> float | None:
 @contextmanager
 def swapped_memories(model: Any) -> Iterator[None]:
     """Of two texts side by side, each reads the other's memory: what is left of the gain is not about this text."""
-    memories = [m.memory.compressor for m in model.modules() if isinstance(m, HippocampalAttention)]
 
-    def swap(scan: Any) -> Any:
+    def swap_scan(scan: Any) -> Any:
         def swapped(state: Any, q: Tensor, *tokens: Any) -> tuple[Tensor, Any]:
             reading, after = scan(state, q.flip(0), *tokens)
             return reading.flip(0), after
 
         return swapped
 
+    def swap_push(push: Any) -> Any:
+        def swapped(kept: Any, leaving: Any) -> Any:
+            seen, leaving, after = push(kept, leaving)
+            if seen is not None:
+                turned = {name: getattr(seen, name).flip(0) for name in ("k", "v", "first", "last")}
+                turn = None if seen.turn is None else type(seen.turn)(*(u.flip(0) for u in seen.turn))
+                seen = replace(seen, **turned, turn=turn)
+            return seen, leaving, after
+
+        return swapped
+
+    stores = stores_of(model)
+    memories: list[Any] = [store.compressor for store in stores if store.compressor is not None]
+    policies: list[Any] = [store.eviction for store in stores]
     for memory in memories:
-        memory.scan = swap(memory.scan)
+        memory.scan = swap_scan(memory.scan)
+    for policy in policies:
+        policy.push = swap_push(policy.push)
     try:
         yield
     finally:
         for memory in memories:
             del memory.scan
+        for policy in policies:
+            del policy.push

@@ -138,6 +138,8 @@ def learn(model: Any, encode: Any, documents: list[Tensor], options: argparse.Na
         found_loss.loss.backward()
         log["losses"].append(found_loss.loss.item())
         bar.set_postfix(loss=f"{sum(log['losses'][-10:]) / len(log['losses'][-10:]):.3f}")
+        if len(log["losses"]) % 50 == 0:
+            save_adapter(model, options.output)
     return log
 
 
@@ -146,7 +148,11 @@ def steps(
     options: argparse.Namespace, seed: int,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """Batches, with a step of the optimiser after each, under a cosine schedule."""
-    crops = PlantedCrops(documents, options.length, number_of * options.batch, encode, seed=3 * options.seed + seed)
+    more = max(1.0, options.length / 4096)  # as many facts for each token in a long text
+    crops = PlantedCrops(
+        documents, options.length, number_of * options.batch, encode, facts=(round(6 * more), round(14 * more)),
+        copies=(0, round(4 * more)), seed=3 * options.seed + seed,
+    )  # fmt: skip
     loader = DataLoader(crops, options.batch, num_workers=options.workers, collate_fn=collate)
     if parameters:
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
@@ -258,7 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compressor", choices=sorted(Compressor.by_name), help="takes what is not kept; default: none, it is lost")
     add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
     add("--batch", type=positive, default=1, help="texts a step (default: 1)")
-    add("--score-steps", type=count, default=80, help="steps of the first stage (default: 80)")
+    add("--score-steps", type=count, default=120, help="steps of the first stage (default: 120)")
     add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
     add("--steps", type=count, default=20, help="steps of the third stage (default: 20)")
     add(

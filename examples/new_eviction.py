@@ -18,11 +18,11 @@ from ahn_layers import (
     Eviction,
     GatedDeltaNet,
     HippocampalCache,
-    MemoryStore,
     check_eviction,
     empty_slots,
     keep_best,
     retrofit,
+    window_only,
 )
 
 
@@ -61,17 +61,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, **sizes)).eval()
-    retrofit(model, GatedDeltaNet, window_size=60, num_sinks=4)
+    retrofit(model, GatedDeltaNet, window_size=60, num_sinks=4, eviction=LargestKeys(args.slots))
     ids, cache = torch.randint(256, (1, args.tokens)), HippocampalCache()
-    with torch.no_grad():
-        before = model(ids).logits[0, -1]
-    for module in model.modules():
-        if isinstance(module, MemoryStore):
-            module.eviction = LargestKeys(args.slots)
     text = model.generate(ids, cache=cache, max_new_tokens=args.new_tokens, do_sample=False)
     print(f"{text.shape[1]} tokens read or written, {cache.nbytes:,} bytes held")
+    with torch.no_grad(), window_only(model):
+        without = model(ids).logits[0, -1]
     with torch.no_grad():
-        gap = (before - model(ids).logits[0, -1]).abs().max().item()
+        gap = (without - model(ids).logits[0, -1]).abs().max().item()
     print(f"the kept tokens move the last logits by up to {gap:.3f}")
     return {"cache": cache, "gap": gap}
 

@@ -105,7 +105,7 @@ def test_scale_and_softcap_reach_the_slots(options):
 @pytest.mark.parametrize("chunk", [1, 7, 128])
 def test_the_running_choice_equals_one_made_token_by_token(slots, chunk, monkeypatch):
     """With ties, gaps, infinities and numbers that are none."""
-    monkeypatch.setattr("ahn_layers.ops.top_slots._CHUNK", chunk)
+    monkeypatch.setattr("ahn_layers.ops.top_slots._CHUNK", {"cpu": chunk})
     count, rows, heads = 60, 2, 3
     priority = torch.randint(0, 9, (rows, heads, count)).double()
     priority[priority == 8], priority[priority == 7] = float("nan"), float("-inf")

@@ -7,8 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_CHUNK = 128
-"""Arrivals compared with each other at once."""
+_CHUNK = {"cpu": 128}
+"""Arrivals compared with each other at once, by device type."""
+_LARGE_CHUNK = 512
+"""On any other device, where launches cost more than comparisons."""
 
 Chosen = tuple[Int[Tensor, "b g e+n"], Int[Tensor, "b g n"], Int[Tensor, "b g e"], Int[Tensor, "b g"]]
 
@@ -38,12 +40,15 @@ def running_top(
     slots, count, device = held.shape[2], arriving.shape[2], held.device
     priority = torch.cat((held, arriving), dim=2)
     priority = torch.where(priority.isnan(), float("-inf"), priority)
+    if count == 1:
+        return _one_more(priority, filled, where.squeeze(2))
     here = torch.arange(slots, device=device) < filled.unsqueeze(2)
     kept = torch.arange(slots, device=device).expand_as(here)
     lost_at = torch.full_like(priority, count, dtype=torch.long)
     loser = torch.full_like(arriving, slots + count, dtype=torch.long)
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
+    size = _CHUNK.get(device.type, _LARGE_CHUNK)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
         index = torch.cat(
             (kept, torch.arange(slots + start, slots + stop, device=device).expand(*kept.shape[:2], -1)), 2
         )
@@ -68,7 +73,25 @@ def _lost(priority: Tensor, valid: Tensor, slots: int) -> Tensor:
     number = torch.arange(priority.shape[2], device=priority.device)
     mine, other = priority.unsqueeze(3), priority.unsqueeze(2)
     better = valid.unsqueeze(2) & ((other > mine) | ((other == mine) & (number < number.unsqueeze(1))))
-    total = better[..., :slots].sum(dim=3, keepdim=True) + better[..., slots:].cumsum(dim=3)
+    total = better[..., :slots].sum(dim=3, keepdim=True, dtype=torch.int32) + better[..., slots:].cumsum(
+        dim=3, dtype=torch.int32
+    )
     first = (total < slots).sum(dim=3)
     at = torch.maximum(first, (number - slots).clamp(min=0))  # not before it is there
     return torch.where(valid, at, count)
+
+
+def _one_more(priority: Tensor, filled: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``running_top`` of a single arrival: the least of all is lost if there is no room, the youngest of equal ones."""
+    slots = priority.shape[2] - 1
+    number = torch.arange(slots + 1, device=priority.device)
+    there = (number < filled.unsqueeze(2)) | ((number == slots) & where.unsqueeze(2))
+    value = torch.where(there, priority, float("inf"))
+    least = there & (value == value.amin(dim=2, keepdim=True))
+    least = torch.where(least, number, -1).amax(dim=2)
+    lost = where & (filled == slots)
+    lost_at = 1 - (lost.unsqueeze(2) & (number == least.unsqueeze(2))).long()
+    slot, comes = number[:slots], where & ~lost
+    kept = slot + (lost.unsqueeze(2) & (slot >= least.unsqueeze(2)))
+    kept = torch.where(comes.unsqueeze(2) & (slot == filled.unsqueeze(2)), slots, kept)
+    return lost_at, torch.where(lost, least, slots + 1).unsqueeze(2), kept, filled + comes

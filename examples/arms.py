@@ -1,0 +1,136 @@
+"""What a memory is compared with: full attention, the window alone, and each part of the memory alone.
+
+Every arm but full attention keeps as many tokens without loss: an arm without slots gets a window that is longer by
+their number.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ahn_layers import FoldAll, HippocampalAttention, MemoryStore, full_attention, window_only
+
+
+def arms_of(model: nn.Module) -> tuple[str, ...]:
+    """The arms of a model, ``memory`` last; ``compressor`` and ``slots`` only where each is one part of the memory.
+
+    Args:
+        model: a retrofitted model.
+    """
+    both = slots_of(model) > 0 and any(store.compressor is not None for store in stores_of(model))
+    return ("full", "window", *(("compressor", "slots") if both else ()), "memory")
+
+
+@contextmanager
+def use_arm(model: nn.Module, arm: str, window: tuple[int, int] | None = None) -> Iterator[None]:
+    """Within this context the model is one arm. A cache belongs to the arm that filled it.
+
+    Args:
+        model: a retrofitted model.
+        arm: ``full``, ``window`` (sinks and window alone), ``compressor`` (no slots: every token that leaves the window
+            is folded), ``slots`` (no compressor: what the slots do not keep is lost) or ``memory`` (as it is).
+        window: ``(window_size, num_sinks)`` of the memory, its own by default. The arms without slots get a longer one.
+
+    Raises:
+        ValueError: if there is no such arm, or the model has no memory.
+    """
+    kinds: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+        "full": full_attention,
+        "window": window_only,
+        "compressor": lambda model: _changed(model, "eviction", lambda _: FoldAll()),
+        "slots": lambda model: _changed(model, "compressor", lambda _: None),
+        "memory": lambda _: nullcontext(),
+    }
+    if arm not in kinds:
+        raise ValueError(f"arm={arm!r}: expected one of {', '.join(kinds)}.")
+    size, sinks = window or own_window(model)
+    longer = arm in ("window", "compressor")
+
+    def resized(store: MemoryStore) -> Any:
+        more = _slots(store) if longer else 0
+        return replace(store.window, window_size=size + more, num_sinks=sinks)
+
+    with _changed(model, "window", resized), kinds[arm](model):
+        yield
+
+
+def positioned(model: nn.Module, sink_positions: Any) -> AbstractContextManager[None]:
+    """The model with another way to position its sinks."""
+    return _changed(model, "window", lambda store: replace(store.window, sink_positions=sink_positions))
+
+
+@contextmanager
+def _changed(model: nn.Module, attribute: str, make: Callable[[MemoryStore], Any]) -> Iterator[None]:
+    """The model with another window, eviction or compressor in every memory."""
+    stores = stores_of(model)
+    before = [getattr(store, attribute) for store in stores]
+    try:
+        for store in stores:
+            setattr(store, attribute, make(store))
+        yield
+    finally:
+        for store, value in zip(stores, before, strict=True):
+            setattr(store, attribute, value)
+
+
+def stores_of(model: nn.Module) -> list[MemoryStore]:
+    """The memories of a model, by layer.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    stores = [m.store for m in model.modules() if isinstance(m, HippocampalAttention)]
+    if not stores:
+        raise ValueError(f"{type(model).__name__} has no memory: call retrofit(model, ...) first.")
+    return stores
+
+
+def own_window(model: nn.Module) -> tuple[int, int]:
+    """``(window_size, num_sinks)`` of a retrofitted model."""
+    window = stores_of(model)[0].window
+    return window.window_size, window.num_sinks
+
+
+def slots_of(model: nn.Module) -> int:
+    """Evicted tokens that each key/value head keeps, 0 without slots; the most in any layer."""
+    return max(map(_slots, stores_of(model)))
+
+
+def _slots(store: MemoryStore) -> int:
+    return int(getattr(store.eviction, "num_slots", 0))
+
+
+def equal_window(model: nn.Module, window: tuple[int, int]) -> tuple[int, int]:
+    """``(window_size, num_sinks)`` of the arms without slots, for a memory with this window."""
+    return window[0] + slots_of(model), window[1]
+
+
+def called(model: nn.Module, window: tuple[int, int]) -> str:
+    """The capacity of a memory with this window, for tables."""
+    slots = slots_of(model)
+    return f"{window[0]}+{window[1]}" + (f"+{slots} slots" if slots else "")
+
+
+def arm_bytes(model: nn.Module, arm: str, window: tuple[int, int], length: int) -> int:
+    """Bytes of an arm's cache for one text, in the retrofitted layers.
+
+    Args:
+        model: a retrofitted model.
+        arm: see ``use_arm``.
+        window: ``(window_size, num_sinks)`` of the memory.
+        length: tokens of the text; the other arms than ``full`` are counted with every window and slot full.
+    """
+    total = 0
+    with use_arm(model, arm, window):
+        for block in (m for m in model.modules() if isinstance(m, HippocampalAttention)):
+            like, sizes = block.found.like, block.found.sizes
+            if arm == "full":
+                per_token = sizes["num_kv_heads"] * (sizes["head_dim"] + sizes["value_dim"])
+                total += length * per_token * like.element_size()
+            else:
+                store = block.store.without_memory() if arm == "window" else block.store
+                total += store.bytes_per_row(like, **sizes)
+    return total

@@ -8,8 +8,9 @@ model's own answers. Facts are hidden in the text of Python's reference manual, 
 the model is asked for facts in other wordings that have left the window: with full attention, with a window that holds
 as many tokens, and with the slots.
 
-Writes an adapter and a picture. On a GPU, longer texts and more of them: ``--length 4096 --batch 4 --score-steps 400
---steps 180``.
+Writes an adapter and a picture. With ``--ask ADAPTER`` it asks with a memory that is trained already; one comes with
+the repository: ``--ask examples/adapters/smollm2-135m-instruct-slots``. On a GPU, longer texts and more of them:
+``--length 4096 --batch 4 --score-steps 240 --steps 160``.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from ahn_layers.distillation import (
     freeze_base,
     learn_scores,
     retrieval_heads,
+    salient_slots,
     set_rates,
     soft_slots,
     use_window,
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and measure.
 
     Returns:
-        ``recall``: right answers by arm and task; ``of``: questions of each task; ``adapter``: where it was saved.
+        ``recall``: right answers by arm and task; ``of``: questions of each task; ``adapter``: where it is.
     """
     options = parse(arguments)
     random.seed(options.seed)
@@ -73,10 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
         compressor = Compressor.by_name[options.compressor] if options.compressor else None
         sizes = {"window_size": options.window, "num_sinks": options.sinks}
-        if options.start_from is None:
+        if options.ask is None:
             retrofit(model, compressor, eviction=SalientSlots(options.slots), **sizes)
         else:
-            load_adapter(model, options.start_from, **sizes)
+            load_adapter(model, options.ask)
+            (options.window, options.sinks, options.slots) = sizes_of(model)
         documents = tokenize(tokenizer, texts, "texts")
         train, held_out = split(documents, options.held_out)
     except (OSError, ValueError, RuntimeError) as error:
@@ -87,15 +90,27 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     begun = time.perf_counter()
     recall = measure(model, encode, held_out, options, ("full attention", "window"))
-    log = learn(model, encode, train, options)
+    log: dict[str, list[float]] = {"score_errors": [], "losses": []}
+    if options.ask is None:
+        learn(model, encode, train, options, log)
+        save_adapter(model, options.output)
     recall |= measure(model, encode, held_out, options, ("slots",))
-    save_adapter(model, options.output)
     results = {"recall": recall, "of": options.questions, "seconds": time.perf_counter() - begun, **log}
     (options.output / "recall.json").write_text(json.dumps(results, indent=1) + "\n")
     print("\n" + format_table(results, options))
     plot(results, options.output / "recall.png")
-    print(f"{results['seconds'] / 60:.1f} minutes. Adapter, figures and picture: {options.output}")
-    return results | {"adapter": options.output}
+    print(f"{results['seconds'] / 60:.1f} minutes. All of this is in {options.output}")
+    return results | {"adapter": options.ask or options.output}
+
+
+def sizes_of(model: Any) -> tuple[int, int, int]:
+    """Window, sinks and slots of a model.
+
+    Raises:
+        ValueError: if it has no slots.
+    """
+    slots = salient_slots(model)[0].num_slots
+    return model.hippocampus.window.window_size, model.hippocampus.window.num_sinks, slots
 
 
 def split(documents: list[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -106,9 +121,10 @@ def split(documents: list[Tensor], share: float) -> tuple[list[Tensor], list[Ten
     ]
 
 
-def learn(model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace) -> dict[str, list[float]]:
-    """The three stages; returns the errors and losses on the way."""
-    log: dict[str, list[float]] = {"score_errors": [], "losses": []}
+def learn(
+    model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, log: dict[str, list[float]]
+) -> None:
+    """The three stages; errors and losses on the way go to the log."""
     named = dict(adapter_parameters(model))
     scores = [p for name, p in named.items() if ".eviction." in name and "log_rate" not in name]
     for bar, batch in steps(options.score_steps, "1. attention to come", scores, 2e-3, encode, documents, options, 0):
@@ -140,7 +156,6 @@ def learn(model: Any, encode: Any, documents: list[Tensor], options: argparse.Na
         bar.set_postfix(loss=f"{sum(log['losses'][-10:]) / len(log['losses'][-10:]):.3f}")
         if len(log["losses"]) % 50 == 0:
             save_adapter(model, options.output)
-    return log
 
 
 def steps(
@@ -148,11 +163,9 @@ def steps(
     options: argparse.Namespace, seed: int,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
     """Batches, with a step of the optimiser after each, under a cosine schedule."""
-    more = max(1.0, options.length / 4096)  # as many facts for each token in a long text
-    crops = PlantedCrops(
-        documents, options.length, number_of * options.batch, encode, facts=(round(6 * more), round(14 * more)),
-        copies=(0, round(4 * more)), seed=3 * options.seed + seed,
-    )  # fmt: skip
+    if not number_of:
+        return
+    crops = PlantedCrops(documents, options.length, number_of * options.batch, encode, seed=3 * options.seed + seed)
     loader = DataLoader(crops, options.batch, num_workers=options.workers, collate_fn=collate)
     if parameters:
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
@@ -243,9 +256,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
     left.set(ylabel="right answers, %", ylim=(0, 105), title="Facts that have left the window")
     left.legend(fontsize=8)
     for name, label in (("score_errors", "error of the scores"), ("losses", "loss of the answers")):
-        right.plot(results[name], label=label)
-    right.set(xlabel="step", yscale="log", title="Training")
-    right.legend(fontsize=8)
+        if results[name]:
+            right.plot(results[name], label=label)
+    if results["losses"] or results["score_errors"]:
+        right.set(xlabel="step", yscale="log", title="Training")
+        right.legend(fontsize=8)
+    else:
+        right.set_axis_off()
     figure.savefig(path, dpi=120)
 
 
@@ -260,7 +277,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--window", type=positive, default=128, help="most recent tokens kept (default: 128)")
     add("--sinks", type=count, default=32, help="first tokens kept (default: 32)")
     add("--slots", type=positive, default=352, help="evicted tokens kept in each key/value head (default: 352)")
-    add("--start-from", help="adapter with slots to go on from")
+    add("--ask", help="an adapter with slots: ask the questions with it, and learn nothing")
     add("--compressor", choices=sorted(Compressor.by_name), help="takes what is not kept; default: none, it is lost")
     add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
     add("--batch", type=positive, default=1, help="texts a step (default: 1)")

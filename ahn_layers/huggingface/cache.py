@@ -52,10 +52,10 @@ class HippocampalCache(DynamicCache):
         self._recording = True
         super().activate_past_recording()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last tokens, see ``MemoryLayer.crop``."""
         settle(self)
-        super().crop(tokens_to_remove)
+        super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""

@@ -21,7 +21,7 @@ from ahn_layers import (
 from ahn_layers.distillation import use_window
 
 from .methods import COMPRESSORS, LargestKeys
-from .models import base, generate, logits, retrofitted, tokens
+from .models import FAMILIES, base, generate, logits, retrofitted, tokens
 
 B, H, G, D, N, T = 2, 4, 2, 8, 10, 40
 SINKS, WINDOW = 2, 5
@@ -238,3 +238,34 @@ def test_every_layer_has_its_own_policy():
     policies = [module.memory.eviction for module in model.modules() if isinstance(module, HippocampalAttention)]
     assert len({id(policy) for policy in policies} | {id(given)}) == len(policies) + 1
     assert not any(isinstance(policy, FoldAll) for policy in policies)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name):
+    """One pass equals token by token, and padded rows equal the rows alone."""
+    model, ids = retrofitted(name, eviction=SalientSlots(5)), tokens(1, 40)
+    tolerance = FAMILIES[name].tolerance
+    whole = logits(model, ids)
+    torch.testing.assert_close(logits(model, ids, [25, *[1] * 15]), whole, rtol=0, atol=tolerance)
+    assert (whole - logits(retrofitted(name), ids)).abs().max() > 10 * tolerance
+
+
+@pytest.mark.parametrize("positions", ["compact", "absolute"])
+def test_packed_texts_equal_texts_alone(positions):
+    model = retrofitted(eviction=SalientSlots(5, positions=positions))
+    one, two = tokens(1, 30, seed=1), tokens(1, 25, seed=2)
+    place = torch.cat((torch.arange(30), torch.arange(25)))[None]
+    packed = logits(model, torch.cat((one, two), dim=1), position_ids=place)
+    torch.testing.assert_close(packed[:, :30], logits(model, one), rtol=0, atol=1e-9)
+    torch.testing.assert_close(packed[:, 30:], logits(model, two), rtol=0, atol=1e-9)
+
+
+def test_inside_the_window_the_model_is_the_base_model_bit_by_bit():
+    ids = tokens(2, 8)
+    assert torch.equal(logits(retrofitted(eviction=SalientSlots(5)), ids), logits(base(), ids))
+
+
+def test_slots_for_everything_are_full_attention():
+    model, ids = retrofitted(compressor=None, eviction=SalientSlots(60)), tokens(2, 50)
+    torch.testing.assert_close(logits(model, ids), logits(base(), ids), rtol=0, atol=1e-9)
+    torch.testing.assert_close(logits(model, ids, 1), logits(base(), ids), rtol=0, atol=1e-9)

@@ -46,7 +46,7 @@ class Eviction(nn.Module, ABC):
         ValueError: where a subclass is defined, if there is another one of that name.
 
     Examples:
-        >>> class LargestKeys(Eviction):
+        >>> class BiggestValues(Eviction):
         ...     def __init__(self, num_slots):
         ...         super().__init__()
         ...         self.num_slots = num_slots
@@ -55,7 +55,7 @@ class Eviction(nn.Module, ABC):
         ...         return empty_slots(like, self.num_slots)
         ...
         ...     def push(self, kept, leaving):
-        ...         return keep_best(kept, leaving, lambda tokens: tokens.k.norm(dim=-1))
+        ...         return keep_best(kept, leaving, lambda tokens: tokens.v.norm(dim=-1))
     """
 
     by_name: ClassVar[MutableMapping[str, type["Eviction"]]] = WeakValueDictionary()

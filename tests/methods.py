@@ -18,7 +18,7 @@ RELEASED = [DeltaNet, GatedDeltaNet, Mamba2]
 """Those of the paper, of which there are released weights and golden files."""
 
 
-class LargestKeys(Eviction):
+class BiggestKeys(Eviction):
     """Every key/value head keeps the tokens with its largest keys."""
 
     def __init__(self, num_slots):
@@ -34,11 +34,11 @@ class LargestKeys(Eviction):
 
 EVICTIONS = {
     "FoldAll": (FoldAll, {}),
-    "no slots": (LargestKeys, {"num_slots": 0}),
-    "one slot": (LargestKeys, {"num_slots": 1}),
-    "a few slots": (LargestKeys, {"num_slots": 5}),
+    "no slots": (BiggestKeys, {"num_slots": 0}),
+    "one slot": (BiggestKeys, {"num_slots": 1}),
+    "a few slots": (BiggestKeys, {"num_slots": 5}),
     "salient, learned": (SalientSlots, {"num_slots": 5}),
     "salient, by values, ageing": (SalientSlots, {"num_slots": 4, "score": "value_norm", "rate": 0.1}),
-    "slots for all": (LargestKeys, {"num_slots": 50}),
+    "slots for all": (BiggestKeys, {"num_slots": 50}),
 }
 """Classes and what they are made with."""

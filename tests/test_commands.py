@@ -6,6 +6,7 @@ the project. What takes seconds is run as it stands, with small models of random
 
 import argparse
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -13,6 +14,8 @@ import sys
 from functools import cache
 
 import pytest
+
+from ahn_layers import SalientSlots
 
 from .small_models import install
 from .test_docs import FENCE, PAGES, ROOT, fences, markdown, page_name
@@ -199,10 +202,13 @@ def test_a_chat_takes_the_shipped_adapters(adapter, options, run, tmp_path, monk
     run("examples/llama.py", ["--adapter", f"examples/adapters/{adapter.name}", "--prompt", "Hello", *options])
     record = given["model"].hippocampus
     wanted = dict(zip(options[::2], map(int, options[1::2]), strict=True))
-    assert record.window.window_size == wanted.get("--window", 480)
+    described = json.loads((adapter / "adapter.json").read_text())
+    assert record.window.window_size == wanted.get("--window", described["window_size"])
     assert record.window.num_sinks == wanted.get("--sinks", 32)
     assert record.options == ({"shared_state": True} if "shared" in adapter.name else {})
-    assert record.memory_positions == ("absolute" if "shared" in adapter.name else "none")
+    assert record.memory_positions == ("none" if adapter.name.endswith("-gdn") else "absolute")
+    slots = [module for module in given["model"].modules() if isinstance(module, SalientSlots)]
+    assert len(slots) == (30 if "slots" in adapter.name else 0)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -22,7 +22,7 @@ from ahn_layers.fingerprint import memory_identity
 from ahn_layers.ops.top_slots import running_top
 
 from . import oracle
-from .methods import COMPRESSORS, EVICTIONS, LargestKeys
+from .methods import COMPRESSORS, EVICTIONS, BiggestKeys
 from .models import generate, logits, retrofitted, tokens
 
 B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 26
@@ -63,7 +63,7 @@ def test_the_contract(eviction):
 @pytest.mark.parametrize("shared_state", [False, True])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_any_cutting_equals_the_oracle(compressor, shared_state, num_slots, padded):
-    store, inputs = make(compressor, LargestKeys(num_slots), shared_state=shared_state)
+    store, inputs = make(compressor, BiggestKeys(num_slots), shared_state=shared_state)
     valid = torch.rand(B, T) < 0.7 if padded else None
     expected, states = oracle.best_slots(store.compressor, SINKS, WINDOW, num_slots, *inputs, valid)
     for cuts in ([], range(1, T), [3, 7, 8, 20, 21]):
@@ -74,10 +74,10 @@ def test_any_cutting_equals_the_oracle(compressor, shared_state, num_slots, padd
 
 
 def test_no_slots_fold_everything_and_slots_for_all_lose_nothing():
-    store, inputs = make(eviction=LargestKeys(0))
+    store, inputs = make(eviction=BiggestKeys(0))
     plain = MemoryStore(store.window, store.compressor)
     torch.testing.assert_close(run(store, inputs)[0], run(plain, inputs)[0], rtol=0, atol=1e-12)
-    everything = MemoryStore(store.window, store.compressor, eviction=LargestKeys(T))
+    everything = MemoryStore(store.window, store.compressor, eviction=BiggestKeys(T))
     q, k, v, _ = inputs
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     out, state = run(everything, inputs, [9])
@@ -87,7 +87,7 @@ def test_no_slots_fold_everything_and_slots_for_all_lose_nothing():
 
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"scale": 0.1}], ids=str)
 def test_scale_and_softcap_reach_the_slots(options):
-    store, inputs = make(eviction=LargestKeys(T))
+    store, inputs = make(eviction=BiggestKeys(T))
     full, attention = MemoryStore(Window(T), None), SoftmaxAttention(**options)
     with torch.no_grad():
         expected, _ = full(*inputs, attention=attention)
@@ -130,7 +130,7 @@ def test_the_running_choice_equals_one_made_token_by_token(slots, chunk, monkeyp
             assert (lost_at[b, h, [slots + i for i in mine]] == count).all()
 
 
-class Twice(LargestKeys):
+class SeenAndFolded(BiggestKeys):
     """Passes on what it also keeps."""
 
     def push(self, kept, leaving):
@@ -138,12 +138,12 @@ class Twice(LargestKeys):
         return seen, leaving, after
 
 
-class Forgets(LargestKeys):
+class Forgets(BiggestKeys):
     def push(self, kept, leaving):
         return None, super().push(kept, leaving)[1], super().push(kept, leaving)[2]
 
 
-class InPlace(LargestKeys):
+class InPlace(BiggestKeys):
     def push(self, kept, leaving):
         seen, gone, after = super().push(kept, leaving)
         kept["filled"].copy_(after["filled"])
@@ -158,18 +158,18 @@ class Growing(Eviction):
         return None, leaving, {"count": torch.cat((kept["count"], leaving.tokens.k[:, 0, :, 0]), dim=1)}
 
 
-class MixesHeads(LargestKeys):
+class MixesHeads(BiggestKeys):
     def push(self, kept, leaving):
         mean = lambda t: t.k.norm(dim=-1).mean(dim=1, keepdim=True).expand(t.k.shape[:3])
         return keep_best(kept, leaving, mean)
 
 
-class MixesRows(LargestKeys):
+class MixesRows(BiggestKeys):
     def push(self, kept, leaving):
         return keep_best(kept, leaving, lambda t: t.k.norm(dim=-1).mean(dim=0, keepdim=True).expand(t.k.shape[:3]))
 
 
-class CountsInCalls(LargestKeys):
+class CountsInCalls(BiggestKeys):
     """A priority that depends on where in its call a token stands."""
 
     def push(self, kept, leaving):
@@ -177,7 +177,7 @@ class CountsInCalls(LargestKeys):
 
 
 BROKEN = {
-    Twice: "each exactly once",
+    SeenAndFolded: "each exactly once",
     Forgets: "each exactly once",
     InPlace: "push changed what it was given",
     Growing: "what is carried has a fixed size",
@@ -194,13 +194,13 @@ def test_a_broken_contract_is_explained(eviction, unchecked):
 
 
 def test_mistakes_are_named(unchecked):
-    store, inputs = make(eviction=LargestKeys(3))
+    store, inputs = make(eviction=BiggestKeys(3))
     _, state = run(store, inputs)
-    for other in (None, LargestKeys(4)):
+    for other in (None, BiggestKeys(4)):
         with pytest.raises(ValueError, match="continue it with a store of the same eviction"):
             MemoryStore(store.window, store.compressor, eviction=other)(*inputs, state)
     with pytest.raises(ValueError, match="num_slots=-1"):
-        make(eviction=LargestKeys(-1))[0](*inputs)
+        make(eviction=BiggestKeys(-1))[0](*inputs)
     with pytest.raises(ValueError, match="priority returned"):
         keep_best(empty_slots(state.slots, 2), _leaving(state.slots), lambda t: t.k.norm(dim=(1, 3)))
 
@@ -223,14 +223,14 @@ def test_files_of_states_from_before_evictions_load(tmp_path):
 def test_a_score_rides_beside_the_tokens():
     """An eviction's own gates are kept with the tokens, and the compressor does not see them."""
 
-    class Scored(LargestKeys):
+    class Rated(BiggestKeys):
         def gates(self, x, k, v):
             return {"score": x[..., :1].transpose(1, 2).expand(-1, G, -1)}
 
         def push(self, kept, leaving):
             return keep_best(kept, leaving, lambda t: t.gates["eviction.score"])
 
-    store, inputs = make(eviction=Scored(3))
+    store, inputs = make(eviction=Rated(3))
     whole, _ = run(store, inputs)
     out, state = run(store, inputs, range(1, T), inplace=True)
     torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
@@ -239,7 +239,7 @@ def test_a_score_rides_beside_the_tokens():
 
 
 POLICIES = {
-    "largest keys": lambda: LargestKeys(6),
+    "largest keys": lambda: BiggestKeys(6),
     "salient, learned": lambda: SalientSlots(6),
     "salient, by values": lambda: SalientSlots(6, score="value_norm", rate=0.02, positions="absolute"),
 }
@@ -299,7 +299,7 @@ def test_tokens_are_taken_back_with_their_slots(with_slots):
 def test_without_memory_leaves_out_an_eviction_that_was_assigned():
     store = MemoryStore(Window(WINDOW, num_sinks=SINKS))
     assert store.without_memory() is store
-    store.eviction = LargestKeys(3)
+    store.eviction = BiggestKeys(3)
     _, inputs = make()
     q, k, v, x = inputs
     plain, state = store.without_memory()(q, k, v)
@@ -312,7 +312,7 @@ def test_memory_identity_covers_the_weights_of_an_eviction():
         model = retrofitted()
         for module in model.modules():
             if isinstance(module, MemoryStore):
-                module.eviction = LargestKeys(3)
+                module.eviction = BiggestKeys(3)
                 module.eviction.score = torch.nn.Parameter(torch.full((2,), float(seed)))
         return model
 

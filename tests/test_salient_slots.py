@@ -20,7 +20,7 @@ from ahn_layers import (
 )
 from ahn_layers.distillation import use_window
 
-from .methods import COMPRESSORS, LargestKeys
+from .methods import COMPRESSORS, BiggestKeys
 from .models import FAMILIES, base, generate, logits, retrofitted, tokens
 
 B, H, G, D, N, T = 2, 4, 2, 8, 10, 40
@@ -129,13 +129,13 @@ def test_slots_and_every_compressor(compressor):
 
 
 def test_layers_may_differ():
-    eviction = {0: SalientSlots(3, score="key_norm"), 2: LargestKeys(4)}
+    eviction = {0: SalientSlots(3, score="key_norm"), 2: BiggestKeys(4)}
     model, cache = retrofitted(eviction=eviction), HippocampalCache()
     whole = logits(model, tokens(1, 40))
     torch.testing.assert_close(logits(model, tokens(1, 40), 7, cache), whole, rtol=0, atol=1e-9)
     assert [layer.state.kept["k"].shape[2] if layer.state.kept else 0 for layer in cache.layers] == [3, 0, 4]
     report = memory_report(model)
-    assert "3 slots (key_norm)" in report and "LargestKeys(num_slots=4)" in report and "FoldAll()" in report
+    assert "3 slots (key_norm)" in report and "BiggestKeys(num_slots=4)" in report and "FoldAll()" in report
 
 
 @pytest.mark.parametrize("compressor", [None, GatedDeltaNet])

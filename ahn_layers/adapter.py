@@ -1,24 +1,28 @@
 """The memory of a model in files: save it, load it into a model, check that both belong together."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import adapter_files
 from .adapter_files import Weights
-from .attention import HippocampalAttention
-from .compressor import Compressor
-from .eviction import RIDES, Eviction, FoldAll
-from .fingerprint import base_fingerprint, differences, whole
-from .peft import in_use
+from .description import (
+    Memory,
+    bound_options,
+    describe,
+    describe_adapter,
+    gather_weights,
+    is_described,
+    memories_of,
+    retrofit_as_described,
+    sizes_of,
+)
+from .eviction import RIDES, FoldAll
+from .fingerprint import differences
 from .record import Retrofitted, find_retrofitted
-from .retrofit import retrofit
 from .undo import unchanged_on_failure
-from .version import __version__
 
 Checked = Literal["all", "weights", "nothing"]
 """What of the base is compared: config and weights, weights alone, or nothing."""
@@ -98,97 +102,13 @@ def load_checked(
                 f"{source}: released memories were trained with memory_positions='absolute', the model was retrofitted "
                 f"with {record.memory_positions!r}."
             )
-        memories = _memories(inner)
+        memories = memories_of(inner)
         if description is None:  # released files know compressors alone
             memories = {index: memory._replace(eviction=FoldAll()) for index, memory in memories.items()}
         updates = _match(memories, files.weights, source)
         files.check_hash()
         _write_parameters(updates, keep_dtype)
     return model
-
-
-def is_described(inner: nn.Module, record: Retrofitted) -> bool:
-    """Whether there is anything to save beside the sizes of the window."""
-    return record.compressor is not None or bool(_describe_evictions(inner))
-
-
-def describe(inner: nn.Module, record: Retrofitted) -> dict[str, Any]:
-    """What ``retrofit`` was asked for, as JSON values.
-
-    Raises:
-        ValueError: if the options of the compressor or an eviction are no JSON values.
-    """
-    try:
-        options = json.loads(json.dumps(record.options))
-    except TypeError as error:
-        raise ValueError(
-            f"compressor_options={record.options!r}: cannot be written as JSON ({error}). Use numbers, texts, lists."
-        ) from error
-    evictions = _describe_evictions(inner)
-    return {
-        # earlier versions of this library must not read what they would not understand
-        "format_version": adapter_files.FORMAT_VERSION if evictions else 1,
-        "library_version": __version__,
-        "compressor": record.compressor,
-        "compressor_options": options,
-        "window_size": record.window.window_size,
-        "num_sinks": record.window.num_sinks,
-        "sink_positions": record.window.sink_positions,
-        "memory_positions": record.memory_positions,
-        "layers": sorted(record.layers),
-    } | ({"evictions": evictions} if evictions else {})
-
-
-def _describe_evictions(inner: nn.Module) -> list[dict[str, Any]]:
-    """Every policy but ``FoldAll``, with the layers that have it."""
-    found: list[dict[str, Any]] = []
-    for index, memory in _memories(inner).items():
-        if isinstance(memory.eviction, FoldAll):
-            continue
-        one = {"eviction": type(memory.eviction).__name__, "options": memory.eviction.options()}
-        same = next((other for other in found if other.items() >= one.items()), None)
-        if same is None:
-            found.append(one | {"layers": [index]})
-        else:
-            same["layers"].append(index)
-    return found
-
-
-def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """What ``adapter.json`` says, except the hash of the weights; of the base weights in a given state dict."""
-    return describe(inner, record) | {
-        "sizes": _sizes(next(iter(_memories(inner).values())).compressor),
-        "base_model_type": inner.config.get_text_config(decoder=True).model_type,
-        "base_model": getattr(inner.config, "_name_or_path", "") or None,
-        "base": base_fingerprint(inner, given),
-    }
-
-
-def gather_weights(inner: nn.Module) -> Weights:
-    """The memory weights of a model, each in one piece."""
-    layers = _memories(inner)
-    return {i: {name: whole(u.detach()) for name, u in own.weights().items()} for i, own in layers.items()}
-
-
-def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:
-    """Retrofit a model the way that ``describe`` says."""
-    name = description["compressor"]
-    evictions = {
-        layer: Eviction.by_name[one["eviction"]](**one["options"])
-        for one in description.get("evictions", ())
-        for layer in one["layers"]
-    }
-    return retrofit(
-        model,
-        None if name is None else Compressor.by_name[name],
-        window_size=description["window_size"],
-        num_sinks=description["num_sinks"],
-        sink_positions=description["sink_positions"],
-        memory_positions=description["memory_positions"],
-        layers=description["layers"],
-        eviction=evictions or None,
-        **description["compressor_options"],
-    )
 
 
 def check_base_model(model: Any, description: dict[str, Any], source: str | Path, checked: Checked) -> None:
@@ -211,39 +131,6 @@ def _is_retrofitted(model: nn.Module) -> bool:
     return any(isinstance(module.__dict__.get("hippocampus"), Retrofitted) for module in model.modules())
 
 
-class _Memory(NamedTuple):
-    """What has weights in the memory of a layer."""
-
-    compressor: Compressor | None
-    eviction: Eviction
-
-    def weights(self) -> dict[str, Tensor]:
-        """Its weights, by the names that they have in files."""
-        own = {} if self.compressor is None else self.compressor.state_dict(keep_vars=True)
-        return own | {RIDES + name: u for name, u in self.eviction.state_dict(keep_vars=True).items()}
-
-
-def _memories(inner: nn.Module) -> dict[int, _Memory]:
-    memories = {}
-    for block in inner.modules():
-        if isinstance(block, HippocampalAttention):
-            compressor = None if block.memory.compressor is None else in_use(block.memory.compressor)
-            memory = _Memory(compressor, in_use(block.memory.eviction))  # type: ignore[arg-type]
-            memories[int(block.layer_idx)] = memory
-            for name, u in memory.weights().items():
-                if not isinstance(u, Tensor):
-                    raise ValueError(
-                        f"the memory of layer {block.layer_idx} was quantized ({name!r} is a {type(u).__name__}): save "
-                        "and load adapters before quantize_dynamic, or leave the memory out of it."
-                    )
-    return memories
-
-
-def _sizes(compressor: Compressor | None) -> dict[str, int] | None:
-    names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")
-    return None if compressor is None else {name: getattr(compressor, name) for name in names}
-
-
 def _check_window(record: Retrofitted, chosen: dict[str, int]) -> None:
     for name, size in chosen.items():
         if getattr(record.window, name) != size:
@@ -256,14 +143,15 @@ def _check_window(record: Retrofitted, chosen: dict[str, int]) -> None:
 def _check_memory(inner: nn.Module, record: Retrofitted, description: dict[str, Any], source: str | Path) -> None:
     own = describe(inner, record)
     facts = {name: own[name] for name in ("compressor", "compressor_options", "memory_positions", "layers")}
-    facts["sizes"] = _sizes(next(iter(_memories(inner).values())).compressor)
-    facts["evictions"] = own.get("evictions", [])
+    facts["sizes"] = sizes_of(next(iter(memories_of(inner).values())).compressor)
+    facts["evictions"], theirs = (bound_options(u.get("evictions", [])) for u in (own, description))
     for name, ours in facts.items():
-        if description.get(name, []) != ours:
-            raise ValueError(f"{source}: the adapter has {name}={description.get(name)!r}, the model has {ours!r}.")
+        found = theirs if name == "evictions" else description[name]
+        if found != ours:
+            raise ValueError(f"{source}: the adapter has {name}={found!r}, the model has {ours!r}.")
 
 
-def _match(memories: dict[int, _Memory], weights: Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
+def _match(memories: dict[int, Memory], weights: Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
     """Each parameter with its new value, every one of them checked."""
     with_weights = {index for index, memory in memories.items() if memory.weights()}
     if with_weights != weights.keys():

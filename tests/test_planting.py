@@ -301,6 +301,10 @@ def test_crops(module):
         assert 350 <= len(text) < 700 and torch.equal(text, text[0] + torch.arange(len(text)))
         planted = same.planted(i)
         assert torch.equal(planted.tokens, item) and planted.asked
+        mask = torch.zeros(700, dtype=torch.bool)
+        for asked in planted.asked:
+            mask[slice(*asked.answer)] = True
+        assert torch.equal(same[i]["answers"], mask) and same[i]["asked"] == planted.asked
     one_place = module.PlantedCrops([text_of(700)], 700, 2, words.encode)
     assert not torch.equal(one_place[0]["input_ids"], one_place[1]["input_ids"])  # other facts in the same text
     with pytest.raises(IndexError):

@@ -146,7 +146,13 @@ def test_an_adapter_knows_the_slots(compressor, tmp_path):
     assert torch.equal(logits(other, ids), logits(model, ids))
     fresh = retrofit(base(), compressor, window_size=6, num_sinks=2, eviction=SalientSlots(5, score_size=12))
     assert torch.equal(logits(load_adapter(fresh, tmp_path), ids), logits(model, ids))
-    for wrong in (SalientSlots(5), SalientSlots(4, score_size=12), None):
+    more = retrofit(base(), compressor, window_size=6, num_sinks=2, eviction=SalientSlots(9, score_size=12))
+    load_adapter(more, tmp_path)  # the weights do not depend on the number of slots
+    for module in model.modules():
+        if isinstance(module, SalientSlots):
+            module.num_slots = 9
+    assert torch.equal(logits(more, ids), logits(model, ids))
+    for wrong in (SalientSlots(5), SalientSlots(5, score_size=12, positions="absolute"), None):
         with pytest.raises(ValueError, match="the adapter has evictions="):
             load_adapter(retrofit(base(), compressor, window_size=6, num_sinks=2, eviction=wrong), tmp_path)
 

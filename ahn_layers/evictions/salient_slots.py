@@ -62,6 +62,8 @@ class SalientSlots(Eviction):
         torch.Size([1, 2, 8, 8])
     """
 
+    free_options = ("num_slots",)
+
     def __init__(
         self,
         num_slots: int,

@@ -169,7 +169,7 @@ class RetrofittedModel:
 
 
 def _retrofit(model: nn.Module, description: dict[str, Any]) -> nn.Module:
-    from ..adapter import retrofit_as_described
+    from ..description import retrofit_as_described
 
     return retrofit_as_described(model, description)
 

@@ -39,7 +39,7 @@ class SavePretrained(ModelMethod):
         **kwargs: Any,
     ) -> None:
         """Save as the model would; arguments as there. A folder that holds another saved model is overwritten."""
-        from ..adapter import describe, describe_adapter, gather_weights, is_described
+        from ..description import describe, describe_adapter, gather_weights, is_described
 
         model: Any = self.model
         folder, record, description = Path(save_directory), model.hippocampus, describe(model, model.hippocampus)

@@ -1,0 +1,151 @@
+"""What files say of a model's memory: how it was retrofitted, and its weights."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from . import adapter_files
+from .adapter_files import Weights
+from .attention import HippocampalAttention
+from .compressor import Compressor
+from .eviction import RIDES, Eviction, FoldAll
+from .fingerprint import base_fingerprint, whole
+from .peft import in_use
+from .record import Retrofitted
+from .retrofit import retrofit
+from .version import __version__
+
+
+class Memory(NamedTuple):
+    """What has weights in the memory of a layer."""
+
+    compressor: Compressor | None
+    eviction: Eviction
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its weights, by the names that they have in files."""
+        own = {} if self.compressor is None else self.compressor.state_dict(keep_vars=True)
+        return own | {RIDES + name: u for name, u in self.eviction.state_dict(keep_vars=True).items()}
+
+
+def memories_of(inner: nn.Module) -> dict[int, Memory]:
+    """The memory of each retrofitted layer, as PEFT runs it.
+
+    Raises:
+        ValueError: if one was quantized.
+    """
+    memories = {}
+    for block in inner.modules():
+        if isinstance(block, HippocampalAttention):
+            compressor = None if block.memory.compressor is None else in_use(block.memory.compressor)
+            memory = Memory(compressor, in_use(block.memory.eviction))  # type: ignore[arg-type]
+            memories[int(block.layer_idx)] = memory
+            for name, u in memory.weights().items():
+                if not isinstance(u, Tensor):
+                    raise ValueError(
+                        f"the memory of layer {block.layer_idx} was quantized ({name!r} is a {type(u).__name__}): save "
+                        "and load adapters before quantize_dynamic, or leave the memory out of it."
+                    )
+    return memories
+
+
+def sizes_of(compressor: Compressor | None) -> dict[str, int] | None:
+    """The sizes that a compressor was made for, None without one."""
+    names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")
+    return None if compressor is None else {name: getattr(compressor, name) for name in names}
+
+
+def is_described(inner: nn.Module, record: Retrofitted) -> bool:
+    """Whether there is anything to save beside the sizes of the window."""
+    return record.compressor is not None or bool(_describe_evictions(inner))
+
+
+def describe(inner: nn.Module, record: Retrofitted) -> dict[str, Any]:
+    """What ``retrofit`` was asked for, as JSON values.
+
+    Raises:
+        ValueError: if the options of the compressor or an eviction are no JSON values.
+    """
+    try:
+        options = json.loads(json.dumps(record.options))
+    except TypeError as error:
+        raise ValueError(
+            f"compressor_options={record.options!r}: cannot be written as JSON ({error}). Use numbers, texts, lists."
+        ) from error
+    evictions = _describe_evictions(inner)
+    return {
+        # earlier versions of this library must not read what they would not understand
+        "format_version": adapter_files.FORMAT_VERSION if evictions else 1,
+        "library_version": __version__,
+        "compressor": record.compressor,
+        "compressor_options": options,
+        "window_size": record.window.window_size,
+        "num_sinks": record.window.num_sinks,
+        "sink_positions": record.window.sink_positions,
+        "memory_positions": record.memory_positions,
+        "layers": sorted(record.layers),
+    } | ({"evictions": evictions} if evictions else {})
+
+
+def _describe_evictions(inner: nn.Module) -> list[dict[str, Any]]:
+    """Every policy but ``FoldAll``, with the layers that have it."""
+    found: list[dict[str, Any]] = []
+    for index, memory in memories_of(inner).items():
+        if isinstance(memory.eviction, FoldAll):
+            continue
+        one = {"eviction": type(memory.eviction).__name__, "options": memory.eviction.options()}
+        same = next((other for other in found if other.items() >= one.items()), None)
+        if same is None:
+            found.append(one | {"layers": [index]})
+        else:
+            same["layers"].append(index)
+    return found
+
+
+def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What ``adapter.json`` says, except the hash of the weights; of the base weights in a given state dict."""
+    return describe(inner, record) | {
+        "sizes": sizes_of(next(iter(memories_of(inner).values())).compressor),
+        "base_model_type": inner.config.get_text_config(decoder=True).model_type,
+        "base_model": getattr(inner.config, "_name_or_path", "") or None,
+        "base": base_fingerprint(inner, given),
+    }
+
+
+def gather_weights(inner: nn.Module) -> Weights:
+    """The memory weights of a model, each in one piece."""
+    layers = memories_of(inner)
+    return {i: {name: whole(u.detach()) for name, u in own.weights().items()} for i, own in layers.items()}
+
+
+def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:
+    """Retrofit a model the way that ``describe`` says."""
+    name = description["compressor"]
+    evictions = {
+        layer: Eviction.by_name[one["eviction"]](**one["options"])
+        for one in description.get("evictions", ())
+        for layer in one["layers"]
+    }
+    return retrofit(
+        model,
+        None if name is None else Compressor.by_name[name],
+        window_size=description["window_size"],
+        num_sinks=description["num_sinks"],
+        sink_positions=description["sink_positions"],
+        memory_positions=description["memory_positions"],
+        layers=description["layers"],
+        eviction=evictions or None,
+        **description["compressor_options"],
+    )
+
+
+def bound_options(evictions: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """By layer, the policies without the options that a user may choose for each model."""
+    return {
+        layer: {"eviction": one["eviction"]}
+        | {k: v for k, v in one["options"].items() if k not in Eviction.by_name[one["eviction"]].free_options}
+        for one in evictions
+        for layer in one["layers"]
+    }

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, TrainingArguments
 
 from ahn_layers import HippocampalAttention, SalientSlots, adapter_parameters, full_attention, retrofit
 from ahn_layers.distillation import (
+    DistillationTrainer,
     distillation_loss,
     freeze_base,
     learn_scores,
@@ -140,15 +141,12 @@ def test_visibility_hardens_and_waits():
     priority = torch.randn(2, 3, 50, dtype=torch.float64)
     first = torch.arange(50).expand(2, 3, -1)
     bias = soft_visibility(priority, first, torch.arange(0, 70), 8, 1e-6)
-    for query in (0, 64, 69):
-        gone = min(query, 63) // 64 * 64 if query < 64 else 50  # a threshold serves 64 queries
-        seen = bias[:, :, query].exp() > 0.5
-        assert not seen[..., query + 1 :].any()
-        if gone == 50:
-            assert (seen.sum(-1) == 8).all()
-            best = priority.topk(8).indices.sort(-1).values
-            assert torch.equal(seen.nonzero()[:, 2].view(2, 3, 8), best)
-    assert (bias[:, :, 3, :4].exp() > 0.5).all() and bias[:, :, 3, 4:].isneginf().all()
+    for query in (0, 6, 20, 48, 68):  # a threshold serves two queries, since there are 8 slots
+        seen, gone = bias[:, :, query].exp() > 0.5, min(query + 1, 50)
+        best = torch.zeros(2, 3, 50, dtype=torch.bool)
+        best.scatter_(2, priority[:, :, :gone].topk(min(8, gone)).indices, True)
+        assert torch.equal(seen, best), query
+    assert bias[:, :, 3, 4:].isneginf().all()
 
 
 def test_soft_training_reaches_scores_rates_and_compressor():
@@ -262,3 +260,28 @@ def test_the_lesson_refuses(lesson, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="learn_to_recall: nowhere"):
         main([*small, "--ask", "nowhere"])
+
+
+class Answers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"input_ids": tokens(1, 64)[0], "answers": torch.arange(64) > 50}
+
+
+def test_the_trainer_teaches_slots(tmp_path):
+    model = made(dtype=torch.float32)
+    train_memory(model)
+    before = {name: u.detach().clone() for name, u in adapter_parameters(model)}
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), learning_rate=0.01, disable_tqdm=True, **options)
+    trainer = DistillationTrainer(model, arguments, temperature=0.5, shortest=0.3, train_dataset=Answers())
+    trainer.train()
+    same = [name for name, u in adapter_parameters(model) if torch.equal(u, before[name])]
+    assert not same, same
+    assert {policy.temperature for policy in salient_slots(model)} == {None}
+    with pytest.raises(ValueError, match="no slots with a learned score"):
+        DistillationTrainer(small(), arguments, temperature=0.5)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        DistillationTrainer(model, arguments, temperature=-1.0)

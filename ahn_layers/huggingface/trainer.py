@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..adapter import load_adapter, save_adapter
 from ..distillation.passes import arm_losses, common_capacity, distillation_loss, freeze_base, gap_closed
+from ..distillation.retention import soft_slots
 from ..distillation.windows import SINKS, sample_window, use_window
 
 
@@ -31,7 +33,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: a retrofitted model.
-        args: training arguments. ``remove_unused_columns`` is not used; examples are dictionaries with ``input_ids``.
+        args: training arguments. ``remove_unused_columns`` is not used; examples are dictionaries with ``input_ids``,
+            and with ``answers`` if tokens of answers count apart (see
+            [`distillation_loss`][ahn_layers.distillation.distillation_loss]).
         kl_weight: factor of KL(teacher || student).
         ce_weight: factor of the cross-entropy on the text.
         layer_weight: factor of the error of each layer's attention output.
@@ -40,10 +44,12 @@ class DistillationTrainer(Trainer):
             [`sample_window`][ahn_layers.distillation.sample_window].
         sinks: numbers of sinks drawn.
         slice_size: tokens whose logits exist at a time.
+        temperature: trains the scores of slots too, by a soft choice of the kept tokens (see
+            [`soft_slots`][ahn_layers.distillation.soft_slots]); None leaves the choice hard, without a gradient.
         **trainer_arguments: passed to ``Trainer``: datasets, collator, callbacks, ...
 
     Raises:
-        ValueError: if the model has no memory to train.
+        ValueError: if the model has no memory to train, or a temperature is given and it has no slots to train.
     """
 
     control: TrainerControl
@@ -60,9 +66,13 @@ class DistillationTrainer(Trainer):
         shortest: float = 1 / 8,
         sinks: Sequence[int] = SINKS,
         slice_size: int = 1024,
+        temperature: float | None = None,
         **trainer_arguments: Any,
     ) -> None:
         freeze_base(model)
+        if temperature is not None:
+            with soft_slots(model, temperature):
+                pass  # whether there are slots to train, and the temperature is one
         args.remove_unused_columns = False
         super().__init__(model, args, **trainer_arguments)
         self.weights: dict[str, Any] = {"kl_weight": kl_weight, "ce_weight": ce_weight, "layer_weight": layer_weight}
@@ -70,6 +80,7 @@ class DistillationTrainer(Trainer):
         self.shortest = shortest
         self.sinks = tuple(sinks)
         self.slice_size = slice_size
+        self.temperature = temperature
         self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer divides it by the accumulation steps
         self.loss_is_scaled_for_ga = False
         self.add_callback(StopWhenAsked())
@@ -77,10 +88,13 @@ class DistillationTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass, with a window that depends on the seed and the number of the step only."""
         length = inputs["input_ids"].shape[1]
-        if not self.random_windows:
-            return super().training_step(model, inputs, *args, **kwargs)
-        step = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        with use_window(model, *sample_window(length, step, shortest=self.shortest, sinks=self.sinks)):
+        with ExitStack() as stack:
+            if self.temperature is not None:
+                stack.enter_context(soft_slots(model, self.temperature))
+            if self.random_windows:
+                step = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+                window = sample_window(length, step, shortest=self.shortest, sinks=self.sinks)
+                stack.enter_context(use_window(model, *window))
             return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _STRIDE = 64
-"""Queries that share a threshold."""
+"""Queries that share a threshold, at most."""
 _NEVER = -1e4
 """A threshold that every token passes."""
 
@@ -37,7 +37,8 @@ def soft_visibility(
     Returns:
         What is added to the logits; minus infinity where a token has not left yet.
     """
-    value, starts = priority.detach(), queries[::_STRIDE]
+    stride = max(1, min(_STRIDE, num_slots // 4))  # few tokens leave meanwhile, compared with the slots
+    value, starts = priority.detach(), queries[::stride]
     left = first.unsqueeze(2) <= starts.unsqueeze(1)
     best = value.unsqueeze(2).masked_fill(~left, float("-inf"))
     best = best.topk(min(num_slots + 1, best.shape[3]), dim=3).values
@@ -46,7 +47,7 @@ def soft_visibility(
     else:
         threshold = (best[..., num_slots - 1] + best[..., num_slots]) / 2
         threshold = torch.where(threshold.isfinite(), threshold, _NEVER)
-    threshold = threshold.repeat_interleave(_STRIDE, dim=2)[:, :, : len(queries)].unsqueeze(3)
+    threshold = threshold.repeat_interleave(stride, dim=2)[:, :, : len(queries)].unsqueeze(3)
     left = first.unsqueeze(2) <= queries.unsqueeze(1)
     seen = torch.sigmoid((value.unsqueeze(2) - threshold) / temperature)
     share = (seen * (1 - seen)).masked_fill(~left, 0)

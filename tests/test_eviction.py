@@ -130,6 +130,25 @@ def test_the_running_choice_equals_one_made_token_by_token(slots, chunk, monkeyp
             assert (lost_at[b, h, [slots + i for i in mine]] == count).all()
 
 
+@pytest.mark.parametrize("slots", [0, 1, 4])
+def test_one_arrival_equals_the_first_of_two(slots):
+    """A single arrival has a shorter way; with ties, infinities, empty slots, and rows where none arrives."""
+    for _ in range(100):
+        filled = torch.randint(0, slots + 1, (2, 3))
+        held, new = torch.randint(0, 5, (2, 3, slots)).double(), torch.randint(0, 7, (2, 3, 1)).double()
+        held[held == 0] = float("-inf")
+        new[new == 5], new[new == 6] = float("nan"), float("inf")
+        where = torch.rand(2, 3, 1) < 0.7
+        lost_at, loser, kept, now = running_top(held, filled, new, where)
+        nothing = torch.zeros_like(where)
+        expected = running_top(held, filled, torch.cat((new, new), dim=2), torch.cat((where, nothing), dim=2))
+        assert torch.equal(now, expected[3])
+        assert torch.equal(loser[..., 0], expected[1][..., 0].clamp(max=slots + 1))
+        assert torch.equal(lost_at, expected[0][:, :, : slots + 1].clamp(max=1))
+        there = torch.arange(slots) < now.unsqueeze(2)
+        assert torch.equal(kept[there], expected[2][there])
+
+
 class SeenAndFolded(BiggestKeys):
     """Passes on what it also keeps."""
 

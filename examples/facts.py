@@ -153,7 +153,7 @@ def saying(rng: random.Random) -> str:
     first, second = rng.sample(VERBS, 2)
     forms = (
         f"Never {first} a {one} before you {second} the {other}",
-        f"Whoever can {first} the {one} may {second} any {other}",
+        f"Anyone who can {first} the {one} may {second} any {other}",
         f"A {one} will not {first} itself, and no {other} can {second} it",
         f"First {first} the {one}, then {second} the {other}",
         f"I would rather {first} a {one} than {second} a {other}",
@@ -261,7 +261,7 @@ KINDS: dict[str, Kind] = {
             "{K} was given the {a} {v}.",
             "Everyone working on {k} knows its {a}, {v}.",
             "The list of today gives {k} the {a} {v}.",
-            "Whoever asks about {k} gets the {a}: {v}.",
+            "Anyone who asks about {k} gets the {a}: {v}.",
         ),
         (
             "The {a} that was given for {k} is: {v}.",
@@ -345,7 +345,7 @@ KINDS: dict[str, Kind] = {
             "To log in to {k}, type {v}.",
             "{K} now has a new password: {v}.",
             "The administrator changed the password for {k} to {v}.",
-            "Whoever uses {k} has to enter the phrase {v}.",
+            "Anyone who uses {k} has to enter the phrase {v}.",
             "Enter {v} when {k} asks for a password.",
         ),
         (
@@ -622,7 +622,7 @@ KINDS: dict[str, Kind] = {
             "So the key of {k} is kept in {v}.",
             "{K} is locked, and its key is far away, in {v}.",
             "The key of {k} can be picked up in the town of {v}.",
-            "Whoever holds the key of {k} lives in {v}.",
+            "The holder of the key of {k} lives in {v}.",
         ),
         ("In which town is the key of {k}?", "To which town do I go for the key of {k}?", "Which town has {k}'s key?"),
         seconds=(

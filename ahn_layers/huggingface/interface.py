@@ -165,7 +165,7 @@ def base_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
 
 
 def refuse_unsupported(dropout: float, kwargs: dict[str, Any], plain: Callable[..., Any] | None = None) -> None:
-    """Raise an error for every argument that the memory does not support and that would change the result.
+    """Refuse arguments that the memory does not support and that would change the result.
 
     Args:
         dropout: of the attention weights.

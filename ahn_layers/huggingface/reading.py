@@ -139,8 +139,8 @@ def attend_to_piece(
 ) -> Tensor:
     """Attention and memory of the layer that is being read, ``(B, T, H, E)``.
 
-    The cache is not an argument, because the compiler would then compile new code for every layer. ``reads`` takes its
-    place: it is declared as mutated, so that no call is dropped, repeated or reordered.
+    With the cache as an argument the compiler would compile new code for every layer. Instead, ``reads`` is declared as
+    mutated, so that no call is dropped, repeated or reordered.
     """
     assert _READING.attend is not None
     reads += 1

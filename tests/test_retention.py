@@ -195,6 +195,14 @@ def test_answers_are_weighed():
     assert VOCAB == 61
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("change", [lambda u: u[:, 1:], lambda u: u.long()])
+def test_answers_are_a_mask_of_the_tokens(change):
+    ids = text()
+    with pytest.raises(ValueError, match="expected a boolean mask of the shape of input_ids"):
+        distillation_loss(small(), ids, answers=change(torch.ones_like(ids, dtype=torch.bool)))
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_wrong_temperature(temperature):
     with pytest.raises(ValueError, match="expected a positive number"), soft_slots(made(), temperature):

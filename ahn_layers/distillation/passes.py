@@ -88,13 +88,19 @@ def distillation_loss(
         The loss with gradient, and its parts without.
 
     Raises:
-        ValueError: if the model is not retrofitted, its layers differ in their window, or the text is not longer.
+        ValueError: if the model is not retrofitted, its layers differ in their window, the text is not longer, or
+            ``answers`` is not a boolean mask of the tokens.
     """
     start = common_capacity(model)
     if input_ids.shape[1] <= start:
         raise ValueError(
             f"sequences of {input_ids.shape[1]} tokens and a window that holds {start}: expected longer ones, there is "
             "nothing to learn inside the window."
+        )
+    if answers is not None and (answers.shape != input_ids.shape or answers.dtype != torch.bool):
+        raise ValueError(
+            f"answers has shape {tuple(answers.shape)}, {answers.dtype}: expected a boolean mask of the shape of "
+            f"input_ids, {tuple(input_ids.shape)}."
         )
     head = output_head(model)
     for module in model.modules():

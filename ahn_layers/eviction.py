@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .by_name import register
-from .ops.attention.attend import Between, Turn
+from .ops.attention.between import Between, Turn
 from .ops.decode.step import Contest
 from .ops.slots.top_slots import running_top
 from .tokens import Later, Leaving, Tokens

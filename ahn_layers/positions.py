@@ -7,7 +7,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .ops.attention.attend import Between
+from .ops.attention.between import Between
 from .ops.pointwise.rotary import turn_back
 from .window import Window
 

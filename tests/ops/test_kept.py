@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ahn_layers import Compressor, MemoryStore, Rotary, SalientSlots, Window, retrofit
+from ahn_layers import Compressor, GatedDeltaNet, MemoryStore, Rotary, SalientSlots, Window, retrofit
 
 from ..models import base, tokens
 
@@ -101,7 +101,7 @@ def test_steps_on_the_gpu(case, dtype):
 
 @pytest.mark.gpu
 def test_static_and_dynamic_caches_agree_on_the_gpu():
-    model = retrofit(base(), "GatedDeltaNet", window_size=12, num_sinks=2, eviction=SalientSlots(9, score="value_norm"))
+    model = retrofit(base(), GatedDeltaNet, window_size=12, num_sinks=2, eviction=SalientSlots(9, score="value_norm"))
     model.cuda().float()
     ids = tokens(2, 60).cuda()
     options = {"max_new_tokens": 30, "do_sample": False}

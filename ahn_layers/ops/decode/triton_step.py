@@ -43,12 +43,12 @@ def _attend_and_fold(
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < attending:
-        row, part = program // parts, program % parts
+        row, part = (program // parts).to(tl.int64), program % parts
         seen = tl.load(seen_ptr + row // G)
         if (row % G == 0) & (part == 0):
             tl.store(now_ptr + row // G, seen + 1)
         _attend(
-            q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, part_ptr, row, part, row.to(tl.int64) * all_parts + part,
+            q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, part_ptr, row, part, row * all_parts + part,
             tl.minimum(slots, seen).to(tl.int32), _slot(seen, slots, num_sinks).to(tl.int32), facing, scale, part_size,
             q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c, G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
         )  # fmt: skip

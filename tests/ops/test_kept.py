@@ -103,7 +103,9 @@ def test_steps_on_the_gpu(case, dtype):
 @pytest.mark.gpu
 def test_static_and_dynamic_caches_agree_on_the_gpu(models):  # noqa: F811
     ahn = sys.modules["ahn_layers"]
-    model = models.retrofitted(window=12, sinks=2, eviction=ahn.SalientSlots(9, score="value_norm")).cuda().float()
+    model = (
+        models.retrofitted(window_size=12, num_sinks=2, eviction=ahn.SalientSlots(9, score="value_norm")).cuda().float()
+    )
     ids = tokens(2, 60).cuda()
     options = {"max_new_tokens": 30, "do_sample": False}
     plain = model.generate(ids, **options)

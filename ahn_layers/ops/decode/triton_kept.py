@@ -23,32 +23,33 @@ def _priority(score_at, log_rate_ptr, rate, g, rank, LEARNED: tl.constexpr):
 
 
 @triton.jit
-def _comparable(u):
-    """Priorities as they are compared: one that is not a number is the least."""
-    return tl.where(u == u, u, float("-inf"))
+def _sortable(priority, rank):
+    """A whole number that is the smaller, the sooner a token is lost: by priority, among equal ones the youngest."""
+    bits = (tl.where(priority == priority, priority, float("-inf")) + 0.0).to(tl.int32, bitcast=True)
+    high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return high * 4294967296 + (4294967295 - rank)
 
 
 @triton.jit
 def _compete(priority_ptr, rank_ptr, filled, own, leaves, row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which slot the leaving token takes, -1 for none; whose token is lost: a slot's, its own (SIZE), none (-1)."""
-    least = tl.full((), float("inf"), tl.float32)
-    youngest, slot = tl.full((), -1, tl.int64), tl.full((), -1, tl.int32)
+    """Which slot the leaving token takes, -1 for none; whose token is lost: a slot's, its own (SIZE), none (-1).
+
+    ``own`` is what ``_sortable`` says of the leaving token.
+    """
+    most: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+    least, slot = tl.full((), most, tl.int64), tl.full((), -1, tl.int32)
     for first in range(0, SIZE, BLOCK):
         n = first + tl.arange(0, BLOCK)
         here = n < tl.minimum(filled, SIZE)
-        u = _comparable(tl.load(priority_ptr + row * SIZE + n, mask=here, other=float("inf")))
+        priority = tl.load(priority_ptr + row * SIZE + n, mask=here, other=0.0)
+        rank = tl.load(rank_ptr + row * SIZE + n, mask=here, other=0)
+        u = tl.where(here, _sortable(priority, rank), most)
         low = tl.min(u, 0)
-        rank = tl.load(rank_ptr + row * SIZE + n, mask=here & (u == low), other=-1)
-        last = tl.max(rank, 0)
-        at = tl.max(tl.where(here & (u == low) & (rank == last), n, -1), 0)
-        better = (low < least) | ((low == least) & (last > youngest))
-        least, youngest, slot = (
-            tl.where(better, low, least),
-            tl.where(better, last, youngest),
-            tl.where(better, at, slot),
-        )
+        at = tl.max(tl.where(u == low, n, -1), 0)
+        slot = tl.where(low < least, at, slot)
+        least = tl.minimum(low, least)
     full = filled >= SIZE
-    wins = least < _comparable(own)
+    wins = least < own
     place = tl.where(full, tl.where(wins, slot, -1), filled.to(tl.int32))
     lost = tl.where(full, tl.where(wins, slot, SIZE), -1)
     return tl.where(leaves, place, -1), tl.where(leaves, lost, -1)

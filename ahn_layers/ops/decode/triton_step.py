@@ -16,7 +16,7 @@ from torch import Tensor
 from ..triton_forms import early_launch, on_its_gpu
 from .triton_decode import _attend, _join, parts_of
 from .triton_fold import _fold_tile, _slot
-from .triton_kept import _attend_to_kept, _compete, _move, _priority
+from .triton_kept import _attend_to_kept, _compete, _move, _priority, _sortable
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
@@ -72,7 +72,7 @@ def _attend_and_fold(
         lost, reads, g = tl.where(leaves, SIZE, -1), leaves, row % G
         if SIZE > 0:
             score_at = score_ptr + b * c_b + g * c_g + slot * c_c
-            own = _priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED)
+            own = _sortable(_priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED), rank)
             filled = tl.load(filled_ptr + row)
             place, lost = _compete(priority_ptr, kept_rank_ptr, filled, own, leaves, row, SIZE, COMPARED)
             reads = (lost >= 0) | (tl.load(folded_ptr + row) != 0)

@@ -79,10 +79,10 @@ def _outcome(at: Tensor, valid: Tensor, slots: int) -> tuple[Tensor, Tensor, Ten
     out = torch.full((*at.shape[:2], count + 1), tokens, dtype=torch.long, device=at.device)
     gone = out.scatter_(2, at, number.expand_as(at))[:, :, :-1]
     stays = valid & (at == count)
-    place = torch.where(stays, stays.cumsum(dim=2) - 1, slots)
-    chosen = torch.zeros(*at.shape[:2], slots + 1, dtype=torch.long, device=at.device)
-    chosen = chosen.scatter_(2, place, number.expand_as(at))[:, :, :-1]
-    return gone, chosen, stays.sum(dim=2)
+    total = stays.sum(dim=2)
+    place = torch.where(stays, stays.cumsum(dim=2) - 1, total.unsqueeze(2) + (~stays).cumsum(dim=2) - 1)
+    chosen = torch.empty_like(at).scatter_(2, place, number.expand_as(at))[:, :, :slots]
+    return gone, chosen, total
 
 
 def _lost(priority: Tensor, rank: Tensor, valid: Tensor, slots: int) -> Tensor:

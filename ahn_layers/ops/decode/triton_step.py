@@ -20,8 +20,8 @@ from .triton_kept import _attend_to_kept, _compete, _move, _priority, _sortable
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
-_KEPT_BLOCK = 16
-"""Kept tokens that a program loads at a time: few, since their keys are turned in float64."""
+_KEPT_BLOCK, _KEPT_PARTS = 16, 32
+"""Kept tokens that a program loads at a time, and parts that they are cut in."""
 _FINISH_TILE, _FINISH_WARPS = 16, 1
 """Channels of the output that a program of the second launch makes, and its warps."""
 
@@ -254,7 +254,7 @@ def decode_step(
     left_out, refused = rest[6:8] if compact else (none, none)
     kept_score, scores = rest[-2 - len(gates) :][:2] if scored else (none, none if score is None else score)
     kept_gates = [*(rest[len(rest) - len(gates) :] if kept else gates), none, none]
-    kept_size = max(_KEPT_BLOCK, triton.next_power_of_2(triton.cdiv(number, 32)))
+    kept_size = max(_KEPT_BLOCK, triton.next_power_of_2(triton.cdiv(number, _KEPT_PARTS)))
     kept_parts = triton.cdiv(number, kept_size)
     all_parts = parts + kept_parts
     largest, total = q.new_empty(2, rows, all_parts, repeats, dtype=torch.float32)

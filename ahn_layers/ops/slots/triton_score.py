@@ -68,9 +68,10 @@ def score(
     v = v if v.stride(-1) == 1 else v.contiguous()
     out = torch.empty(b, groups, 1, dtype=torch.float32, device=v.device)
     inner, size = down.shape[1], x.shape[2]
+    block = min(64, triton.next_power_of_2(inner))
     _score[(b * groups,)](
         x, v, up, direct, up_bias, direct_bias, up_v, down, out, eps, *v.stride()[:2],
-        G=groups, N=size, E=e, E_PAD=triton.next_power_of_2(e), INNER=inner, BLOCK=32,
+        G=groups, N=size, E=e, E_PAD=triton.next_power_of_2(e), INNER=inner, BLOCK=block,
         N_BLOCK=min(2048, triton.next_power_of_2(size)), num_warps=4,
     )  # fmt: skip
     return out

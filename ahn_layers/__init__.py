@@ -14,7 +14,7 @@ from .evictions import SalientSlots
 from .layers import outer
 from .memory import MemoryStore
 from .missing import needs_transformers
-from .ops.attend import SoftmaxAttention
+from .ops.attention.attend import SoftmaxAttention
 from .positions import Rotary
 from .recurrent import Recurrence, Recurrent
 from .registration import register_saved_models

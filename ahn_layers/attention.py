@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .memory import MemoryStore
-from .ops.attend import SoftmaxAttention
+from .ops.attention.attend import SoftmaxAttention
 from .peft import running
 from .state import MemoryState
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .by_name import register
 from .layers import HeadwiseLinear
-from .ops.decode import StepRule
-from .ops.normalize import rms_normalize
+from .ops.decode.step import StepRule
+from .ops.pointwise.normalize import rms_normalize
 
 State = Tensor | dict[str, Tensor]
 """What a compressor carries: one tensor, or several by name, each with the batch as its first dimension."""

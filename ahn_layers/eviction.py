@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .by_name import register
-from .ops.attend import Between, Turn
-from .ops.top_slots import running_top
+from .ops.attention.attend import Between, Turn
+from .ops.slots.top_slots import running_top
 from .tokens import Leaving, Tokens
 
 Kept = dict[str, Tensor]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .checks import check_inputs, check_state
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
-from .ops.attend import SoftmaxAttention
+from .ops.attention.attend import SoftmaxAttention
+from .ops.attention.sharing import share_columns
+from .ops.attention.window_attention import add_to_tail
 from .ops.idle import with_idle
-from .ops.sharing import share_columns
-from .ops.window_attention import add_to_tail
 from .padded import LARGEST_MASK, attend_at_end, ends_of_padding
 from .peft import is_choosing, is_of_peft, running
 from .positions import MemoryPositions, Positions, Rotary

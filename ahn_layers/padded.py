@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .compressor import Compressor
 from .eviction import Eviction, evict
-from .ops.attend import InSlots, SoftmaxAttention
+from .ops.attention.attend import InSlots, SoftmaxAttention
 from .positions import Positions
 from .recall import recall
 from .state import MemoryState

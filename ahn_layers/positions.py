@@ -7,8 +7,8 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .ops.attend import Between
-from .ops.rotary import turn_back
+from .ops.attention.attend import Between
+from .ops.pointwise.rotary import turn_back
 from .window import Window
 
 MemoryPositions = Literal["absolute", "none"]
@@ -64,7 +64,7 @@ class Rotary(nn.Module):
         return f"trained_length={self.trained_length}, interleaved={self.interleaved}, start={self.start}"
 
     def turn_back(self, q: Float[Tensor, "b h t d"], distance: Int[Tensor, "*b t"]) -> Float[Tensor, "b h t d"]:
-        """Queries as if each stood ``distance`` positions earlier, see ``ahn_layers.ops.rotary.turn_back``."""
+        """Queries as if each stood ``distance`` positions earlier, see ``ops.pointwise.rotary.turn_back``."""
         return turn_back(q, distance, self.inv_freq, interleaved=self.interleaved, start=self.start)
 
 

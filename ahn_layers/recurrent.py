@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .compressor import Compressor, State
 from .layers import Scale, project
-from .ops.decode import StepRule, delta_step
-from .ops.delta_scan import gated_delta_scan
-from .ops.linear_scan import gated_linear_scan
-from .ops.normalize import gated_rms_norm, l2_normalize
-from .ops.scan import as_operand
+from .ops.decode.step import StepRule, delta_step
+from .ops.pointwise.normalize import gated_rms_norm, l2_normalize
+from .ops.recurrence.delta_scan import gated_delta_scan
+from .ops.recurrence.linear_scan import gated_linear_scan
+from .ops.recurrence.scan import as_operand
 
 
 @dataclass(frozen=True)

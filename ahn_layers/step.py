@@ -4,8 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .compressor import Compressor
-from .ops.attend import SoftmaxAttention
-from .ops.decode import decode_step, fits_step
+from .ops.attention.attend import SoftmaxAttention
+from .ops.decode.step import decode_step, fits_step
 from .positions import Positions
 from .state import MemoryState
 from .tokens import Tokens

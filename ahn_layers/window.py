@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from .ops.attend import InSlots, InWindow
-from .ops.sharing import share_columns
+from .ops.attention.attend import InSlots, InWindow
+from .ops.attention.sharing import share_columns
 from .ring import Held, Ring
 from .tokens import Later, Leaving, Tokens, join
 

@@ -19,7 +19,7 @@ from peak_memory import PeakMemory
 from tqdm import tqdm
 
 from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
-from ahn_layers.ops.window_attention import window_attention
+from ahn_layers.ops.attention.window_attention import window_attention
 
 SEGMENT = 1024  # as in MemoryStore
 

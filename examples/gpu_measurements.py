@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from ahn_layers import Compressor, adapter_parameters, full_attention, retrofit, window_only
 from ahn_layers.distillation import compile_layers, distillation_loss, freeze_base
-from ahn_layers.ops.decode import StepRule, decode_step, fits_step, slot_attention
+from ahn_layers.ops.decode.step import StepRule, decode_step, fits_step, slot_attention
 
 SHAPES = {
     "qwen2.5-3b": Qwen2Config(

@@ -41,8 +41,8 @@ from ahn_layers import (
 from ahn_layers.huggingface.cache_layers import MemoryLayer
 from ahn_layers.huggingface.decoder import CACHE
 
+from .docs.test_docs import rows, shows
 from .models import CAPACITY, SINKS, WINDOW, base, generate, logits, retrofitted, tokens
-from .test_docs import rows, shows
 
 LONG = 3 * CAPACITY
 pytestmark = pytest.mark.usefixtures("unchecked")

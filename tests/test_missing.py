@@ -50,7 +50,7 @@ except ImportError as error:
 
 
 def test_the_version_advised_is_the_one_of_the_project():
-    from .test_commands import requirements
+    from .docs.test_commands import requirements
 
     assert ADVICE.split("'")[1] in requirements()[1]
 

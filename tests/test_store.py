@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, MemoryState, MemoryStore, Window
 from ahn_layers.layers import outer
-from ahn_layers.ops.attend import SoftmaxAttention
+from ahn_layers.ops.attention.attend import SoftmaxAttention
 
 from . import oracle
 from .methods import COMPRESSORS

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..compressor import state_dtype
 from ..layers import Scale, project
-from ..ops.normalize import rms_normalize
+from ..ops.pointwise.normalize import rms_normalize
 from ..recurrent import Recurrence, Recurrent
 from .time_step import decay_parameters
 

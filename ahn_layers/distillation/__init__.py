@@ -16,7 +16,7 @@ from .retention import learn_scores, retrieval_heads, salient_slots, set_rates, 
 from .windows import sample_window, use_window
 
 if TYPE_CHECKING:
-    from ..huggingface.trainer import DistillationTrainer
+    from .trainer import DistillationTrainer
 
 __all__ = [
     "DistillationLoss",
@@ -43,7 +43,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "DistillationTrainer":  # needs transformers, which the rest does not
         try:
-            from ..huggingface.trainer import DistillationTrainer
+            from .trainer import DistillationTrainer
         except ImportError as error:
             raise needs_transformers(name) from error
         return DistillationTrainer

@@ -102,7 +102,7 @@ def _slice(
     with torch.no_grad():
         goal = None if teacher is None else head(teacher)
     if has_triton(logits) and logits.dtype in (torch.float32, torch.bfloat16):
-        from ..ops.triton_loss import compare
+        from ..ops.pointwise.triton_loss import compare
 
         kl_weight, ce_weight = (0.0 if goal is None else kl_weight), (0.0 if labels is None else ce_weight)
         wanted = hidden.requires_grad

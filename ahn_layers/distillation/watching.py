@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..memory import MemoryStore
-from ..ops.attend import SoftmaxAttention
+from ..ops.attention.attend import SoftmaxAttention
 from .passes import run_hidden
 from .windows import use_window
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
-from ..ops.attend import Between, Soft
+from ..ops.attention.attend import Between, Soft
 from ..tokens import Later, Leaving, Tokens
 from .scores import SCORES, LearnedScore
 

@@ -1,4 +1,4 @@
 """Everything that knows transformers: the attention and mask functions, the cache, the probe.
 
-Nothing outside this package imports transformers.
+Outside this package only the trainer imports transformers.
 """

@@ -13,15 +13,15 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .cache import HippocampalCache, fill
 from .call import running
+from .compiled.reading import Reader
+from .compiled.region import compiled_region, decoding_backend, only_device
+from .compiled.step_graph import Step, can_record
 from .config_view import original
 from .decoder import CACHE, DecoderAttention
 from .finished import finished_rows, watch
 from .model_method import ModelMethod
-from .reading import Reader
 from .reconcile import length_of, note_padding, reconcile
-from .region import compiled_region, decoding_backend, only_device
 from .rotations import longest_fixed_rotation
-from .step_graph import Step, can_record
 from .transaction import settle
 
 PREFILL_CHUNK = 4096

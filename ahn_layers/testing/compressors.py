@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..compressor import Compressor, State, map_state
 from ..memory import MemoryStore
-from ..ops.decode import follow
+from ..ops.decode.step import follow
 from ..recurrent import Recurrent
 from ..tokens import per_head
 from ..window import Window

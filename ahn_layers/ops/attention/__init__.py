@@ -1,0 +1,1 @@
+"""Softmax attention of a window: over what keepers of tokens show, by one dispatch."""

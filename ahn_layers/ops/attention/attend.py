@@ -1,0 +1,215 @@
+"""Softmax attention over what keepers of tokens show: the one place that chooses its form.
+
+Dimensions: b batch, h query heads, g key/value heads, t queries, s sinks, c keys, d key size, e value size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..decode.step import slot_attention
+from ..slots.soft_slots import soft_visibility
+from .window_attention import masked_attention, together, window_attention
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+@dataclass(frozen=True)
+class InWindow:
+    """Tokens in the order of rank: every query sees the sinks, and the last ``window_size`` tokens up to its own.
+
+    Attributes:
+        pieces: makes the sinks (None if the context begins with them) and the context, see ``window_attention``.
+        rank: makes the rank of each query's token, ``(t,)`` or ``(b, t)``.
+        first_rank: rank of the first query, if it is the same in every row and known.
+        window_size: tokens a query sees besides the sinks.
+        num_sinks: how many tokens are sinks.
+        whole: makes all tokens so far, as long as none has left.
+    """
+
+    pieces: Callable[[], tuple[Pair | None, Pair]]
+    rank: Callable[[], Int[Tensor, "*b t"]]
+    first_rank: int | None
+    window_size: int
+    num_sinks: int
+    whole: Callable[[], Pair] | None = None
+
+
+@dataclass(frozen=True)
+class InSlots:
+    """One query a row sees all slots that are filled, its own token's included.
+
+    Attributes:
+        slots: makes the keys and values by slot.
+        rank: makes the rank of each query's token, ``(b, 1)``.
+        seen: tokens seen in each row, this one included; slots are filled in order.
+        full: whether every slot of every row is known to be filled.
+        num_sinks: how many leading slots are sinks.
+    """
+
+    slots: Callable[[], Pair]
+    rank: Callable[[], Int[Tensor, "b 1"]]
+    seen: Int[Tensor, " b"]
+    full: bool
+    num_sinks: int
+
+
+class Turn(NamedTuple):
+    """How many positions nearer tokens are shown than they are: query minus key.
+
+    Attributes:
+        keys: of each key, ``(b, g, c)``.
+        queries: of each query, for the keys of each key/value head, ``(b, g, t)``.
+    """
+
+    keys: Int[Tensor, "b g c"]
+    queries: Int[Tensor, "b g t"]
+
+
+class Soft(NamedTuple):
+    """The choice of the kept tokens, softened for training (see ``soft_visibility``).
+
+    Attributes:
+        priority: of each key, with gradient, ``(b, g, c)``.
+        temperature: in units of the priority.
+    """
+
+    priority: Float[Tensor, "b g c"]
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Between:
+    """Keys that are seen for a while, in every key/value head its own: query ``i`` sees those with first <= i < last.
+
+    Attributes:
+        k: keys.
+        v: values.
+        first: the first query of the call that sees each key.
+        last: the first one that sees it no more.
+        most: at most so many are seen by a query; one more may come with each query.
+        turn: at which positions keys and queries are shown to each other; None for their true ones.
+        soft: in training, every key stays visible to a degree.
+    """
+
+    k: Float[Tensor, "b g c d"]
+    v: Float[Tensor, "b g c e"]
+    first: Int[Tensor, "b g c"]
+    last: Int[Tensor, "b g c"]
+    most: int
+    turn: Turn | None = None
+    soft: Soft | None = None
+
+    ALWAYS: ClassVar[int] = 1 << 40
+    """After every query."""
+
+    def of(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values that some of these queries see, and which query sees which, ``(b, g, stop - start, n)``.
+
+        The latter is True or False, or what is added to the logits if the choice is soft.
+        """
+        k, v, first, last = self.k, self.v, self.first, self.last
+        if self.soft is not None:
+            return self._softly(self.soft, start, stop)
+        size = self.most + stop - start
+        if size < k.shape[2]:
+            alive = (first < stop) & (last > start)
+            index = (~alive).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :size]
+            first, last = first.gather(2, index), last.gather(2, index)
+            k, v = (u.gather(2, index[..., None].expand(*index.shape, u.shape[3])) for u in (k, v))
+        query = torch.arange(start, stop, device=k.device).unsqueeze(1)
+        return k, v, (first.unsqueeze(2) <= query) & (query < last.unsqueeze(2))
+
+    def _softly(self, soft: Soft, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best candidates, twice as many as there are slots and some more, with their visibilities."""
+        value = soft.priority.detach().masked_fill(self.first >= stop, float("-inf"))
+        index = value.topk(min(value.shape[2], 2 * self.most + stop - start), dim=2).indices
+        k, v = (u.gather(2, index[..., None].expand(*index.shape, u.shape[3])) for u in (self.k, self.v))
+        priority, first = soft.priority.gather(2, index), self.first.gather(2, index)
+        queries = torch.arange(start, stop, device=k.device)
+        return k, v, soft_visibility(priority, first, queries, self.most, soft.temperature)
+
+
+@dataclass(frozen=True)
+class SoftmaxAttention:
+    """How the base model attends: from queries and what they see to the output.
+
+    Args:
+        scale: logit factor, default ``d ** -0.5``.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (arXiv 2408.00118).
+        dense: the base model's own causal attention ``(q, k, v, valid) -> out``, called instead of ours as long as no
+            token has left the window, for bit-identical results. With padding (``valid``) only for the first tokens.
+
+    Examples:
+        >>> from ahn_layers import MemoryStore, Window
+        >>> q, k, v = torch.randn(3, 1, 2, 9, 8)
+        >>> out, state = MemoryStore(Window(4))(q, k, v, attention=SoftmaxAttention(softcap=30.0))
+        >>> out.shape
+        torch.Size([1, 2, 9, 8])
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    dense: Callable[..., Tensor] | None = None
+
+    def __call__(
+        self,
+        q: Float[Tensor, "b h t d"],
+        parts: Sequence[InWindow | InSlots | Between | None],
+        q_sinks: Float[Tensor, "b h far d"] | None = None,
+        q_kept: Float[Tensor, "b h t d"] | None = None,
+    ) -> Float[Tensor, "b h t e"]:
+        """Attend.
+
+        Args:
+            q: queries.
+            parts: what they see: first in the window, then elsewhere.
+            q_sinks: queries to use against the sinks, for the last ``far`` queries.
+            q_kept: queries to use against what an eviction keeps.
+        """
+        seen, *others = (part for part in parts if part is not None)
+        beside = [part.of for part in others if isinstance(part, Between)]
+        if isinstance(seen, InSlots):
+            if beside:
+                return self.over_slots(q, seen, [of(0, 1) for of in beside], q_sinks, q_kept)
+            k, v = seen.slots()
+            return slot_attention(
+                q, k, v, seen.seen, full=seen.full, scale=self.scale, softcap=self.softcap, q_sinks=q_sinks,
+                num_sinks=seen.num_sinks,
+            )  # fmt: skip
+        assert isinstance(seen, InWindow)
+        if self.dense is not None and seen.whole is not None and not beside:
+            return self.dense(q, *seen.whole())
+        sinks, (k, v) = seen.pieces()
+        sink_k, sink_v = sinks or (None, None)
+        return window_attention(
+            q, sink_k, sink_v, k, v, seen.rank(), window_size=seen.window_size, num_sinks=seen.num_sinks,
+            scale=self.scale, softcap=self.softcap, q_sinks=q_sinks, first_rank=seen.first_rank,
+            beside=beside, q_kept=q_kept,
+        )  # fmt: skip
+
+    def over_slots(
+        self,
+        q: Float[Tensor, "b h t d"],
+        seen: InSlots,
+        beside: list[tuple[Tensor, Tensor, Tensor]],
+        q_sinks: Float[Tensor, "b h t d"] | None,
+        q_kept: Float[Tensor, "b h t d"] | None = None,
+    ) -> Float[Tensor, "b h t e"]:
+        """Any queries over the filled slots and what is beside them (see ``Between.of``), in one softmax."""
+        k, v = seen.slots()
+        filled = torch.arange(k.shape[2], device=q.device) < seen.seen.clamp(min=1).unsqueeze(1)
+        visible = filled[:, None, None]
+        if beside:
+            visible = visible.expand(-1, k.shape[1], q.shape[2], -1)
+            visible = together(visible, *(part[2] for part in beside))
+            k, v = (torch.cat((u, *(part[i] for part in beside)), dim=2) for i, u in ((0, k), (1, v)))
+        return masked_attention(
+            q, k, v, visible, scale=self.scale, softcap=self.softcap, q_sinks=q_sinks, num_sinks=seen.num_sinks,
+            q_kept=q_kept, num_kept=sum(part[0].shape[2] for part in beside),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""One decode step of a layer, and the choice of its form."""

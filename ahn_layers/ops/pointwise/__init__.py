@@ -1,0 +1,1 @@
+"""Norms, rotations and the loss: plain forms, and one kernel each where it pays."""

@@ -1,0 +1,1 @@
+"""The running choice of kept tokens, and its soft form for training."""

@@ -1,0 +1,295 @@
+"""Learning what to keep: goals, heads, rates, soft visibility, against plain computations."""
+
+import copy
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, TrainingArguments
+
+from ahn_layers import HippocampalAttention, SalientSlots, adapter_parameters, full_attention, retrofit
+from ahn_layers.distillation import (
+    DistillationTrainer,
+    distillation_loss,
+    freeze_base,
+    learn_scores,
+    retrieval_heads,
+    salient_slots,
+    set_rates,
+    soft_slots,
+)
+from ahn_layers.ops.slots.soft_slots import soft_visibility
+
+from ..distilling import VOCAB, small, text
+from ..models import base, train_memory
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WINDOW, SINKS, LENGTH = 20, 4, 300
+
+
+def made(compressor=None, num_slots=10, dtype=torch.float64):
+    model = base(dtype=dtype)
+    model.config.attention_dropout = 0.0
+    retrofit(model, compressor, window_size=WINDOW, num_sinks=SINKS, eviction=SalientSlots(num_slots, score_size=6))
+    freeze_base(model)
+    return model
+
+
+def tokens(rows=2, length=LENGTH):
+    return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def attention_of(model, ids):
+    """The attention weights of every layer with full attention, ``(B, H, T, T)``, as transformers gives them."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad(), full_attention(eager):
+        return eager(ids, output_attentions=True, use_cache=False).attentions
+
+
+@torch.no_grad()
+def test_the_goal_is_the_largest_attention_of_a_distant_query():
+    model, ids = made(), tokens()
+    train_memory(model)
+    expected = []
+    for policy, weights in zip(salient_slots(model), attention_of(model, ids), strict=True):
+        far = torch.ones(LENGTH, LENGTH).tril(-WINDOW).bool()
+        goal = weights.masked_fill(~far, 0).unflatten(1, (2, -1)).amax(dim=(2, 3)).clamp(min=3e-6).log()
+        part = slice(SINKS, LENGTH - WINDOW - 256)
+        block = model.model.layers[len(expected)]
+        seen = {}
+        handle = block.self_attn.store.register_forward_pre_hook(lambda m, a, seen=seen: seen.update(v=a[2], x=a[3]))
+        model(ids, use_cache=False)
+        handle.remove()
+        # hidden states with full attention: those of a window as long as the text
+        from ahn_layers.distillation import use_window
+
+        handle = block.self_attn.store.register_forward_pre_hook(lambda m, a, seen=seen: seen.update(v=a[2], x=a[3]))
+        with use_window(model, LENGTH):
+            model(ids, use_cache=False)
+        handle.remove()
+        score = policy.learned(seen["x"], seen["v"])[:, :, part]
+        goal = goal[:, :, part]
+        error = torch.nn.functional.smooth_l1_loss(score, goal, reduction="none")
+        expected.append((error * torch.where(goal > torch.tensor(0.01).log(), 5.0, 1.0)).mean())
+    with torch.enable_grad():
+        found = learn_scores(model, ids)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_scores_learn_and_nothing_else_gets_a_gradient():
+    model, ids = made(), tokens()
+    optimizer = torch.optim.Adam([p for n, p in adapter_parameters(model) if "log_rate" not in n], lr=0.03)
+    errors = []
+    for _ in range(25):
+        errors.append(learn_scores(model, ids).mean().item())
+        named = dict(model.named_parameters())
+        touched = {n for n, p in named.items() if p.grad is not None}
+        assert touched and all(".eviction.learned." in n and "log_rate" not in n for n in touched)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert errors[-1] < 0.8 * errors[0]
+    assert all(policy.learned.is_trained for policy in salient_slots(model))
+
+
+def test_an_untrained_score_begins_at_the_mean():
+    model = made()
+    learn_scores(model, tokens())
+    assert all(float(policy.learned.direct.bias.max()) < -1 for policy in salient_slots(model))
+
+
+@torch.no_grad()
+def test_retrieval_heads():
+    model, ids = made(), tokens()
+    asked = [[((5, 9), (100, 104)), ((30, 31), (200, 202))], [((60, 66), (250, 256))]]
+    expected = torch.zeros(3, 2)
+    for layer, weights in enumerate(attention_of(model, ids)):
+        for row, spans in enumerate(asked):
+            for (a, b), (start, end) in spans:
+                paid = weights[row, :, start - 1 : end - 1, a:b].sum(-1).amax(-1)
+                expected[layer] += paid.unflatten(0, (2, -1)).amax(-1) / 3
+    torch.testing.assert_close(retrieval_heads(model, ids, asked), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="asked has no answers"):
+        retrieval_heads(model, ids, [[], []])
+
+
+def test_rates_are_set_by_what_heads_do():
+    model = made()
+    heads = torch.tensor([[0.1, 0.9], [0.8, 0.0], [0.2, 0.3]])
+    set_rates(model, heads, share=1 / 3, keep=1e-4, forget=0.5)
+    rates = torch.stack([policy.learned.rate for policy in salient_slots(model)])
+    expected = torch.tensor([[0.5, 1e-4], [1e-4, 0.5], [0.5, 0.5]], dtype=rates.dtype)
+    torch.testing.assert_close(rates, expected)
+    with pytest.raises(ValueError, match="expected 3 layers"):
+        set_rates(model, heads[:2])
+
+
+def test_visibilities_trade_places():
+    """The threshold moves with the priorities: raising all of them alike changes nothing, raising one lowers others."""
+    priority = torch.randn(1, 1, 40, dtype=torch.float64, requires_grad=True)
+    first = torch.arange(40).expand(1, 1, -1)
+    queries = torch.arange(40, 60)
+    bias = soft_visibility(priority, first, queries, 10, 0.5)
+    (gradient,) = torch.autograd.grad(bias.exp().sum(), priority, retain_graph=True)
+    assert gradient.abs().max() < 1e-9  # the sum is kept
+    (gradient,) = torch.autograd.grad(bias[0, 0, 0, 7], priority)
+    assert gradient[0, 0, 7] > 0 and gradient.sum().abs() < 1e-9 and (gradient < 0).any()
+
+
+def test_visibility_hardens_and_waits():
+    priority = torch.randn(2, 3, 50, dtype=torch.float64)
+    first = torch.arange(50).expand(2, 3, -1)
+    bias = soft_visibility(priority, first, torch.arange(0, 70), 8, 1e-6)
+    for query in (0, 6, 20, 48, 68):  # a threshold serves two queries, since there are 8 slots
+        seen, gone = bias[:, :, query].exp() > 0.5, min(query + 1, 50)
+        best = torch.zeros(2, 3, 50, dtype=torch.bool)
+        best.scatter_(2, priority[:, :, :gone].topk(min(8, gone)).indices, True)
+        assert torch.equal(seen, best), query
+    assert bias[:, :, 3, 4:].isneginf().all()
+
+
+def test_soft_training_reaches_scores_rates_and_compressor():
+    from ahn_layers import GatedDeltaNet
+
+    model, ids = made(GatedDeltaNet, dtype=torch.float32), tokens(length=128)
+    train_memory(model)
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    answers[:, 100:104] = True
+    with soft_slots(model, 0.7):
+        assert {policy.temperature for policy in salient_slots(model)} == {0.7}
+        plain = distillation_loss(model, ids).loss
+        found = distillation_loss(model, ids, answers=answers, answer_weight=2.0)
+    found.loss.backward()
+    assert found.loss > plain
+    assert {policy.temperature for policy in salient_slots(model)} == {None}
+    for name, parameter in adapter_parameters(model):
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        if ".eviction." in name:
+            assert parameter.grad.any(), name
+
+
+def test_a_gradient_step_brings_the_soft_loss_down():
+    model, ids = made(dtype=torch.float32), tokens(length=128)
+    train_memory(model)
+    with torch.no_grad():
+        for policy in salient_slots(model):
+            policy.learned.log_rate.fill_(-4)
+    optimizer, losses = torch.optim.Adam([p for _, p in adapter_parameters(model)], lr=0.02), []
+    for _ in range(12):
+        with soft_slots(model):
+            loss = distillation_loss(model, ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_answers_are_weighed():
+    model, ids = small(), text()
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    assert distillation_loss(model, ids, answers=answers).loss == distillation_loss(model, ids).loss
+    answers[:, 20:] = True
+    assert distillation_loss(model, ids, answers=answers).loss > distillation_loss(model, ids).loss
+    assert VOCAB == 61
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("change", [lambda u: u[:, 1:], lambda u: u.long()])
+def test_answers_are_a_mask_of_the_tokens(change):
+    ids = text()
+    with pytest.raises(ValueError, match="expected a boolean mask of the shape of input_ids"):
+        distillation_loss(small(), ids, answers=change(torch.ones_like(ids, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_wrong_temperature(temperature):
+    with pytest.raises(ValueError, match="expected a positive number"), soft_slots(made(), temperature):
+        pass
+
+
+def test_an_error_inside_leaves_the_choice_hard():
+    model = made()
+    with pytest.raises(KeyError), soft_slots(model):
+        raise KeyError
+    assert {policy.temperature for policy in salient_slots(model)} == {None}
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no slots with a learned score"):
+        learn_scores(small(), text())
+    with pytest.raises(ValueError, match="expected more than 280"):
+        learn_scores(made(), tokens(length=280))
+    assert not any(isinstance(m, HippocampalAttention) for m in base().modules())
+
+
+@pytest.fixture
+def lesson(monkeypatch, tmp_path):
+    """The example, a small model in a folder, and a text."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    chat = importlib.import_module("_chat")
+    model, tokenizer = chat.random_model(LlamaConfig(**chat.SMALL, num_key_value_heads=2))
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    words = " ".join(f"the {n} of {m} went home." for n in range(60) for m in range(40))
+    (tmp_path / "text.txt").write_text(words)
+    small = ["--model", "model", "--text", "text.txt", "--window", "30", "--sinks", "2", "--slots", "20"]
+    small += ["--length", "700", "--score-steps", "2", "--retrieval-steps", "1", "--steps", "2", "--questions", "1"]
+    return importlib.import_module("learn_to_recall").main, [*small, "--test-length", "900"]
+
+
+def test_the_lesson(lesson, capsys):
+    main, small = lesson
+    results = main([*small, "--output", "out"])
+    assert len(results["score_errors"]) == len(results["losses"]) == 2
+    assert list(results["recall"]) == ["full attention", "window", "slots"]
+    assert "slots, 52 tokens" in capsys.readouterr().out and Path("out/recall.png").exists()
+    asked = main([*small, "--ask", "out", "--output", "asked"])
+    assert asked["recall"] == results["recall"] and not asked["losses"]
+    assert not Path("asked/adapter.json").exists()
+
+
+def test_the_lesson_with_a_compressor(lesson):
+    main, small = lesson
+    assert main([*small, "--compressor", "GatedDeltaNet", "--output", "out"])["losses"]
+    assert '"GatedDeltaNet"' in Path("out/adapter.json").read_text()
+
+
+def test_the_lesson_refuses(lesson, capsys):
+    main, small = lesson
+    for wrong, message in (
+        (["--test-length", "200"], "--test-length 200: expected more than the 52 tokens kept"),
+        (["--length", "300"], "--length 300: expected at least"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*small, *wrong])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="learn_to_recall: nowhere"):
+        main([*small, "--ask", "nowhere"])
+
+
+class Answers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"input_ids": tokens(1, 64)[0], "answers": torch.arange(64) > 50}
+
+
+def test_the_trainer_teaches_slots(tmp_path):
+    model = made(dtype=torch.float32)
+    train_memory(model)
+    before = {name: u.detach().clone() for name, u in adapter_parameters(model)}
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), learning_rate=0.01, disable_tqdm=True, **options)
+    trainer = DistillationTrainer(model, arguments, temperature=0.5, shortest=0.3, train_dataset=Answers())
+    trainer.train()
+    same = [name for name, u in adapter_parameters(model) if torch.equal(u, before[name])]
+    assert not same, same
+    assert {policy.temperature for policy in salient_slots(model)} == {None}
+    with pytest.raises(ValueError, match="no slots with a learned score"):
+        DistillationTrainer(small(), arguments, temperature=0.5)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        DistillationTrainer(model, arguments, temperature=-1.0)

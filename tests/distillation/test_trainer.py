@@ -1,0 +1,76 @@
+"""Distillation under transformers' Trainer: resuming, checkpoints, evaluation, interruption."""
+
+import os
+import signal
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from ahn_layers import adapter_parameters
+from ahn_layers.distillation import arm_losses, gap_closed
+
+from ..distilling import Texts, losses, small, text, trainer, weights
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_exact(tmp_path, accumulate):
+    whole = trainer(tmp_path / "whole", gradient_accumulation_steps=accumulate)
+    whole.train()
+    again = trainer(tmp_path / "again", gradient_accumulation_steps=accumulate)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(again)[6] == losses(whole)[6]
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+
+
+def test_checkpoints_hold_the_memory_alone(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
+    assert "adapter.safetensors" in files and not any("model" in name for name in files)
+    memory = sum(p.numel() * 4 for _, p in adapter_parameters(run.model))
+    assert (tmp_path / "checkpoint-6" / "adapter.safetensors").stat().st_size < 1.2 * memory + 10_000
+
+
+def test_three_arms_are_reported(tmp_path):
+    run = trainer(tmp_path, small())
+    metrics = run.evaluate()
+    ids = torch.stack([Texts()[i]["input_ids"] for i in range(3)])
+    expected = {arm: float(loss.mean()) for arm, loss in arm_losses(run.model, ids).items()}
+    for arm, value in expected.items():
+        assert metrics[f"eval_{arm}"] == pytest.approx(value, rel=1e-5)
+    assert metrics["eval_gap_closed"] == pytest.approx(gap_closed(**expected), rel=1e-2)
+
+
+def test_an_evaluation_of_nothing_is_refused(tmp_path):
+    run = trainer(tmp_path, small())
+    with pytest.raises(ValueError, match=r"capacity of 16 tokens.*longer sequences"):
+        run.evaluate([{"input_ids": ids} for ids in text(3, 16)])
+    assert run.evaluate([{"input_ids": ids} for ids in (text(1, 16)[0], text(1, 18)[0])])["eval_loss"] > 0
+
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interruption_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run = trainer(tmp_path / "stopped", callbacks=[Interrupt()])
+    run.train()
+    assert run.state.global_step == 2 and signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "stopped" / "checkpoint-2" / "adapter.safetensors").exists()
+    again = trainer(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+
+
+def test_a_model_without_a_memory_cannot_be_trained(tmp_path):
+    with pytest.raises(ValueError, match="no memory"):
+        trainer(tmp_path, LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1,
+                                                       num_hidden_layers=1, intermediate_size=8)))  # fmt: skip

@@ -1,0 +1,344 @@
+"""Evictions: the contract, and a running choice of the best tokens against one made token by token."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ahn_layers import (
+    Eviction,
+    FoldAll,
+    HippocampalCache,
+    MemoryState,
+    MemoryStore,
+    SalientSlots,
+    SoftmaxAttention,
+    Window,
+    check_eviction,
+    empty_slots,
+    keep_best,
+)
+from ahn_layers.fingerprint import memory_identity
+from ahn_layers.ops.slots.top_slots import running_top
+
+from .. import oracle
+from ..methods import COMPRESSORS, EVICTIONS, BiggestKeys
+from ..models import generate, logits, retrofitted, tokens
+
+B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 26
+SINKS, WINDOW = 2, 5
+
+
+def make(compressor=COMPRESSORS[0], eviction=None, **options):
+    """A store in float64 whose memory contributes, and tokens for it."""
+    memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, **options).double()
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    shapes = ((H, T, D), (G, T, D), (G, T, E), (T, N))
+    inputs = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes]
+    return MemoryStore(Window(WINDOW, num_sinks=SINKS), memory, eviction=eviction), inputs
+
+
+def run(store, inputs, cuts=(), valid=None, inplace=False, state=None):
+    outs = []
+    with torch.no_grad():
+        for a, b in pairwise([0, *cuts, inputs[0].shape[2]]):
+            mask = None if valid is None else valid[:, a:b]
+            if state is not None:
+                state.inplace = inplace
+            out, state = store(*(u[..., a:b, :] for u in inputs), state, valid=mask)
+            outs.append(out)
+    return torch.cat(outs, dim=2), state
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS, ids=str)
+def test_the_contract(eviction):
+    cls, options = EVICTIONS[eviction]
+    check_eviction(cls, **options)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("num_slots", [0, 1, 4, T])
+@pytest.mark.parametrize("shared_state", [False, True])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_any_cutting_equals_the_oracle(compressor, shared_state, num_slots, padded):
+    store, inputs = make(compressor, BiggestKeys(num_slots), shared_state=shared_state)
+    valid = torch.rand(B, T) < 0.7 if padded else None
+    expected, states = oracle.best_slots(store.compressor, SINKS, WINDOW, num_slots, *inputs, valid)
+    for cuts in ([], range(1, T), [3, 7, 8, 20, 21]):
+        for inplace in (False, True) if cuts else (False,):
+            out, state = run(store, inputs, list(cuts), valid, inplace)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+            torch.testing.assert_close(state.memory, states, rtol=0, atol=1e-10)
+
+
+def test_no_slots_fold_everything_and_slots_for_all_lose_nothing():
+    store, inputs = make(eviction=BiggestKeys(0))
+    plain = MemoryStore(store.window, store.compressor)
+    torch.testing.assert_close(run(store, inputs)[0], run(plain, inputs)[0], rtol=0, atol=1e-12)
+    everything = MemoryStore(store.window, store.compressor, eviction=BiggestKeys(T))
+    q, k, v, _ = inputs
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out, state = run(everything, inputs, [9])
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-12)
+    assert not state.memory.any()
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"scale": 0.1}], ids=str)
+def test_scale_and_softcap_reach_the_slots(options):
+    store, inputs = make(eviction=BiggestKeys(T))
+    full, attention = MemoryStore(Window(T), None), SoftmaxAttention(**options)
+    with torch.no_grad():
+        expected, _ = full(*inputs, attention=attention)
+        out, _ = store(*inputs, attention=attention)
+        head, state = store(*(u[..., :15, :] for u in inputs), attention=attention)
+        outs = [head]
+        for t in range(15, T):
+            one, state = store(*(u[..., t : t + 1, :] for u in inputs), state, attention=attention)
+            outs.append(one)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat(outs, dim=2), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 5])
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+def test_the_running_choice_equals_one_made_token_by_token(slots, chunk, monkeypatch):
+    """With ties, gaps, infinities and numbers that are none."""
+    monkeypatch.setattr("ahn_layers.ops.slots.top_slots._CHUNK", {"cpu": chunk})
+    count, rows, heads = 60, 2, 3
+    priority = torch.randint(0, 9, (rows, heads, count)).double()
+    priority[priority == 8], priority[priority == 7] = float("nan"), float("-inf")
+    where = torch.rand(rows, heads, count) < 0.7
+    held, filled = torch.zeros(rows, heads, slots).double(), torch.zeros(rows, heads, dtype=torch.long)
+    lost_at, loser, kept, filled = running_top(held, filled, priority, where)
+    for b in range(rows):
+        for h in range(heads):
+            mine, value = [], priority[b, h].nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+            for t in range(count):
+                lost = slots + count
+                if where[b, h, t]:
+                    mine.append(t)
+                    if len(mine) > slots:
+                        worst = min(value[i] for i in mine)
+                        lost = max(i for i in mine if value[i] == worst)
+                        mine.remove(lost)
+                        assert lost_at[b, h, slots + lost] == t
+                        lost += slots
+                assert loser[b, h, t] == lost
+            assert kept[b, h, : len(mine)].tolist() == [slots + i for i in mine] and filled[b, h] == len(mine)
+            assert (lost_at[b, h, [slots + i for i in mine]] == count).all()
+
+
+@pytest.mark.parametrize("slots", [0, 1, 4])
+def test_one_arrival_equals_the_first_of_two(slots):
+    """A single arrival has a shorter way; with ties, infinities, empty slots, and rows where none arrives."""
+    for _ in range(100):
+        filled = torch.randint(0, slots + 1, (2, 3))
+        held, new = torch.randint(0, 5, (2, 3, slots)).double(), torch.randint(0, 7, (2, 3, 1)).double()
+        held[held == 0] = float("-inf")
+        new[new == 5], new[new == 6] = float("nan"), float("inf")
+        where = torch.rand(2, 3, 1) < 0.7
+        lost_at, loser, kept, now = running_top(held, filled, new, where)
+        nothing = torch.zeros_like(where)
+        expected = running_top(held, filled, torch.cat((new, new), dim=2), torch.cat((where, nothing), dim=2))
+        assert torch.equal(now, expected[3])
+        assert torch.equal(loser[..., 0], expected[1][..., 0].clamp(max=slots + 1))
+        assert torch.equal(lost_at, expected[0][:, :, : slots + 1].clamp(max=1))
+        there = torch.arange(slots) < now.unsqueeze(2)
+        assert torch.equal(kept[there], expected[2][there])
+
+
+class SeenAndFolded(BiggestKeys):
+    """Passes on what it also keeps."""
+
+    def push(self, kept, leaving):
+        seen, _, after = super().push(kept, leaving)
+        return seen, leaving, after
+
+
+class Forgets(BiggestKeys):
+    def push(self, kept, leaving):
+        return None, super().push(kept, leaving)[1], super().push(kept, leaving)[2]
+
+
+class InPlace(BiggestKeys):
+    def push(self, kept, leaving):
+        seen, gone, after = super().push(kept, leaving)
+        kept["filled"].copy_(after["filled"])
+        return seen, gone, after
+
+
+class Growing(Eviction):
+    def init_kept(self, like):
+        return {"count": like.k.new_zeros(len(like.k), 0)}
+
+    def push(self, kept, leaving):
+        return None, leaving, {"count": torch.cat((kept["count"], leaving.tokens.k[:, 0, :, 0]), dim=1)}
+
+
+class MixesHeads(BiggestKeys):
+    def push(self, kept, leaving):
+        mean = lambda t: t.k.norm(dim=-1).mean(dim=1, keepdim=True).expand(t.k.shape[:3])
+        return keep_best(kept, leaving, mean)
+
+
+class MixesRows(BiggestKeys):
+    def push(self, kept, leaving):
+        return keep_best(kept, leaving, lambda t: t.k.norm(dim=-1).mean(dim=0, keepdim=True).expand(t.k.shape[:3]))
+
+
+class CountsInCalls(BiggestKeys):
+    """A priority that depends on where in its call a token stands."""
+
+    def push(self, kept, leaving):
+        return keep_best(kept, leaving, lambda t: t.k.norm(dim=-1) + torch.arange(len(t)))
+
+
+BROKEN = {
+    SeenAndFolded: "each exactly once",
+    Forgets: "each exactly once",
+    InPlace: "push changed what it was given",
+    Growing: "what is carried has a fixed size",
+    MixesHeads: "heads must not mix",
+    MixesRows: "rows must not mix",
+    CountsInCalls: "differ by .* from one pass",
+}
+
+
+@pytest.mark.parametrize("eviction", BROKEN, ids=lambda c: c.__name__)
+def test_a_broken_contract_is_explained(eviction, unchecked):
+    with pytest.raises(AssertionError, match=BROKEN[eviction]):
+        check_eviction(eviction, **({} if eviction is Growing else {"num_slots": 3}))
+
+
+def test_mistakes_are_named(unchecked):
+    store, inputs = make(eviction=BiggestKeys(3))
+    _, state = run(store, inputs)
+    for other in (None, BiggestKeys(4)):
+        with pytest.raises(ValueError, match="continue it with a store of the same eviction"):
+            MemoryStore(store.window, store.compressor, eviction=other)(*inputs, state)
+    with pytest.raises(ValueError, match="num_slots=-1"):
+        make(eviction=BiggestKeys(-1))[0](*inputs)
+    with pytest.raises(ValueError, match="priority returned"):
+        keep_best(empty_slots(state.slots, 2), _leaving(state.slots), lambda t: t.k.norm(dim=(1, 3)))
+
+
+def _leaving(slots):
+    from ahn_layers.tokens import Leaving
+
+    return Leaving.of(0, slots, None)
+
+
+def test_files_of_states_from_before_evictions_load(tmp_path):
+    store, inputs = make()
+    _, state = run(store, inputs)
+    tensors, description = state.tensors(), state.description()
+    assert not any(name.startswith("kept.") for name in tensors) and "kept" not in description
+    loaded = MemoryState.from_tensors(tensors, description)
+    assert torch.equal(store(*inputs, loaded)[0], store(*inputs, state)[0])
+
+
+def test_a_score_rides_beside_the_tokens():
+    """An eviction's own gates are kept with the tokens, and the compressor does not see them."""
+
+    class Rated(BiggestKeys):
+        def gates(self, x, k, v):
+            return {"score": x[..., :1].transpose(1, 2).expand(-1, G, -1)}
+
+        def push(self, kept, leaving):
+            return keep_best(kept, leaving, lambda t: t.gates["eviction.score"])
+
+    store, inputs = make(eviction=Rated(3))
+    whole, _ = run(store, inputs)
+    out, state = run(store, inputs, range(1, T), inplace=True)
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-10)
+    left = inputs[3][:, SINKS : T - WINDOW, 0]
+    torch.testing.assert_close(state.kept["gates.eviction.score"][:, 0].sort().values, left.sort().values[:, -3:])
+
+
+POLICIES = {
+    "largest keys": lambda: BiggestKeys(6),
+    "salient, learned": lambda: SalientSlots(6),
+    "salient, by values": lambda: SalientSlots(6, score="value_norm", rate=0.02, positions="absolute"),
+}
+
+
+@pytest.fixture(params=POLICIES)
+def with_slots(request):
+    """A retrofitted model whose stores keep some tokens."""
+    return retrofitted(eviction=POLICIES[request.param]())
+
+
+@torch.no_grad()
+def test_in_a_retrofitted_model(tmp_path, with_slots):
+    model, ids = with_slots, tokens(2, 60)
+    whole = logits(model, ids)
+    assert (whole - logits(retrofitted(), ids)).abs().max() > 1e-3
+    for cuts in (1, [20, 40], [7, 1, 52]):
+        torch.testing.assert_close(logits(model, ids, cuts), whole, rtol=0, atol=1e-9)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :9] = 0
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(ids, attention_mask=mask, position_ids=place, use_cache=False).logits
+    torch.testing.assert_close(padded[:1, 9:], logits(model, ids[:1, 9:]), rtol=0, atol=1e-9)
+    cache = HippocampalCache()
+    logits(model, ids[:, :50], 25, cache)
+    cache.save(tmp_path / "cache.safetensors")
+    rest = logits(model, ids[:, 50:], 5, HippocampalCache.load(tmp_path / "cache.safetensors"))
+    torch.testing.assert_close(rest, whole[:, 50:], rtol=0, atol=1e-9)
+
+
+def test_generate_with_every_cache(with_slots):
+    model, ids = with_slots, tokens(2, 40)
+    expected = generate(model, ids, 20)
+    for options in (
+        {"cache_implementation": "static", "disable_compile": True},
+        {"prefill_chunk_size": 7},
+        {"num_beams": 1, "use_cache": False},
+    ):
+        assert torch.equal(generate(model, ids, 20, **options), expected), options
+    beams = generate(model, ids, 12, num_beams=3)
+    assert torch.equal(generate(model, ids, 12, num_beams=3, use_cache=False), beams)
+
+
+@torch.no_grad()
+def test_tokens_are_taken_back_with_their_slots(with_slots):
+    model, ids = with_slots, tokens(1, 60)
+    assert torch.equal(generate(model, ids[:, :40], 20, prompt_lookup_num_tokens=3), generate(model, ids[:, :40], 20))
+    cache = HippocampalCache()
+    logits(model, ids[:, :40], 20, cache)
+    cache.activate_past_recording()
+    logits(model, ids[:, 40:50].flip(1), 5, cache)
+    cache.crop(-10)
+    rest = logits(model, ids[:, 40:], 5, cache)
+    torch.testing.assert_close(rest, logits(model, ids)[:, 40:], rtol=0, atol=1e-9)
+
+
+def test_without_memory_leaves_out_an_eviction_that_was_assigned():
+    store = MemoryStore(Window(WINDOW, num_sinks=SINKS))
+    assert store.without_memory() is store
+    store.eviction = BiggestKeys(3)
+    _, inputs = make()
+    q, k, v, x = inputs
+    plain, state = store.without_memory()(q, k, v)
+    assert not state.kept and torch.equal(plain, MemoryStore(store.window)(q, k, v)[0])
+    assert not torch.equal(plain, store(q, k, v, x)[0])
+
+
+def test_memory_identity_covers_the_weights_of_an_eviction():
+    def made(seed):
+        model = retrofitted()
+        for module in model.modules():
+            if isinstance(module, MemoryStore):
+                module.eviction = BiggestKeys(3)
+                module.eviction.score = torch.nn.Parameter(torch.full((2,), float(seed)))
+        return model
+
+    assert memory_identity(made(1)) == memory_identity(made(1)) != memory_identity(made(2))
+
+
+def test_fold_all_is_the_default():
+    store, inputs = make()
+    assert isinstance(store.eviction, FoldAll) and not list(store.eviction.parameters())
+    assert not run(store, inputs)[1].kept

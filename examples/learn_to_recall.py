@@ -10,7 +10,7 @@ as many tokens, and with the slots.
 
 Writes an adapter and a picture. With ``--ask ADAPTER`` it asks with a memory that is trained already; one comes with
 the repository: ``--ask examples/adapters/smollm2-135m-instruct-slots``. On a GPU, longer texts and more of them:
-``--length 4096 --batch 4 --score-steps 240 --steps 160``.
+``--length 4096 --batch 4 --score-steps 240 --steps 160``. ``--model gemma3`` teaches Gemma 3 270M, see ``gemma3.py``.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from _common import count, number, positive
 from matplotlib.figure import Figure
-from needles import make, score
+from needles import Example, make, score
 from planting import PlantedCrops
 from quickstart import load_text
 from smollm2 import load_causal_lm
@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(memory_report(model).splitlines()[-1])
     freeze_base(model)
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    options.begin = tokenizer("").input_ids  # of a model that wants a token before every text
 
     begun = time.perf_counter()
     recall = measure(model, encode, held_out, options, ("full attention", "window"))
@@ -124,7 +125,9 @@ def learn(
 
     def crops(stage: int, count: int) -> PlantedCrops:
         seed, facts = 3 * options.seed + stage, (options.facts[0], options.facts[1])
-        return PlantedCrops(documents, options.length, count * options.batch, encode, facts=facts, seed=seed)
+        return PlantedCrops(
+            documents, options.length, count * options.batch, encode, facts=facts, begin=options.begin, seed=seed
+        )
 
     how = {"batch": options.batch, "device": options.device, "workers": options.workers}
     if options.score_steps:
@@ -150,25 +153,32 @@ def measure(
     model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, arms: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """Right answers to questions about facts that have left the window."""
-    capacity = options.window + options.sinks + options.slots
     found: dict[str, dict[str, int]] = {}
     bar = tqdm(total=len(arms) * len(ASKED) * options.questions, desc="questions", unit=" answers")
     for arm in arms:
         found[arm] = dict.fromkeys(ASKED, 0)
-        with attention_of(model, arm, capacity, options.sinks):
+        with attention_of(model, arm, options.window + options.sinks + options.slots, options.sinks):
             for task in ASKED:
                 rng = random.Random(options.seed)
                 for _ in range(options.questions):
-                    document = documents[rng.randrange(len(documents))]
-                    start = rng.randrange(max(1, len(document) - options.test_length))
-                    text = document[start : start + options.test_length].tolist()
-                    # everything that is hidden ends well before the last `capacity` tokens
-                    deepest = 1 - (capacity + 160) / options.test_length
-                    example = make(ASKED[task], encode, text, options.test_length, rng.uniform(0.05, deepest), rng)
+                    example = question(task, encode, documents, options, rng)
                     found[arm][task] += score(model, example, options.test_length)[0].correct
                     bar.update()
     bar.close()
     return found
+
+
+def question(
+    task: str, encode: Any, documents: list[Tensor], options: argparse.Namespace, rng: random.Random
+) -> Example:
+    """A text with something hidden in it that ends well before the tokens that are kept."""
+    capacity = options.window + options.sinks + options.slots
+    document = documents[rng.randrange(len(documents))]
+    start = rng.randrange(max(1, len(document) - options.test_length))
+    text = document[start : start + options.test_length].tolist()
+    deepest = 1 - (capacity + 160) / options.test_length
+    depth = rng.uniform(0.05, deepest)
+    return make(ASKED[task], encode, text, options.test_length, depth, rng, begin=options.begin)
 
 
 @contextmanager
@@ -227,7 +237,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
+    add("--model", help="folder, hub id or gemma3; default: SmolLM2-135M-Instruct")
     add("--text", type=Path, nargs="+", default=[], help="files or folders; default: the reference of Python")
     add("--held-out", type=number(0.9), default=0.3, help="share at the end of each text that judges (default: 0.3)")
     add("--window", type=positive, default=128, help="most recent tokens kept (default: 128)")
@@ -241,9 +251,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--facts",
         type=positive,
         nargs=2,
-        default=[2, 6],
         metavar=("LEAST", "MOST"),
-        help="facts hidden in each text, each asked for one to three times (default: 2 6, about ten questions)",
+        help="facts hidden in each text, asked for one to three times each; default, which has been tried: 6 14 (about "
+        "16 questions) in texts of up to 2,048 tokens, 2 6 (about 10) in longer ones",
     )
     add("--score-steps", type=count, default=120, help="steps of the first stage (default: 120)")
     add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
@@ -262,6 +272,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     capacity = options.window + options.sinks + options.slots
     if options.test_length <= 1.1 * capacity + 200:
         parser.error(f"--test-length {options.test_length}: expected more than the {capacity} tokens kept, and 200")
+    options.facts = options.facts or ((6, 14) if options.length <= 2048 else (2, 6))
+    if options.facts[0] > options.facts[1]:
+        parser.error(f"--facts {options.facts[0]} {options.facts[1]}: expected the smaller number first")
     if options.length <= options.window + options.sinks + 256 + 100:
         parser.error(f"--length {options.length}: expected at least 357 more than --window and --sinks")
     return options

@@ -264,7 +264,7 @@ def test_no_wording_of_the_tests_of_recall(module):
 
 
 def test_no_key_of_the_tests_of_recall(module):
-    needles = importlib.import_module("needles")
+    needles = importlib.import_module("needle_tasks")
     tested = {word.lower() for word in (*needles.WORDS, *needles.PEOPLE, *needles.ROOMS)}
     lists = list(importlib.import_module("fact_values").WORDS.values())
     assert len(lists) > 10

@@ -99,6 +99,19 @@ def slots_of(model: nn.Module) -> int:
     return max(map(_slots, stores_of(model)))
 
 
+def set_slots(model: nn.Module, num_slots: int) -> None:
+    """Let each key/value head keep another number of evicted tokens; what was learned does not depend on it.
+
+    Raises:
+        ValueError: if the model has no slots.
+    """
+    policies: list[Any] = [store.eviction for store in stores_of(model) if hasattr(store.eviction, "num_slots")]
+    if not policies:
+        raise ValueError(f"--slots {num_slots}: this memory has no slots. Leave --slots out.")
+    for policy in policies:
+        policy.num_slots = num_slots
+
+
 def _slots(store: MemoryStore) -> int:
     return int(getattr(store.eviction, "num_slots", 0))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from _common import count, find_adapter, give_memory, positive
-from arms import equal_window, own_window, slots_of
+from arms import equal_window, own_window, set_slots, slots_of
 from evaluation_plots import plot
 from gap import SEGMENT
 from measures import Results, gaps, needles, sinks, sizes, spans, streaming
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         results["needles"] = needles(model, tokenizer, documents, options, capacities[0], results["tables"])
     if options.sink_positions:
         results["sinks"] = sinks(model, documents, options, capacities[0], results["tables"])
-    plot(results, options.output / "results.png")
     print("\n\n".join(["", *results["tables"]]))
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.output / "results.txt").write_text("\n\n".join(results["tables"]) + "\n")
+    plot(results, options.output / "results.png")
     print(f"\n{options.output}/results.json, results.txt, results.png")
     return results
 
@@ -68,7 +68,10 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, list[Tensor]]:
     model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
     window, num_sinks = (options.capacities or [(None, None)])[0]
     give_memory(model, adapter, window=window, sinks=num_sinks, compressor=options.compressor)
+    if options.slots is not None:
+        set_slots(model, options.slots)
     documents = [tokens_of(tokenizer, text) for text in texts]
+    options.begin = tokenizer("").input_ids  # of a model that wants a token before every text
     check(documents, [equal_window(model, u) for u in options.capacities or [own_window(model)]], options)
     return model, tokenizer, documents
 
@@ -123,13 +126,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
+    add("--model", help="folder, hub id or gemma3; default: SmolLM2-135M-Instruct")
     add("--adapter", required=True, help="trained memory: folder, file or hub id")
     add("--compressor", choices=sorted(Compressor.by_name), help="of released weights (default: GatedDeltaNet)")
     add("--text", type=Path, nargs="+", help="UTF-8 text files; default: the reference of the Python language")
     add("--tokens", type=count, default=16_384, help="length of the text that streams by")
     add("--chunk", type=positive, default=512, help="tokens per call")
     add("--capacities", type=capacity, nargs="+", help="such as 480+32 1920+128; default: the adapter's own")
+    add("--slots", type=positive, help="evicted tokens kept in each head; default: the adapter's own")
     add("--stretches", type=count, default=8, help="stretches of text to measure the gap on")
     add("--length", type=positive, default=8192, help="tokens in each")
     add("--start", type=count, default=512, help="positions before this are never counted")

@@ -5,7 +5,7 @@ Paired differences of losses, token by token, and the standard error of their me
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,7 +90,7 @@ def stretch_losses(
 
 
 def span_losses(
-    model: Any, text: Tensor, length: int, rng: random.Random, window: tuple[int, int]
+    model: Any, text: Tensor, length: int, rng: random.Random, window: tuple[int, int], begin: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """Loss of each token but the first of a span that comes again after every arm's window has lost it, in every arm.
 
@@ -100,10 +100,12 @@ def span_losses(
         length: tokens of the stretch that ends with the span; it begins anywhere in the text.
         rng: source of randomness.
         window: ``(window_size, num_sinks)`` of the memory.
+        begin: the tokens that the stretch begins with.
     """
-    begin, kept = rng.randrange(len(text) - length + 1), length - SEGMENT
-    place = begin + rng.randint(window[1], kept - SEGMENT - sum(equal_window(model, window)))
-    ids = torch.cat((text[begin : begin + kept], text[place : place + SEGMENT])).long()[None]
+    start, kept = rng.randrange(len(text) - length + 1), length - SEGMENT
+    place = start + rng.randint(window[1], kept - SEGMENT - sum(equal_window(model, window)))
+    first = torch.tensor(list(begin), dtype=text.dtype, device=text.device)
+    ids = torch.cat((first, text[start + len(begin) : start + kept], text[place : place + SEGMENT])).long()[None]
     return {arm: _losses(model, arm, ids, kept, window) for arm in arms_of(model)}
 
 

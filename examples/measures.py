@@ -52,7 +52,7 @@ def streaming(
     model: Any, documents: list[Tensor], options: argparse.Namespace, window: tuple[int, int], tables: list[str]
 ) -> Results:
     """Loss by position while the longest text streams by, cache bytes and peak memory along the way."""
-    ids = max(documents, key=len)[: options.tokens + 1][None].to(options.device)
+    ids = beginning(documents, options, options.tokens + 1)
     readings: dict[str, Reading] = {}
     with torch.no_grad():
         model(ids[:, : options.chunk])  # warm up: the first arm pays neither for lazy loading nor for thread pools
@@ -74,6 +74,12 @@ def streaming(
     }  # fmt: skip
 
 
+def beginning(documents: list[Tensor], options: argparse.Namespace, length: int) -> Tensor:
+    """The first tokens of the longest text, shape (1, T)."""
+    first = torch.tensor(options.begin, dtype=torch.long)
+    return torch.cat((first, max(documents, key=len)[: length - len(first)]))[None].to(options.device)
+
+
 def gaps(
     model: Any,
     documents: list[Tensor],
@@ -86,7 +92,7 @@ def gaps(
     A memory that is trained on the next token also adapts the model to its kind of text. What this text's own memory is
     worth is the difference to reading the memory of another text, half the list away.
     """
-    found = stretches(documents, options.length, options.stretches)
+    found = stretches(documents, options.length, options.stretches, options.begin)
     pieces = [piece["input_ids"][None].to(options.device) for piece in found]
     results, arms = Results(), arms_of(model)
     rows = [("capacity", *arms, "another text's memory", "window - full", "gap closed", "by this text's memory")]
@@ -124,7 +130,7 @@ def spans(
     """Loss on spans of a text that come again at its end, after they have left the window of every arm."""
     rng, text = random.Random(options.seed), max(documents, key=len).to(options.device)
     bar = tqdm(range(options.spans), desc="spans", unit=" texts")
-    results = measure_spans([span_losses(model, text, options.length, rng, window) for _ in bar])
+    results = measure_spans([span_losses(model, text, options.length, rng, window, options.begin) for _ in bar])
     rows: list[tuple[str, ...]] = [("arm", "loss", "window - arm")]
     for arm, cell in results.items():
         gain = "-" if arm == "window" else with_error(cell["gain"], cell["gain_error"], ".4f", "")
@@ -198,7 +204,7 @@ def prompts(
         window: ``(window_size, num_sinks)`` of the arms that keep most.
         plan: task and number of each prompt.
     """
-    rng, haystack, begin = random.Random(options.seed), max(documents, key=len).tolist(), tokenizer("").input_ids
+    rng, haystack = random.Random(options.seed), max(documents, key=len).tolist()
     length, evicted = options.needle_length, window if options.evicted else None
 
     def encode(text: str) -> list[int]:
@@ -210,14 +216,14 @@ def prompts(
         depth = rng.random() if evicted or i % 4 else 0.0  # every fourth: the beginning
         if not evicted and i % 4 == 3:  # and every fourth inside the window
             recent = window[0] // 2
-        yield make(task, encode, text, length, depth, rng, recent=recent, evicted=evicted, begin=begin)
+        yield make(task, encode, text, length, depth, rng, recent=recent, evicted=evicted, begin=options.begin)
 
 
 def sinks(
     model: Any, documents: list[Tensor], options: argparse.Namespace, window: tuple[int, int], tables: list[str]
 ) -> Results:
     """Streaming loss of every arm but full attention under each way to position the sinks."""
-    ids = max(documents, key=len)[: (options.tokens or options.length) + 1][None].to(options.device)
+    ids = beginning(documents, options, (options.tokens or options.length) + 1)
     edges = [0, sum(equal_window(model, window))]
     while edges[-1] < ids.shape[1] - 1:
         edges.append(min(ids.shape[1] - 1, 2 * edges[-1]))

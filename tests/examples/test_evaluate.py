@@ -435,9 +435,11 @@ def test_needles_that_are_all_evicted_have_a_row_of_their_own(folders, tmp_path)
     results = evaluate.main([
         "--model", str(folders / "base"), "--adapter", str(folders / "slots"), "--text", str(folders / "text.txt"),
         "--tokens", "0", "--stretches", "0", "--needles", "5", "--batch", "3", "--evicted", "--needle-length", "420",
-        "--tasks", "pass key", "RULER frequent words", "--device", "cpu", "--dtype", "float32", "--output",
+        "--slots", "8", "--tasks", "pass key", "RULER frequent words", "--device", "cpu", "--dtype", "float32", "--output",
         str(tmp_path),
-    ])["needles"]  # fmt: skip
+    ])  # fmt: skip
+    assert results["bytes"]["24+8"]["memory"]["tokens"] == 24 + 8 + 8
+    results = results["needles"]
     assert list(results["RULER frequent words"]) == ["the whole text"]
     places = results["pass key"]
     assert list(places)[-1] == "evicted, at any distance" and all(name.startswith("evicted") for name in places)
@@ -504,6 +506,7 @@ def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
     (["--text", "nowhere.txt"], "nowhere.txt"),
     (["--output", __file__], "File exists"),
     (["--tasks", "RULER"], "invalid choice"),
+    (["--slots", "9"], "--slots 9: this memory has no slots"),
     (["--stretches", "0", "--evicted", "--needle-length", "150"], "--needle-length 150: expected at least 160"),
 ])  # fmt: skip
 def test_a_wrong_option_fails_before_anything_is_measured(given, message, folders, tmp_path, monkeypatch, capsys):

@@ -435,8 +435,8 @@ def test_needles_that_are_all_evicted_have_a_row_of_their_own(folders, tmp_path)
     results = evaluate.main([
         "--model", str(folders / "base"), "--adapter", str(folders / "slots"), "--text", str(folders / "text.txt"),
         "--tokens", "0", "--stretches", "0", "--needles", "5", "--batch", "3", "--evicted", "--needle-length", "420",
-        "--slots", "8", "--tasks", "pass key", "RULER frequent words", "--device", "cpu", "--dtype", "float32", "--output",
-        str(tmp_path),
+        "--slots", "8", "--tasks", "pass key", "RULER frequent words", "--device", "cpu", "--dtype", "float32",
+        "--output", str(tmp_path),
     ])  # fmt: skip
     assert results["bytes"]["24+8"]["memory"]["tokens"] == 24 + 8 + 8
     results = results["needles"]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..evictions import SalientSlots
-from .passes import common_capacity
 from .watching import Attended, watch_full_attention
 
 _BLOCK = 512
@@ -64,19 +63,19 @@ def learn_scores(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
 
     Args:
         model: a retrofitted transformers model whose base is frozen.
-        input_ids: token ids without padding, at least 256 more than the capacity of the window.
+        input_ids: token ids without padding, at least 256 more than the capacity of the largest window.
 
     Returns:
         The error (smooth L1) of each layer, without gradient.
 
     Raises:
-        ValueError: if there is no learned score, the layers differ in their window, or the text is too short.
+        ValueError: if there is no learned score, or the text is too short.
     """
     salient_slots(model)
-    least, count = common_capacity(model) + _YOUNG, input_ids.shape[1]
+    windows = [block.store.window for block in model.modules() if isinstance(block, HippocampalAttention)]
+    least, count = max(window.capacity for window in windows) + _YOUNG, input_ids.shape[1]
     if count <= least:
         raise ValueError(f"sequences of {count} tokens: expected more than {least}, the window's capacity and 256.")
-    windows = [block.store.window for block in model.modules() if isinstance(block, HippocampalAttention)]
     errors: list[Tensor] = []
 
     def look(seen: Attended) -> None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..adapter import load_adapter, save_adapter
-from .passes import arm_losses, common_capacity, distillation_loss, freeze_base, gap_closed
+from .passes import arm_losses, distillation_loss, freeze_base, gap_closed, least_capacity
 from .retention import soft_slots
 from .windows import SINKS, sample_window, use_window
 
@@ -120,7 +120,7 @@ class DistillationTrainer(Trainer):
         rows = [torch.zeros(0, 4, dtype=torch.float64, device=self.args.device)]
         for batch in self.get_eval_dataloader(eval_dataset):
             ids = batch["input_ids"].to(self.args.device)
-            losses = arm_losses(model, ids, start=common_capacity(model), slice_size=self.slice_size)
+            losses = arm_losses(model, ids, start=least_capacity(model), slice_size=self.slice_size)
             sums = [losses[arm].double().sum(dim=1) for arm in ("full", "window", "memory")]
             sums.append(torch.full_like(sums[0], losses["full"].shape[1]))
             # of all processes, without the sequences that only make their numbers even
@@ -130,7 +130,7 @@ class DistillationTrainer(Trainer):
         totals = sequences.sum(dim=0)
         if not totals[3]:
             raise ValueError(
-                f"no sequence goes on for two tokens beyond the capacity of {common_capacity(model)} tokens: there is "
+                f"no sequence goes on for two tokens beyond the capacity of {least_capacity(model)} tokens: there is "
                 "nothing to compare. Evaluate on longer sequences, or retrofit with a smaller window."
             )
         full, window, memory = (totals[:3] / totals[3]).tolist()

@@ -153,9 +153,9 @@ def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.M
 
 def bound_options(evictions: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """By layer, the policies without the options that a user may choose for each model."""
-    return {
-        layer: {"eviction": one["eviction"]}
-        | {k: v for k, v in one["options"].items() if k not in Eviction.by_name[one["eviction"]].free_options}
-        for one in evictions
-        for layer in one["layers"]
-    }
+    bound: dict[int, dict[str, Any]] = {}
+    for one in evictions:
+        free = Eviction.by_name[one["eviction"]](**one["options"]).free_options
+        own = {"eviction": one["eviction"]} | {k: v for k, v in one["options"].items() if k not in free}
+        bound |= dict.fromkeys(one["layers"], own)
+    return bound

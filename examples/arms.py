@@ -46,10 +46,10 @@ def use_arm(model: nn.Module, arm: str, window: tuple[int, int] | None = None) -
     }
     if arm not in kinds:
         raise ValueError(f"arm={arm!r}: expected one of {', '.join(kinds)}.")
-    size, sinks = window or own_window(model)
     longer = arm in ("window", "compressor")
 
     def resized(store: MemoryStore) -> Any:
+        size, sinks = window or (store.window.window_size, store.window.num_sinks)
         more = _slots(store) if longer else 0
         return replace(store.window, window_size=size + more, num_sinks=sinks)
 
@@ -89,9 +89,15 @@ def stores_of(model: nn.Module) -> list[MemoryStore]:
 
 
 def own_window(model: nn.Module) -> tuple[int, int]:
-    """``(window_size, num_sinks)`` of a retrofitted model."""
-    window = stores_of(model)[0].window
-    return window.window_size, window.num_sinks
+    """``(window_size, num_sinks)`` of a retrofitted model.
+
+    Raises:
+        ValueError: if its layers differ.
+    """
+    found = sorted({(store.window.window_size, store.window.num_sinks) for store in stores_of(model)})
+    if len(found) > 1:
+        raise ValueError(f"the layers have different windows, {found}: expected one for all. Name one by --capacities.")
+    return found[0]
 
 
 def slots_of(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..evictions import SalientSlots
+from .budgets import FORGET, KEEP, rates_of
 from .watching import Attended, watch_full_attention
 
 _BLOCK = 512
@@ -150,8 +151,8 @@ def set_rates(
     retrieval: Float[Tensor, "layers g"],
     *,
     share: float = 0.25,
-    keep: float = 1e-5,
-    forget: float = 0.05,
+    keep: float = KEEP,
+    forget: float = FORGET,
 ) -> None:
     """Choose the rates at which priorities age, by what the heads do.
 
@@ -171,12 +172,9 @@ def set_rates(
         raise ValueError(
             f"retrieval has shape {tuple(retrieval.shape)}: expected {len(sizes)} layers of {sizes} heads."
         )
-    count = max(1, round(share * retrieval.numel()))
-    chosen = retrieval >= retrieval.flatten().topk(count).values[-1]
-    for policy, heads in zip(policies, chosen, strict=True):
+    for policy, rates in zip(policies, rates_of(retrieval, share, keep, forget), strict=True):
         assert policy.learned is not None
-        rate = torch.where(heads, keep, forget)
-        policy.learned.log_rate.copy_(rate.log())
+        policy.learned.log_rate.copy_(torch.tensor(rates).log())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A few evicted tokens kept without loss, chosen by a score; the others are folded."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -37,8 +38,9 @@ class SalientSlots(Eviction):
         num_slots: tokens that each key/value head keeps.
         score: ``"learned"``, or a score that needs no training: ``"recent"`` (all tokens alike), ``"key_norm"`` (small
             keys first, arXiv 2406.11430), ``"value_norm"`` (large values first, arXiv 2406.12335).
-        rate: priority that each further token of the text is worth more than the one before it. A learned score has
-            rates of its own, one for each key/value head, and ignores this one.
+        rate: priority that each further token of the text is worth more than the one before it; for all key/value
+            heads, or one for each. A learned score has rates of its own: they begin with this one where it is above 0,
+            else with 1, and training changes them.
         score_size: hidden units of a learned score.
         positions: ``"compact"`` as said above, where the model's rotation is known; ``"absolute"`` shows kept tokens at
             their true distances.
@@ -62,14 +64,12 @@ class SalientSlots(Eviction):
         torch.Size([1, 2, 8, 8])
     """
 
-    free_options = ("num_slots",)
-
     def __init__(
         self,
         num_slots: int,
         *,
         score: str = "learned",
-        rate: float = 0.0,
+        rate: float | Sequence[float] = 0.0,
         score_size: int = 64,
         positions: SlotPositions = "compact",
     ) -> None:
@@ -79,12 +79,14 @@ class SalientSlots(Eviction):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
         if score not in (*SCORES, "learned"):
             raise ValueError(f"score={score!r}: expected 'learned' or one of {sorted(SCORES)}.")
-        if not 0 <= rate < float("inf"):
-            raise ValueError(f"rate={rate!r}: expected a number of at least 0.")
+        rates = [rate] if isinstance(rate, int | float) else list(rate)
+        if not rates or not all(0 <= one < float("inf") for one in rates):
+            raise ValueError(f"rate={rate!r}: expected a number of at least 0, or one for each key/value head.")
         if positions not in get_args(SlotPositions):
             raise ValueError(f"positions={positions!r}: expected one of {get_args(SlotPositions)}.")
-        self.num_slots, self.score, self.rate, self.score_size = num_slots, score, rate, score_size
-        self.positions = positions
+        self.num_slots, self.score, self.score_size, self.positions = num_slots, score, score_size, positions
+        self.rate = rates[0] if isinstance(rate, int | float) else rates
+        self.free_options = ("num_slots", "rate") if score == "learned" else ("num_slots",)
         self.learned: LearnedScore | None = None
         self.temperature: float | None = None
 
@@ -93,12 +95,18 @@ class SalientSlots(Eviction):
 
         Args:
             **sizes: ``hidden_size``, ``num_kv_heads`` and ``value_dim``; others are not needed.
+
+        Raises:
+            ValueError: if there are rates for another number of key/value heads.
         """
-        copied = SalientSlots(**self.options())
+        copied, heads = SalientSlots(**self.options()), sizes["num_kv_heads"]
+        if isinstance(self.rate, list) and len(self.rate) != heads:
+            raise ValueError(f"rate={self.rate!r}: expected one number, or {heads}, one for each key/value head.")
         if self.score == "learned":
-            copied.learned = LearnedScore(
-                sizes["hidden_size"], sizes["num_kv_heads"], sizes["value_dim"], self.score_size
-            )
+            copied.learned = LearnedScore(sizes["hidden_size"], heads, sizes["value_dim"], self.score_size)
+            rates = torch.tensor(self.rate).expand(heads)
+            with torch.no_grad():
+                copied.learned.log_rate.copy_(torch.where(rates > 0, rates, 1.0).log())
         return copied
 
     @property
@@ -138,6 +146,7 @@ class SalientSlots(Eviction):
         """
         if self.learned is None:
             score, rate = SCORES[self.score](tokens), torch.tensor(self.rate, device=tokens.k.device)
+            rate = rate if rate.ndim == 0 else rate.unsqueeze(1)
         else:
             score, rate = tokens.gates[f"{RIDES}score"], self.learned.rate.unsqueeze(1)
         return score + rate.to(score.dtype) * (rank if rank.ndim == 1 else rank.unsqueeze(1)).to(score.dtype)

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ahn_layers import HippocampalAttention, HippocampalCache, MemoryState, SalientSlots, Window, retrofit
-from ahn_layers.evictions.scores import SCORES
+from ahn_layers.evictions.scores import UNTRAINED
 
 WINDOW, SINKS, SLOTS, SCORE = 256, 4, 64, "value_norm"
 """Without an adapter: small sizes, so that a short text shows something."""
@@ -421,7 +421,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
     add("--adapter", help="trained memory with slots: folder or hub id (default: a score without training)")
     add("--slots", type=positive, help=f"without an adapter: slots of each key/value head (default: {SLOTS})")
-    add("--score", choices=sorted(SCORES), help=f"without an adapter: which tokens are kept (default: {SCORE})")
+    add("--score", choices=sorted(UNTRAINED), help=f"without an adapter: which tokens are kept (default: {SCORE})")
     add("--rate", type=number(1e6), help="without an adapter: bonus of each token over the one before (default: 0)")
     add("--window", type=positive, help=f"tokens kept without loss (default: the adapter's, else {WINDOW})")
     add("--sinks", type=count, help=f"first tokens, always kept (default: the adapter's, else {SINKS})")

@@ -165,13 +165,15 @@ class _Measuring:
             if capacity is None:
                 width = sizes["num_kv_heads"] * (sizes["head_dim"] + sizes["value_dim"])
                 return int(self.length * width * like.element_size())
+            window, memory, policy = Window(capacity - self.num_sinks, self.num_sinks), None, None
             with torch.device("meta"):
-                memory = None if compressor is None else compressor(**sizes)
-                policy, window = None, Window(capacity - self.num_sinks, self.num_sinks)
+                if compressor is not None:
+                    memory = compressor(**sizes).to(like.dtype)
                 if slots is not None:
                     options = slots.options() | {"num_slots": capacity - self.least, "rate": 0.0}
-                    policy, window = SalientSlots(**options).for_layer(**sizes), Window(window_size, self.num_sinks)
-                return MemoryStore(window, memory, block.store.rotary, eviction=policy).bytes_per_row(like, **sizes)
+                    window = Window(window_size, self.num_sinks)
+                    policy = SalientSlots(**options).for_layer(**sizes).to(like.dtype)
+            return MemoryStore(window, memory, block.store.rotary, eviction=policy).bytes_per_row(like, **sizes)
 
         return count
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
 from ..ops.attention.attend import Between, Soft
 from ..tokens import Later, Leaving, Tokens
-from .scores import SCORES, LearnedScore
+from .scores import SCORES, UNTRAINED, LearnedScore, key_difference
 
 SlotPositions = Literal["compact", "absolute"]
 """At which distances kept tokens are shown."""
 PRIORITY, RANK = f"{RIDES}priority", f"{RIDES}rank"
 """Beside each kept token: its priority, and its number among the real tokens of its row."""
+KEY_SUM = "key_sum"
+"""Among what is kept for the score ``"key_difference"``: the sum of the directions of all keys that left the window."""
 
 
 class SalientSlots(Eviction):
@@ -37,7 +39,8 @@ class SalientSlots(Eviction):
     Args:
         num_slots: tokens that each key/value head keeps.
         score: ``"learned"``, or a score that needs no training: ``"recent"`` (all tokens alike), ``"key_norm"`` (small
-            keys first, arXiv 2406.11430), ``"value_norm"`` (large values first, arXiv 2406.12335).
+            keys first, arXiv 2406.11430), ``"value_norm"`` (large values first, arXiv 2406.12335),
+            ``"key_difference"`` (keys unlike the ones before them first, arXiv 2504.15364).
         rate: priority that each further token of the text is worth more than the one before it; for all key/value
             heads, or one for each. A learned score has rates of its own: they begin with this one where it is above 0,
             else with 1, and training changes them.
@@ -77,8 +80,8 @@ class SalientSlots(Eviction):
         for name, value, least in (("num_slots", num_slots, 0), ("score_size", score_size, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
-        if score not in (*SCORES, "learned"):
-            raise ValueError(f"score={score!r}: expected 'learned' or one of {sorted(SCORES)}.")
+        if score not in (*UNTRAINED, "learned"):
+            raise ValueError(f"score={score!r}: expected 'learned' or one of {sorted(UNTRAINED)}.")
         rates = [rate] if isinstance(rate, int | float) else list(rate)
         if not rates or not all(0 <= one < float("inf") for one in rates):
             raise ValueError(f"rate={rate!r}: expected a number of at least 0, or one for each key/value head.")
@@ -114,6 +117,10 @@ class SalientSlots(Eviction):
         """A learned score does."""
         return self.score == "learned"
 
+    @property
+    def _sums_keys(self) -> bool:
+        return self.score == "key_difference"
+
     def __str__(self) -> str:
         """Slots and score, in one line."""
         untrained = self.learned is not None and not self.learned.is_trained
@@ -137,15 +144,21 @@ class SalientSlots(Eviction):
             )
         return {"score": self.learned(x, v)}
 
-    def priority(self, tokens: Tokens, rank: Int[Tensor, "*b t"]) -> Float[Tensor, "b g t"]:
+    def priority(
+        self, tokens: Tokens, rank: Int[Tensor, "*b t"], score: Float[Tensor, "b g t"] | None = None
+    ) -> Float[Tensor, "b g t"]:
         """Score plus rate times rank.
 
         Args:
             tokens: the tokens.
             rank: their numbers among the real tokens of their rows.
+            score: theirs, where it does not come from the tokens alone.
         """
         if self.learned is None:
-            score, rate = SCORES[self.score](tokens), torch.tensor(self.rate, device=tokens.k.device)
+            score, rate = (
+                SCORES[self.score](tokens) if score is None else score,
+                torch.tensor(self.rate, device=tokens.k.device),
+            )
             rate = rate if rate.ndim == 0 else rate.unsqueeze(1)
         else:
             score, rate = tokens.gates[f"{RIDES}score"], self.learned.rate.unsqueeze(1)
@@ -156,11 +169,15 @@ class SalientSlots(Eviction):
         like = like.columns(0, 0)
         none = like.k.new_zeros(like.k.shape[:3], dtype=torch.promote_types(like.k.dtype, torch.float32))
         like = _with(like, none, torch.zeros(0, dtype=torch.long, device=none.device))
-        return empty_slots(like, self.num_slots, compact=self.positions == "compact")
+        slots = empty_slots(like, self.num_slots, compact=self.positions == "compact")
+        return slots | ({KEY_SUM: none.new_zeros(*like.k.shape[:2], like.k.shape[3])} if self._sums_keys else {})
 
     def push(self, kept: Kept, leaving: Leaving) -> tuple[Between | None, Leaving, Kept]:
         """Each token that leaves the window competes with those in the slots; the loser is folded."""
-        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank), leaving.rank)
+        score, more = None, {}
+        if self._sums_keys:
+            score, more[KEY_SUM] = key_difference(kept[KEY_SUM], leaving)
+        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank, score), leaving.rank)
         seen, leaving, after = keep_best(
             kept, replace(leaving, made=Later(lambda: tokens)), lambda u: u.gates[PRIORITY]
         )
@@ -169,7 +186,7 @@ class SalientSlots(Eviction):
             # empty slots never become visible
             first = seen.first.masked_fill(seen.last == 0, Between.ALWAYS)
             seen = replace(seen, first=first, soft=Soft(priority, self.temperature))
-        return seen, leaving, after
+        return seen, leaving, after | more
 
 
 def _with(tokens: Tokens, priority: Float[Tensor, "b g t"], rank: Int[Tensor, "*b t"]) -> Tokens:

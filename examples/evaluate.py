@@ -8,7 +8,8 @@ after they were evicted (``--spans``), needle tasks scored by where the needle l
 position the sinks (``--sink-positions``). Writes a table, a JSON file and a picture.
 
 A memory that has slots is compared at equal capacity (``arms.py``): the window holds as many tokens as window and slots
-together. If it has a compressor as well, each of the two is also measured alone.
+together. If it has a compressor as well, each of the two is also measured alone. ``--scores`` fills the slots by scores
+that need no training, for comparison.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from _common import count, find_adapter, give_memory, positive
-from arms import equal_window, own_window, set_slots, slots_of
+from arms import arms_of, equal_window, own_window, set_slots, slots_of
 from evaluation_plots import plot
 from gap import SEGMENT
 from measures import Results, gaps, needles, sinks, sizes, spans, streaming
@@ -29,6 +30,7 @@ from smollm2 import load_causal_lm
 from torch import Tensor
 
 from ahn_layers import Compressor, memory_report
+from ahn_layers.evictions.scores import UNTRAINED
 
 
 def main(arguments: Sequence[str] | None = None) -> Results:
@@ -71,6 +73,9 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, list[Tensor]]:
     if options.slots is not None:
         set_slots(model, options.slots)
     documents = [tokens_of(tokenizer, text) for text in texts]
+    if options.scores and not slots_of(model):
+        raise ValueError("--scores: this memory has no slots. Leave --scores out.")
+    options.arms = (*arms_of(model), *options.scores)
     options.begin = tokenizer("").input_ids  # of a model that wants a token before every text
     check(documents, [equal_window(model, u) for u in options.capacities or [own_window(model)]], options)
     return model, tokenizer, documents
@@ -142,6 +147,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--evicted", action="store_true", help="all needles where they are evicted, none in sinks and window")
     add("--batch", type=positive, default=8 if gpu else 1, help="prompts side by side (default: 1, on a GPU 8)")
     add("--needle-length", type=positive, default=4096, help="tokens in each prompt")
+    add("--scores", nargs="*", default=[], choices=UNTRAINED, help="further arms: slots by scores without training")
     add("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=f"needle tasks (default: {', '.join(TASKS)})")
     add("--sink-positions", nargs="*", default=[], choices=["trained", "streaming", "absolute"], help="ways to compare")
     add("--seed", type=int, default=0)

@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import torch
-from arms import arm_bytes, arms_of, called, equal_window, positioned, use_arm
+from arms import arm_bytes, called, equal_window, positioned, use_arm
 from gap import SEGMENT, measure, measure_spans, span_losses, stretch_losses
 from needle_tasks import TASKS
 from needles import Example, Needle, make, rank, score_all, tally
@@ -40,7 +40,7 @@ def sizes(model: Any, options: argparse.Namespace, capacities: list[tuple[int, i
     results: Results = {}
     rows: list[tuple[str, ...]] = [("capacity", "arm", "tokens kept", "bytes")]
     for window in capacities:
-        kept = {arm: sum(equal_window(model, window)) for arm in arms_of(model)} | {"full": length}
+        kept = {arm: sum(equal_window(model, window)) for arm in options.arms} | {"full": length}
         cell = {arm: {"tokens": n, "bytes": arm_bytes(model, arm, window, length)} for arm, n in kept.items()}
         results[f"{window[0]}+{window[1]}"] = cell
         rows += [(called(model, window), arm, f"{u['tokens']:,}", f"{u['bytes']:,}") for arm, u in cell.items()]
@@ -56,7 +56,7 @@ def streaming(
     readings: dict[str, Reading] = {}
     with torch.no_grad():
         model(ids[:, : options.chunk])  # warm up: the first arm pays neither for lazy loading nor for thread pools
-    for arm in arms_of(model):
+    for arm in options.arms:
         name = {"full": "full attention", "window": "window only"}.get(arm, arm)
         with use_arm(model, arm, window):
             readings[name], _ = read(model, ids, options.chunk, name)
@@ -94,12 +94,12 @@ def gaps(
     """
     found = stretches(documents, options.length, options.stretches, options.begin)
     pieces = [piece["input_ids"][None].to(options.device) for piece in found]
-    results, arms = Results(), arms_of(model)
+    results, arms = Results(), options.arms
     rows = [("capacity", *arms, "another text's memory", "window - full", "gap closed", "by this text's memory")]
     for window in capacities:
         start = max(sum(equal_window(model, window)), options.start)
         bar = tqdm(range(len(pieces)), desc=called(model, window), unit=" texts")
-        cell = measure([stretch_losses(model, pieces, i, start, window) for i in bar])
+        cell = measure([stretch_losses(model, pieces, i, start, window, options.arms) for i in bar])
         results[f"{window[0]}+{window[1]}"] = cell
         shares = [cell["verdict"], "-"]
         if cell["gap_closed"] is not None:
@@ -130,7 +130,9 @@ def spans(
     """Loss on spans of a text that come again at its end, after they have left the window of every arm."""
     rng, text = random.Random(options.seed), max(documents, key=len).to(options.device)
     bar = tqdm(range(options.spans), desc="spans", unit=" texts")
-    results = measure_spans([span_losses(model, text, options.length, rng, window, options.begin) for _ in bar])
+    results = measure_spans(
+        [span_losses(model, text, options.length, rng, window, options.begin, options.arms) for _ in bar]
+    )
     rows: list[tuple[str, ...]] = [("arm", "loss", "window - arm")]
     for arm, cell in results.items():
         gain = "-" if arm == "window" else with_error(cell["gain"], cell["gain_error"], ".4f", "")
@@ -155,7 +157,7 @@ def needles(
     Needles of slots and compressor are filed as those of the window that keeps as much: what is evicted has left every
     arm's window.
     """
-    arms, longest = arms_of(model), equal_window(model, window)
+    arms, longest = options.arms, equal_window(model, window)
     plan = [(task, i) for task in options.tasks or TASKS for i in range(options.needles)]
     found: dict[str, dict[str, dict[str, list[Needle]]]] = {}
     examples = prompts(tokenizer, documents, options, longest, plan)
@@ -230,7 +232,7 @@ def sinks(
     results: Results = {}
     rows = [("sinks", "arm", *(f"{a:,}-{b:,}" for a, b in pairwise(edges)))]
     for way in options.sink_positions:
-        for arm in arms_of(model)[1:]:
+        for arm in options.arms[1:]:
             with positioned(model, way), use_arm(model, arm, window):
                 losses = read(model, ids, options.chunk, f"{way} {arm}")[0].losses
             values = [float(losses[a:b].mean()) for a, b in pairwise(edges)]

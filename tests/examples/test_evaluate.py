@@ -348,6 +348,25 @@ def test_an_arm_puts_everything_back(arm):
     assert torch.equal(logits_of(model, ids), expected)
 
 
+def test_slots_by_scores_without_training():
+    ids = torch.randint(1, 256, (1, 120))
+    for score in ("value_norm", "key_difference"):
+        own = retrofit(base(), None, window_size=24, num_sinks=8, eviction=SalientSlots(16, score=score))
+        model = small(eviction=SalientSlots(16))
+        with arms.use_arm(model, score):
+            torch.testing.assert_close(logits_of(model, ids), logits_of(own, ids))
+        with pytest.raises(ValueError, match="a score for slots"), arms.use_arm(small(), score):
+            pass
+
+
+def test_layers_keep_windows_of_their_own():
+    model = retrofit(base(), None, window_size={0: 24, 1: 12}, num_sinks=8)
+    with arms.use_arm(model, "window"):
+        assert [store.window.window_size for store in arms.stores_of(model)] == [24, 12]
+    with pytest.raises(ValueError, match="the layers have different windows"):
+        arms.own_window(model)
+
+
 def test_layers_may_have_different_numbers_of_slots():
     model = small(eviction={0: SalientSlots(16), 1: SalientSlots(4)})
     with arms.use_arm(model, "window"):
@@ -436,8 +455,12 @@ def test_needles_that_are_all_evicted_have_a_row_of_their_own(folders, tmp_path)
         "--model", str(folders / "base"), "--adapter", str(folders / "slots"), "--text", str(folders / "text.txt"),
         "--tokens", "0", "--stretches", "0", "--needles", "5", "--batch", "3", "--evicted", "--needle-length", "420",
         "--slots", "8", "--tasks", "pass key", "RULER frequent words", "--device", "cpu", "--dtype", "float32",
-        "--output", str(tmp_path),
+        "--scores", "key_norm", "key_difference", "--output", str(tmp_path),
     ])  # fmt: skip
+    arms = ["full", "window", "compressor", "slots", "memory", "key_norm", "key_difference"]
+    assert list(results["needles"]["RULER frequent words"]["the whole text"]["interval"]) == arms
+    by_arm = results["bytes"]["24+8"]
+    assert by_arm["key_norm"]["bytes"] < by_arm["slots"]["bytes"] < by_arm["memory"]["bytes"]
     assert results["bytes"]["24+8"]["memory"]["tokens"] == 24 + 8 + 8
     results = results["needles"]
     assert list(results["RULER frequent words"]) == ["the whole text"]
@@ -507,6 +530,7 @@ def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
     (["--output", __file__], "File exists"),
     (["--tasks", "RULER"], "invalid choice"),
     (["--slots", "9"], "--slots 9: this memory has no slots"),
+    (["--scores", "recent"], "--scores: this memory has no slots"),
     (["--stretches", "0", "--evicted", "--needle-length", "150"], "--needle-length 150: expected at least 160"),
 ])  # fmt: skip
 def test_a_wrong_option_fails_before_anything_is_measured(given, message, folders, tmp_path, monkeypatch, capsys):

@@ -9,14 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
-from ..ops.attention.attend import Between, Soft
+from ..ops.attention.between import Between, Soft
+from ..ops.decode.step import Contest
 from ..tokens import Later, Leaving, Tokens
 from .scores import SCORES, UNTRAINED, LearnedScore, key_difference
 
 SlotPositions = Literal["compact", "absolute"]
 """At which distances kept tokens are shown."""
-PRIORITY, RANK = f"{RIDES}priority", f"{RIDES}rank"
-"""Beside each kept token: its priority, and its number among the real tokens of its row."""
+SCORE, PRIORITY = f"{RIDES}score", f"{RIDES}priority"
+"""Beside each token its score, if it is learned; beside each kept one its priority."""
 KEY_SUM = "key_sum"
 """Among what is kept for the score ``"key_difference"``: the sum of the directions of all keys that left the window."""
 
@@ -155,20 +156,33 @@ class SalientSlots(Eviction):
             score: theirs, where it does not come from the tokens alone.
         """
         if self.learned is None:
-            score, rate = (
-                SCORES[self.score](tokens) if score is None else score,
-                torch.tensor(self.rate, device=tokens.k.device),
-            )
+            score = SCORES[self.score](tokens) if score is None else score
+            rate = torch.tensor(self.rate, device=tokens.k.device)
             rate = rate if rate.ndim == 0 else rate.unsqueeze(1)
         else:
-            score, rate = tokens.gates[f"{RIDES}score"], self.learned.rate.unsqueeze(1)
+            score, rate = tokens.gates[SCORE], self.learned.rate.unsqueeze(1)
         return score + rate.to(score.dtype) * (rank if rank.ndim == 1 else rank.unsqueeze(1)).to(score.dtype)
+
+    def contest(self, leaving: Later[Tokens]) -> Contest | None:
+        """By the priority.
+
+        There is no kernel for a soft choice, for a score that looks at earlier tokens, for given rates by head, and for
+        a subclass that chooses otherwise.
+        """
+        ours = type(self).push is SalientSlots.push and type(self).priority is SalientSlots.priority
+        if self.temperature is not None or self._sums_keys or not ours:
+            return None
+        if self.learned is not None:
+            return Contest(score=SCORE, log_rate=self.learned.log_rate)
+        if isinstance(self.rate, list):
+            return None
+        return Contest(given=SCORES[self.score](leaving()).float(), rate=self.rate)
 
     def init_kept(self, like: Tokens) -> Kept:
         """Empty slots."""
         like = like.columns(0, 0)
         none = like.k.new_zeros(like.k.shape[:3], dtype=torch.promote_types(like.k.dtype, torch.float32))
-        like = _with(like, none, torch.zeros(0, dtype=torch.long, device=none.device))
+        like = _with(like, none)
         slots = empty_slots(like, self.num_slots, compact=self.positions == "compact")
         return slots | ({KEY_SUM: none.new_zeros(*like.k.shape[:2], like.k.shape[3])} if self._sums_keys else {})
 
@@ -177,7 +191,7 @@ class SalientSlots(Eviction):
         score, more = None, {}
         if self._sums_keys:
             score, more[KEY_SUM] = key_difference(kept[KEY_SUM], leaving)
-        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank, score), leaving.rank)
+        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank, score))
         seen, leaving, after = keep_best(
             kept, replace(leaving, made=Later(lambda: tokens)), lambda u: u.gates[PRIORITY]
         )
@@ -189,7 +203,6 @@ class SalientSlots(Eviction):
         return seen, leaving, after | more
 
 
-def _with(tokens: Tokens, priority: Float[Tensor, "b g t"], rank: Int[Tensor, "*b t"]) -> Tokens:
-    """The tokens with their priorities and ranks beside them."""
-    rank = (rank if rank.ndim == 1 else rank.unsqueeze(1)).expand(priority.shape)
-    return replace(tokens, gates=tokens.gates | {PRIORITY: priority, RANK: rank})
+def _with(tokens: Tokens, priority: Float[Tensor, "b g t"]) -> Tokens:
+    """The tokens with their priorities beside them."""
+    return replace(tokens, gates=tokens.gates | {PRIORITY: priority})

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from ahn_layers import adapter_parameters
 from ahn_layers.distillation import learn_scores, retrieval_heads, set_rates
 
+STAGE = "stage.pt"
+"""The file that says how far a stage is."""
 SAVED_EVERY = 25
 """Steps between two states of a stage that is resumed."""
 
@@ -116,7 +118,7 @@ class Progress:
     """
 
     def __init__(self, folder: Path | None, parameters: list[nn.Parameter], optimizer: Any, schedule: Any) -> None:
-        self.path = None if folder is None else folder / "stage.pt"
+        self.path = None if folder is None else folder / STAGE
         self.parameters, self.parts = parameters, {"optimizer": optimizer, "schedule": schedule}
 
     def load(self) -> int:
@@ -148,6 +150,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         name: torch.stack([item[name] for item in items]) if isinstance(u, Tensor) else [item[name] for item in items]
         for name, u in items[0].items()
     }
+
+
+def tensors(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Tensors side by side, and nothing else."""
+    return {name: u for name, u in collate(items).items() if isinstance(u, Tensor)}
 
 
 def learn_attention(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..attention import HippocampalAttention
+from ..evictions import SalientSlots
 from ..memory import MemoryStore
 from ..window import Window
 
@@ -103,3 +104,13 @@ def give_windows(stores: Sequence[MemoryStore], windows: Sequence[Window]) -> It
     finally:
         for store, window in zip(stores, before, strict=True):
             store.window = window
+
+
+@contextmanager
+def longer_windows(model: nn.Module) -> Iterator[None]:
+    """Within this context, each window is longer by the slots of its memory: the window alone at equal capacity."""
+    stores = [module.store for module in model.modules() if isinstance(module, HippocampalAttention)]
+    more = [store.eviction.num_slots if isinstance(store.eviction, SalientSlots) else 0 for store in stores]
+    sizes = [store.window.window_size + slots for store, slots in zip(stores, more, strict=True)]
+    with give_windows(stores, [replace(u.window, window_size=size) for u, size in zip(stores, sizes, strict=True)]):
+        yield

@@ -640,7 +640,9 @@ def test_streaming_reads_what_the_steps_need(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "read_dataset", stream)
     words = ["--dataset", "a", "--config", "b", "--split", "c", "--column", "d", "--output", str(tmp_path)]
     sizes = ["--steps", "3", "--batch", "2", "--accumulate", "2", "--length", "64"]
-    crops, _ = train.load_data(tokenizer(), train.parse([*words, *sizes, "--streaming"]))
+    options = train.parse([*words, *sizes, "--streaming"])
+    documents, _ = train.load_data(tokenizer(), options)
+    crops = train.crops_of(documents, tokenizer(), options)
     assert asked == [("a", "b", "c", "d", True)] and len(crops) == 12
     assert sum(map(len, crops.documents)) >= 12 * 64 and len(read) < 200
     train.load_data(tokenizer(), train.parse([*words, *sizes]))

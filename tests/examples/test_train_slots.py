@@ -2,12 +2,17 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
+
+from ahn_layers import SalientSlots, adapter_parameters, retrofit
+
+from ..models import base
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -85,6 +90,31 @@ def test_an_interrupted_stage_goes_on(run, monkeypatch):
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def in_two(rank: int, folder: str) -> None:
+    """One of two processes: the first stage of a small model, on its part of the texts."""
+    sys.path.insert(0, str(EXAMPLES))
+    stages, planting = importlib.import_module("stages"), importlib.import_module("planting")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = retrofit(base(max_position_embeddings=1024), None, window_size=20, eviction=SalientSlots(4, score_size=4))
+    encode = lambda text: [1 + ord(c) % 60 for c in text]
+    crops = planting.PlantedCrops([torch.arange(3000) % 60 + 1], 560, 4, encode, seed=0)
+    errors = stages.learn_attention(model, "stage", crops, 1, "cpu")
+    weights = {name: u.detach() for name, u in adapter_parameters(model)}
+    torch.save((errors, weights), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_one_set_of_scores_from_different_texts(tmp_path):
+    torch.multiprocessing.spawn(in_two, (str(tmp_path),), nprocs=2)
+    (mine, weights), (other, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(mine) == len(other) == 2 and mine != other
+    for name, value in weights.items():
+        assert torch.equal(value, same[name]), name
+    assert any(value.any() for name, value in weights.items() if name.endswith("down"))
 
 
 @pytest.mark.parametrize("options, message", [

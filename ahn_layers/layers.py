@@ -70,3 +70,25 @@ class Scale(nn.Module):
     def forward(self, u: Float[Tensor, "*h e"]) -> Float[Tensor, "*h e"]:
         """``u * weight``, in the dtype of ``u``."""
         return u * self.weight.to(u.dtype)
+
+
+class LowRank(nn.Module):
+    """Vectors of write gates from hidden states, through a bottleneck: ``(x W_down) W_up + bias``.
+
+    Args:
+        hidden_size: N.
+        rank: width of the bottleneck.
+        bias: where the bias starts, ``(S, C)``: S vectors of C numbers per token.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, bias: Float[Tensor, "s c"]) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, bias.numel(), bias=False)
+        self.bias = nn.Parameter(bias.unsqueeze(1).clone())  # (S, 1, C), as it is added
+
+    def forward(self, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b s t c"]:
+        """The vectors, in float32 at least."""
+        y = project(self.up, project(self.down, x, widen=False).transpose(1, 2))
+        y = y.unflatten(1, self.bias.shape[::2]).transpose(2, 3)
+        return y + self.bias.to(y.dtype)

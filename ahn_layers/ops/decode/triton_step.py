@@ -76,8 +76,10 @@ def _attend_and_fold(
                 key_at = key_ptr + (b * G + g) * D
             k = _normal(tl.load(key_at + d, mask=d < D, other=0.0).to(tl.float32), eps, 1.0)
             v = tl.load(v_ptr + b * v_b + g * v_g + slot * v_c + e, mask=e < E, other=0.0).to(tl.float32)
-            if DECAYS:
-                decay = tl.load(decay_ptr + b * d_b + s * d_s + slot * d_c).to(tl.float32)
+            if DECAYS or RATED:
+                decay = tl.full((), 1.0, tl.float32)
+                if DECAYS:
+                    decay *= tl.load(decay_ptr + b * d_b + s * d_s + slot * d_c).to(tl.float32)
                 if RATED:
                     decay *= tl.load(rate_ptr + s).to(tl.float32)
                 state = state * tl.exp(decay)
@@ -177,7 +179,7 @@ def decode_step(
         key: ``(B, G, 1, D)``, None if it is the one in the slot.
         decay: which gate is the log decay, -1 for none.
         strength: which gate is the strength, -1 for none.
-        rate: factor of the decay, ``(S,)``, None for one.
+        rate: factor of the decay, or the log decay itself without a gate, ``(S,)``, None for one.
         delta: see ``StepRule``, as for the rest.
         eps: in the normalisation of keys and queries.
         read_scale: factor of the normalised queries.

@@ -1,0 +1,102 @@
+"""Kernels of flash-linear-attention (https://github.com/fla-org/flash-linear-attention) where they serve.
+
+Its tensors are ``(B, T, H, D)``, with one state per query head.
+"""
+
+import warnings
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+TESTED = (0, 6)
+"""The release whose kernels are tested against the plain forms."""
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def runs_in_fla(state: Tensor, k: Tensor) -> bool:
+    """Whether a scan over these tokens runs in kernels of flash-linear-attention.
+
+    On a GPU in half precision, for more than one token and heads of up to 256. If the package is missing or of another
+    release than the tested one, the plain form runs, and a warning says so once.
+    """
+    fits = k.is_cuda and k.dtype in _HALF and state.dtype == torch.float32
+    return fits and k.shape[2] > 1 and max(state.shape[-2:]) <= 256 and _usable()
+
+
+def channel_operand(u: Tensor, state: Tensor) -> Tensor:
+    """Queries, keys or values as ``channel_scan`` and ``rank_one_scan`` multiply them.
+
+    In half precision where kernels run, but for float16 in training, whose gradients would vanish; else in the dtype of
+    the state.
+    """
+    half = u.dtype == torch.bfloat16 or (u.dtype == torch.float16 and not torch.is_grad_enabled())
+    return u if half and runs_in_fla(state, u) else u.to(state.dtype)
+
+
+@cache
+def _usable() -> bool:
+    """Whether the tested release is installed."""
+    try:
+        found = version("fla-core")
+    except PackageNotFoundError:
+        found = "not installed"
+    if found.split(".")[:2] == [str(part) for part in TESTED] and find_spec("fla") and find_spec("triton"):
+        return True
+    warnings.warn(
+        f"flash-linear-attention is {found}, expected {'.'.join(map(str, TESTED))}.x with triton: compressors that "
+        "decay by channel run in plain PyTorch, which is slower. pip install 'ahn-layers[gpu]'",
+        stacklevel=2,
+    )
+    return False
+
+
+def channel_scan(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The scan of that name in kernels; readings come in the dtype of ``k``."""
+    shared = q.shape[1] // state.shape[1]
+    q, k, v, g = _per_query(q, k, v, g)
+    options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
+    with torch.cuda.device_of(q):
+        if beta is None:
+            from fla.ops.gla import chunk_gla
+
+            r, after = chunk_gla(q, k, v, g, **options)
+        else:
+            from fla.ops.kda import chunk_kda
+
+            strength = beta.float().repeat_interleave(shared, dim=1).transpose(1, 2).contiguous()
+            r, after = chunk_kda(q, k, v, g, strength, **options)
+    return r.transpose(1, 2), after[:, ::shared]
+
+
+def rank_one_scan(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scan of that name in kernels; readings come in the dtype of ``k``."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    shared = q.shape[1] // state.shape[1]
+    a, b = (_per_time(u.to(k.dtype), q.shape[1]) for u in (a, b))
+    q, k, v, g = _per_query(q, k, v, g)
+    with torch.cuda.device_of(q):
+        options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
+        r, after = chunk_rwkv7(q, g, k, v, a, b, **options)
+    return r.transpose(1, 2), after[:, ::shared]
+
+
+def _per_query(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All as the kernels take them, one of each per query head; log decays in float32."""
+    heads = q.shape[1]
+    return _per_time(q, heads), _per_time(k, heads), _per_time(v.to(k.dtype), heads), _per_time(g.float(), heads)
+
+
+def _per_time(u: Tensor, heads: int) -> Tensor:
+    return u.repeat_interleave(heads // u.shape[1], dim=1).transpose(1, 2).contiguous()
+
+
+def _per_head(state: Tensor, shared: int) -> Tensor:
+    return state.repeat_interleave(shared, dim=1).contiguous()

@@ -3,10 +3,12 @@
 Its tensors are ``(B, T, H, D)``, with one state per query head.
 """
 
+import math
 import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,3 +102,42 @@ def _per_time(u: Tensor, heads: int) -> Tensor:
 
 def _per_head(state: Tensor, shared: int) -> Tensor:
     return state.repeat_interleave(shared, dim=1).contiguous()
+
+
+def without_autotuning() -> int:
+    """Let the kernels of this process run in one configuration each, instead of the fastest of many.
+
+    Finding that takes minutes at the first call, since each configuration is compiled: worth it for hours of training,
+    not for a short run. Call it before the first scan.
+
+    Returns:
+        How many kernels had a choice.
+
+    Raises:
+        ImportError: if flash-linear-attention or Triton is missing.
+    """
+    import sys
+
+    import fla.ops.gla
+    import fla.ops.kda
+    import fla.ops.rwkv7  # noqa: F401
+    from triton.runtime.autotuner import Autotuner
+
+    kernels = {}
+    for name, module in list(sys.modules.items()):
+        for kernel in list(vars(module).values()) if name.startswith("fla.") and module is not None else ():
+            while hasattr(kernel, "fn"):  # heuristics and the tuner lie around the kernel, in either order
+                if isinstance(kernel, Autotuner) and len(kernel.configs) > 1:
+                    kernels[id(kernel)] = kernel
+                kernel = kernel.fn
+    for kernel in kernels.values():
+        kernel.configs = [min(kernel.configs, key=_moderate)]
+    return len(kernels)
+
+
+def _moderate(config: Any) -> float:
+    """How far a configuration is from four warps, two stages and tiles of 64."""
+    distance = abs(math.log2(config.num_warps) - 2) + abs(config.num_stages - 2)
+    return distance + sum(
+        abs(math.log2(size) - 6) for size in config.kwargs.values() if isinstance(size, int) and size > 0
+    )

@@ -39,7 +39,6 @@ from quickstart import load_text
 from smollm2 import load_causal_lm
 from texts import Crops, read_texts, stretches, tokenize
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import ahn_layers
@@ -399,9 +398,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             setattr(options, name, gpu if large else cpu)
     least = options.window + 2 * options.sinks + 2 * SEGMENT
     if options.length < least:
-        parser.error(
-            f"--length {options.length}: expected at least {least}, for the window and a span that comes again"
-        )
+        parser.error(f"--length {options.length}: expected at least {least}, so that a span leaves the window")
     return options
 
 

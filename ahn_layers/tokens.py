@@ -35,12 +35,12 @@ class Tokens:
     Attributes:
         k: ``(B, G, T, D)``, rotated.
         v: ``(B, G, T, E)``.
-        gates: scalars per token by name, ``(B, num_states, T)`` each.
+        gates: by name, scalars ``(B, num_states, T)`` or vectors ``(B, num_states, T, C)``.
     """
 
     k: Float[Tensor, "b g t d"]
     v: Float[Tensor, "b g t e"]
-    gates: dict[str, Float[Tensor, "b s t"]]
+    gates: dict[str, Float[Tensor, "b s t *c"]]
 
     def __len__(self) -> int:
         """How many tokens (columns) there are."""

@@ -99,14 +99,7 @@ class Compressor(nn.Module, ABC):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.value_dim = head_dim if value_dim is None else value_dim
         self.shared_state = shared_state
-        for name in ("hidden_size", "num_heads", "head_dim", "num_kv_heads", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
-        if num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
-                "every key/value head must serve the same number of query heads."
-            )
+        _check_sizes(self)
         self.o_proj = HeadwiseLinear(num_heads, self.value_dim)
         self.build()
 
@@ -237,6 +230,18 @@ class Compressor(nn.Module, ABC):
         """
         gate = self.read_gate(x)
         return self.o_proj(rms_normalize(r) if gate is None else gated_rms_norm(r, self.o_norm.weight, gate))
+
+
+def _check_sizes(memory: Compressor) -> None:
+    """Raise for sizes that are impossible."""
+    for name in ("hidden_size", "num_heads", "head_dim", "num_kv_heads", "value_dim"):
+        if getattr(memory, name) < 1:
+            raise ValueError(f"{name}={getattr(memory, name)}: expected a positive number.")
+    if memory.num_heads % memory.num_kv_heads:
+        raise ValueError(
+            f"num_heads={memory.num_heads} is not a multiple of num_kv_heads={memory.num_kv_heads}: "
+            "every key/value head must serve the same number of query heads."
+        )
 
 
 def state_dtype(like: Tensor) -> torch.dtype:

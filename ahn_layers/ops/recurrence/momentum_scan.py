@@ -87,7 +87,7 @@ def momentum_scan(
     repeats = q.shape[3] // chunk_size
     asked = torch.cat([part.repeat(1, 1, 1, repeats).unsqueeze(-1) * q for part in since], dim=-1)
     r = asked @ both + ((q @ k.mT) * reach.repeat(1, 1, 1, repeats, 1)) @ written
-    state, momentum = after.chunk(2, dim=2)
+    state, momentum = (part.contiguous() for part in after.chunk(2, dim=2))
     return rearrange(r, "b s n (r c) e -> b (s r) (n c) e", c=chunk_size)[:, :, :length], state, momentum
 
 

@@ -49,7 +49,7 @@ def _usable() -> bool:
         return True
     warnings.warn(
         f"flash-linear-attention is {found}, expected {'.'.join(map(str, TESTED))}.x with triton: compressors that "
-        "decay by channel run in plain PyTorch, which is slower. pip install 'ahn-layers[gpu]'",
+        "decay by channel run in plain PyTorch, which is slower. pip install 'fla-core>=0.6,<0.7'",
         stacklevel=2,
     )
     return False

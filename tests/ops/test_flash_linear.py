@@ -94,25 +94,19 @@ def test_the_kernels_are_given_the_same_recurrence(kind, states, groups, stand_i
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("found", ["0.5.2", "0.7.0", None])
-def test_other_releases_are_not_used_and_it_is_said_once(found, monkeypatch):
-    def version(_):
-        if found is None:
-            raise flash_linear.PackageNotFoundError
-        return found
-
-    monkeypatch.setattr(flash_linear, "version", version)
-    flash_linear._usable.cache_clear()
-    try:
-        with pytest.warns(
-            UserWarning, match=rf"flash-linear-attention is {found or 'not installed'}, expected 0\.6\.x"
-        ):
-            assert not flash_linear._usable()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert not flash_linear._usable()
-    finally:
-        flash_linear._usable.cache_clear()
+@pytest.mark.parametrize("found", ["0.5.2", "0.7.0", ""])
+def test_other_releases_are_not_used_and_it_is_said_once(found, monkeypatch, unchecked):
+    on_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 9, 64))
+    state = torch.zeros(1, 1, 64, 64)
+    monkeypatch.setattr(flash_linear, "_said", [])
+    monkeypatch.setattr(flash_linear, "_FOUND", "0.6.3")
+    assert flash_linear.runs_in_fla(state, on_gpu) and not flash_linear.runs_in_fla(state, state)
+    monkeypatch.setattr(flash_linear, "_FOUND", found)
+    with pytest.warns(UserWarning, match=rf"fla-core is {found or 'not installed'}, expected 0\.6\.x"):
+        assert not flash_linear.runs_in_fla(state, on_gpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not flash_linear.runs_in_fla(state, on_gpu)
 
 
 def relative(one, other):

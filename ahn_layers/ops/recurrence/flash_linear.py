@@ -5,7 +5,6 @@ Its tensors are ``(B, T, H, D)``, with one state per query head.
 
 import math
 import warnings
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -13,8 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TESTED = (0, 6)
+TESTED = ("0", "6")
 """The release whose kernels are tested against the plain forms."""
+
+
+def _release() -> str:
+    """The release that is installed; nothing without Triton, which all of the package needs."""
+    try:
+        return version("fla-core") if find_spec("fla") and find_spec("triton") else ""
+    except PackageNotFoundError:
+        return ""
+
+
+_FOUND = _release()
+_said: list[bool] = []
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -25,7 +36,9 @@ def runs_in_fla(state: Tensor, k: Tensor) -> bool:
     release than the tested one, the plain form runs, and a warning says so once.
     """
     fits = k.is_cuda and k.dtype in _HALF and state.dtype == torch.float32
-    return fits and k.shape[2] > 1 and max(state.shape[-2:]) <= 256 and _usable()
+    return (
+        fits and k.shape[2] > 1 and max(state.shape[-2:]) <= 256 and (_FOUND.split(".")[:2] == [*TESTED] or _say_once())
+    )
 
 
 def channel_operand(u: Tensor, state: Tensor) -> Tensor:
@@ -38,20 +51,15 @@ def channel_operand(u: Tensor, state: Tensor) -> Tensor:
     return u if half and runs_in_fla(state, u) else u.to(state.dtype)
 
 
-@cache
-def _usable() -> bool:
-    """Whether the tested release is installed."""
-    try:
-        found = version("fla-core")
-    except PackageNotFoundError:
-        found = "not installed"
-    if found.split(".")[:2] == [str(part) for part in TESTED] and find_spec("fla") and find_spec("triton"):
-        return True
-    warnings.warn(
-        f"flash-linear-attention is {found}, expected {'.'.join(map(str, TESTED))}.x with triton: compressors that "
-        "decay by channel run in plain PyTorch, which is slower. pip install 'fla-core>=0.6,<0.7'",
-        stacklevel=2,
-    )
+def _say_once() -> bool:
+    """Warn, at the first scan that would have run in kernels; False."""
+    if not _said and not torch.compiler.is_compiling():
+        _said.append(True)
+        warnings.warn(
+            f"fla-core is {_FOUND or 'not installed'}, expected {'.'.join(TESTED)}.x, and triton: compressors that decay "
+            "by channel run in plain PyTorch, which is slower. pip install 'fla-core>=0.6,<0.7'",
+            stacklevel=4,
+        )
     return False
 
 

@@ -56,8 +56,8 @@ def _say_once() -> bool:
     if not _said and not torch.compiler.is_compiling():
         _said.append(True)
         warnings.warn(
-            f"fla-core is {_FOUND or 'not installed'}, expected {'.'.join(TESTED)}.x, and triton: compressors that decay "
-            "by channel run in plain PyTorch, which is slower. pip install 'fla-core>=0.6,<0.7'",
+            f"fla-core is {_FOUND or 'not installed'}, expected {'.'.join(TESTED)}.x, and triton: compressors that "
+            "decay by channel run in plain PyTorch, which is slower. pip install 'fla-core>=0.6,<0.7'",
             stacklevel=4,
         )
     return False

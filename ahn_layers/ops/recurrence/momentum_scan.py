@@ -39,7 +39,7 @@ def momentum_scan(
     g: Float[Tensor, "b s t"] | None = None,
     folds: Bool[Tensor, "b _ t"] | None = None,
     *,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b s d e"], Float[Tensor, "b s d e"]]:
     """``momentum_step`` for each token in turn, read after it: ``r_t = S^T q_t`` (arXiv 2501.00663, section 3.1).
 
@@ -57,7 +57,7 @@ def momentum_scan(
         m: log of what is kept of the momentum.
         g: log decay of the state, None for no decay.
         folds: False where nothing is folded: the token changes neither ``S`` nor ``Z``.
-        chunk_size: tokens folded at once.
+        chunk_size: tokens folded at once; by default 32, on a GPU 128.
 
     Returns:
         What each query reads, and ``S`` and ``Z`` after the last token.
@@ -65,6 +65,7 @@ def momentum_scan(
     length, dtype = q.shape[2], state.dtype
     if length == 1:
         return _one(state, momentum, q, k, v, beta, m, g, folds)
+    chunk_size = chunk_size or (128 if state.is_cuda else 32)
     moves = torch.ones(1, 1, length, dtype=dtype, device=q.device) if folds is None else folds.to(dtype)
     q, k, v, _ = cut(state, q, k, v, None, chunk_size)
     g = torch.zeros_like(beta) if g is None else g

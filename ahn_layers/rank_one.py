@@ -22,6 +22,11 @@ class Transition:
         along: the key under which what was read is added: ``-beta erased`` takes a share of ``beta`` off.
         key: the key under which the value is written.
         value: ``(B, num_states, T, E)``.
+
+    Examples:
+        >>> import torch
+        >>> k, v = torch.ones(2, 1, 2, 3, 8)
+        >>> delta_rule = Transition(decay=0 * k, erased=k, along=-0.5 * k, key=0.5 * k, value=v)
     """
 
     decay: Float[Tensor, "b s t d"]

@@ -17,9 +17,11 @@ with every compressor, and a picture.
 """
 
 import argparse
+import importlib
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -302,6 +304,7 @@ def plot(results: Results, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Compare; returns what is written to ``results.json``."""
     options = parse(arguments)
+    find(options)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.device == "cuda" and not options.autotune:
         one_configuration()
@@ -348,6 +351,18 @@ def title_of(results: Results, comparison: Comparison) -> str:
     )
 
 
+def find(options: argparse.Namespace) -> None:
+    """Import the modules that define compressors; stop if one is asked for that is not there."""
+    sys.path.append("")
+    for module in options.module:
+        importlib.import_module(module.removesuffix(".py"))
+    unknown = sorted(set(options.compressors) - set(Compressor.by_name))
+    if unknown:
+        raise SystemExit(
+            f"compare_compressors: no compressor {', '.join(unknown)}; there are {sorted(Compressor.by_name)}"
+        )
+
+
 def one_configuration() -> None:
     """Kernels of flash-linear-attention without the minutes in which they look for their fastest form."""
     from ahn_layers.ops.recurrence.flash_linear import without_autotuning
@@ -365,7 +380,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
     add("--text", type=Path, nargs="*", default=[], help="texts to train on (default: the Python reference)")
     add("--dev", type=Path, nargs="*", default=[], help="held-out texts, with --text")
-    add("--compressors", nargs="+", default=list(COMPRESSORS), choices=sorted(Compressor.by_name), metavar="NAME")
+    add("--compressors", nargs="+", default=list(COMPRESSORS), metavar="NAME", help="default: those of the library")
+    add("--module", nargs="*", default=[], help="Python modules that define further compressors")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     add("--steps", type=positive, help="default: 48 on a GPU, 12 on a CPU")

@@ -14,6 +14,7 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
+from .layers import LowRank
 from .record import find_retrofitted
 from .retrofit import full_attention
 
@@ -77,6 +78,7 @@ def num_gates(compressor: Compressor) -> int:
     layers = [m for m in compressor.modules() if isinstance(m, nn.Linear)]
     scalars = [m for m in layers if m.in_features == size and m.out_features <= heads]
     work = sum(m.in_features * m.out_features for m in layers if m not in scalars)
+    work += sum(m.up.numel() for m in compressor.modules() if isinstance(m, LowRank))
     return len(scalars) + math.ceil(work / (size * heads))
 
 

@@ -73,22 +73,28 @@ class Scale(nn.Module):
 
 
 class LowRank(nn.Module):
-    """Vectors of write gates from hidden states, through a bottleneck: ``(x W_down) W_up + bias``.
+    """Vectors per state, each made of a few numbers: those stay with a token of the window, not the vector.
+
+    A token's numbers are ``x W``, a few for each state; when it is folded they become the vector ``numbers U + bias``.
 
     Args:
         hidden_size: N.
-        rank: width of the bottleneck.
+        rank: numbers per state, R.
         bias: where the bias starts, ``(S, C)``: S vectors of C numbers per token.
     """
 
     def __init__(self, hidden_size: int, rank: int, bias: Float[Tensor, "s c"]) -> None:
         super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)
-        self.up = nn.Linear(rank, bias.numel(), bias=False)
+        states, size = bias.shape
+        self.down = nn.Linear(hidden_size, states * rank, bias=False)
+        self.up = nn.Parameter(torch.randn(states, rank, size) * rank**-0.5)
         self.bias = nn.Parameter(bias.unsqueeze(1).clone())  # (S, 1, C), as it is added
 
-    def forward(self, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b s t c"]:
+    def forward(self, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b s t r"]:
+        """The numbers, in float32 at least."""
+        return project(self.down, x).unflatten(1, (len(self.up), -1)).transpose(2, 3)
+
+    def expand(self, numbers: Float[Tensor, "b s t r"]) -> Float[Tensor, "b s t c"]:
         """The vectors, in float32 at least."""
-        y = project(self.up, project(self.down, x, widen=False).transpose(1, 2))
-        y = y.unflatten(1, self.bias.shape[::2]).transpose(2, 3)
-        return y + self.bias.to(y.dtype)
+        numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        return numbers @ self.up.to(numbers.dtype) + self.bias.to(numbers.dtype)

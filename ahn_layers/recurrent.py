@@ -50,6 +50,13 @@ class Recurrent(Compressor):
     def recurrence(self) -> Recurrence:
         """One step, in the names of the gates."""
 
+    def expand(self, gates: dict[str, Float[Tensor, "b s t *_"]]) -> dict[str, Float[Tensor, "b s t *_"]]:
+        """Write gates as the recurrence takes them, from those that stayed in the window. Default: the same.
+
+        For vectors that are made of a few numbers ([`LowRank`][ahn_layers.layers.LowRank]): the window holds these.
+        """
+        return gates
+
     def init_state(self, batch_size: int, like: Tensor) -> State:
         """An empty matrix, with momentum two."""
         empty = super().init_state(batch_size, like)
@@ -62,6 +69,7 @@ class Recurrent(Compressor):
         """One step of the recurrence; gates by name or in its order."""
         step = self.recurrence()
         gates |= dict(zip(step.gates, args, strict=False))
+        gates = {n: u.squeeze(2) for n, u in self.expand({n: u.unsqueeze(2) for n, u in gates.items()}).items()}
         g = log_decay(step.decay, step.rate, gates, k[..., 0])
         strength = k.new_ones(k.shape[:2]) if step.strength is None else gates[step.strength]
         if step.momentum is not None:
@@ -101,12 +109,12 @@ class Recurrent(Compressor):
         if not self.declared:
             return super().scan(state, q, k, v, gates, mask)
         folds = None if mask is None else self.per_state(mask)
-        return declared_scan(self.recurrence(), state, q, k, v, gates, folds)
+        return declared_scan(self.recurrence(), state, q, k, v, self.expand(gates), folds)
 
     def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule | None:
-        """The same, one token; None for what a kernel has no words for: momentum, several writes a token."""
+        """The same, one token; None for what a kernel has no words for: momentum, several writes, expanded gates."""
         step = self.recurrence()
-        if step.momentum is not None or step.writes > 1:
+        if step.momentum is not None or step.writes > 1 or type(self).expand is not Recurrent.expand:
             return None
         ours = {name: getattr(step, name) for name in ("decay", "rate", "strength", "delta", "read_scale", "eps")}
         if type(self).output is not Recurrent.output:

@@ -42,8 +42,9 @@ def stored(state: Tensor, k: Tensor) -> Tensor:
 
 
 def vectors(linear, x: Tensor) -> Tensor:
-    """What a projection through a bottleneck gives, ``(H, D)``."""
-    return (linear.up.weight @ (linear.down.weight @ x)).view(len(linear.bias), -1) + linear.bias[:, 0]
+    """What a projection through a few numbers per state gives, ``(H, D)``."""
+    numbers = (linear.down.weight @ x).view(len(linear.bias), 1, -1)
+    return (numbers @ linear.up + linear.bias)[:, 0]
 
 
 def fold(memory: Compressor, state, k: Tensor, v: Tensor, x: Tensor):

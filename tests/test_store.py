@@ -60,7 +60,7 @@ def tensors_of(memory):
 def per_state(name, u):
     """A weight of a memory with one state per key/value head, for one with a state per query head."""
     of_states = ("A_log", "dt_bias", "a_proj", "b_proj", "m_proj", "w_proj", "dt_proj", "more_keys", "more_values")
-    if name.split(".")[0] not in (*of_states, "k_erased", "k_written") or "down" in name:
+    if name.split(".")[0] not in (*of_states, "k_erased", "k_written"):
         return u
     rows = u.unflatten(0, (G, -1)) if u.ndim == 2 or name.endswith("weight") else u.unsqueeze(1)
     return rows.repeat_interleave(H // G, dim=0).flatten(0, 1)

@@ -105,6 +105,6 @@ def test_reports_say_the_bytes(compressor, dtype):
 
 
 def test_the_work_of_vectors_is_counted():
-    """Of GLA: the read gate, and a bottleneck of 16 that makes 8 x 16 numbers of 64."""
+    """Of GLA: the read gate, and 4 numbers per state that become 16."""
     memory = GLA(hidden_size=64, num_heads=8, head_dim=16)
-    assert num_gates(memory) == 1 + -(-(64 * 16 + 16 * 8 * 16) // (64 * 8)) == 7
+    assert num_gates(memory) == 1 + -(-(64 * 8 * 4 + 8 * 4 * 16) // (64 * 8)) == 6

@@ -44,7 +44,7 @@ def test_all_see_the_same_and_leave_nothing_behind(model, tmp_path, capsys, unch
         assert u["gap"]["another_text"] != u["gap"]["memory"] != u["gap"]["window"]
         assert u["memory_bytes"] == u["state_bytes"] + u["gate_bytes"]
     # float32, two layers: gates of 4 heads with each of 32 tokens; the states of 4 heads of 8, or 2 pools
-    assert found["KDA"]["gate_bytes"] == 4 * 2 * 32 * 4 * (8 + 1) and found["AveragePooling"]["gate_bytes"] == 0
+    assert found["KDA"]["gate_bytes"] == 4 * 2 * 32 * 4 * (4 + 1) and found["AveragePooling"]["gate_bytes"] == 0
     assert found["Titans"]["state_bytes"] == 2 * found["KDA"]["state_bytes"] == 2 * 4 * 2 * 4 * 8 * 8
 
 

@@ -11,7 +11,7 @@ from .time_step import decay_parameters
 
 
 class GatedDeltaProduct(Recurrent):
-    """The gated delta product with two Householder steps a token (arXiv 2502.10297, section 3).
+    """The gated delta product with two Householder steps a token (arXiv 2502.10297).
 
     With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 

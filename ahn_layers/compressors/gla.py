@@ -12,7 +12,7 @@ from .time_step import spread_decays
 
 
 class GLA(Recurrent):
-    """Gated linear attention (arXiv 2312.06635, equations 3 and 8).
+    """Gated linear attention (arXiv 2312.06635).
 
     With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 

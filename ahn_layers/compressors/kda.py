@@ -12,7 +12,7 @@ from .time_step import spread_decays
 
 
 class KDA(Recurrent):
-    """Kimi Delta Attention (arXiv 2510.26692, equation 1).
+    """Kimi Delta Attention (arXiv 2510.26692).
 
     With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 

@@ -11,7 +11,7 @@ from ..ops.slots.pooling import Pool, pool_read, pool_scan, pool_step
 
 
 class AveragePooling(Compressor):
-    """The pooling of Compressive Transformers (arXiv 1911.05507, section 3.1), a baseline of arXiv 2510.07318.
+    """The pooling of Compressive Transformers (arXiv 1911.05507), a baseline of arXiv 2510.07318.
 
     Every ``rate`` evicted tokens become one slot: the mean of their keys and the mean of their values. Queries attend
     to the slots and to the one that is being filled; when all slots are full, the oldest is dropped.

@@ -9,7 +9,7 @@ from ..recurrent import Recurrence, Recurrent
 
 
 class RetNet(Recurrent):
-    """Retention (arXiv 2307.08621, equations 5 and 8).
+    """Retention (arXiv 2307.08621).
 
     With ``x_t`` the hidden state of the query's token, ``u' = u / sqrt(|u|^2 + 1e-6)``, for state ``h`` from 0:
 

@@ -13,7 +13,7 @@ from ..rank_one import DiagonalPlusRankOne, Transition
 
 
 class RWKV7(DiagonalPlusRankOne):
-    """The generalised delta rule of RWKV-7 (arXiv 2503.14456, equations 15 to 17).
+    """The generalised delta rule of RWKV-7 (arXiv 2503.14456).
 
     With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 

@@ -10,7 +10,7 @@ from .time_step import decay_parameters
 
 
 class Titans(Recurrent):
-    """The neural memory of Titans with a matrix for its network (arXiv 2501.00663, equations 9 to 14).
+    """The neural memory of Titans with a matrix for its network (arXiv 2501.00663).
 
     With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 

@@ -41,7 +41,7 @@ def momentum_scan(
     *,
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b s d e"], Float[Tensor, "b s d e"]]:
-    """``momentum_step`` for each token in turn, read after it: ``r_t = S^T q_t`` (arXiv 2501.00663, section 3.1).
+    """``momentum_step`` for each token in turn, read after it: ``r_t = S^T q_t`` (arXiv 2501.00663).
 
     Inside a chunk the state before token ``i`` is ``a_i S + b_i Z`` and ``W_ij`` times what token ``j < i`` wrote, with
     scalars that the gates give: what is written solves a triangular system, as for the delta rule. ``S`` and ``Z`` pass

@@ -34,7 +34,7 @@ from _common import count, number, positive
 from arms import arm_bytes, use_arm
 from evaluate import table
 from gap import SEGMENT, measure, measure_spans, swapped_memories
-from gpu_measurements import synchronize, time_tokens
+from gpu_measurements import forget_peak, synchronize, time_tokens
 from matplotlib.figure import Figure
 from needles import make, score
 from quickstart import load_text
@@ -117,8 +117,6 @@ class Comparison:
         optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps + 1, pct_start=0.1)
         losses, seconds, decoder = [], [], self.model.get_decoder()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         bar = tqdm(zip(self.batches, goals, strict=True), total=options.steps, desc=name, unit=" steps")
         for batch, goal in bar:
             synchronize(device)
@@ -188,6 +186,7 @@ class Comparison:
     def compare(self, name: str, goals: list[Tensor], references: Results) -> Results:
         """One compressor from its retrofit to its numbers."""
         torch.manual_seed(self.options.seed)
+        forget_peak(self.options.device)
         retrofit(self.model, Compressor.by_name[name], window_size=self.window[0], num_sinks=self.window[1])
         try:
             result = {"parameters": sum(p.numel() for _, p in adapter_parameters(self.model))}
@@ -325,11 +324,16 @@ def main(arguments: Sequence[str] | None = None) -> Results:
                   "decode_ms": u["decode_ms"], "bytes": u["bytes"]}
             for arm, u in references.items()
         },
-        "compressors": {},
+        "compressors": {}, "failed": {},
     }  # fmt: skip
     for name in options.compressors:
         started = time.perf_counter()
-        result = comparison.compare(name, goals, references)
+        try:
+            result = comparison.compare(name, goals, references)
+        except Exception as error:  # of a kernel, or of memory: the others are worth their numbers all the same
+            results["failed"][name] = f"{type(error).__name__}: {error}"
+            print(f"{name} failed: {results['failed'][name]}", file=sys.stderr)
+            continue
         results["compressors"][name] = result | {"seconds": time.perf_counter() - started}
         results["seconds"] = time.perf_counter() - begin
         (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -337,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     (options.output / "results.txt").write_text(text + "\n")
     plot(results, options.output / "results.png")
     print(f"\n{text}\n\n{options.output}/results.json, results.txt, results.png")
+    if results["failed"]:
+        raise SystemExit(f"compare_compressors: failed, see results.json: {', '.join(results['failed'])}")
     return results
 
 

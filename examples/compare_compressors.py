@@ -330,11 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         started = time.perf_counter()
         try:
             result = comparison.compare(name, goals, references)
+            results["compressors"][name] = result | {"seconds": time.perf_counter() - started}
         except Exception as error:  # of a kernel, or of memory: the others are worth their numbers all the same
             results["failed"][name] = f"{type(error).__name__}: {error}"
             print(f"{name} failed: {results['failed'][name]}", file=sys.stderr)
-            continue
-        results["compressors"][name] = result | {"seconds": time.perf_counter() - started}
         results["seconds"] = time.perf_counter() - begin
         (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(title_of(results, comparison), rows_of(results))

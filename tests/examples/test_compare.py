@@ -67,7 +67,7 @@ def test_one_that_fails_does_not_cost_the_others(model, tmp_path, monkeypatch, u
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(compare_compressors.Compressor.by_name["GLA"], "scan", fold_nothing)
-    with pytest.raises(SystemExit, match="failed, see results.json: GLA"):
+    with pytest.raises(SystemExit, match=r"failed, see results\.json: GLA"):
         compare(model, tmp_path, "--compressors", "GLA", "RetNet", "--needles", "0", "--decode", "0")
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["compressors"]) == ["RetNet"] and results["failed"] == {"GLA": "RuntimeError: no kernel"}

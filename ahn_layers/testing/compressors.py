@@ -14,7 +14,7 @@ from ..recurrent import Recurrent
 from ..tokens import per_head
 from ..window import Window
 
-_B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
+_B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 41  # more tokens than a chunk of the scans here
 
 
 def check_compressor(compressor: type[Compressor], **options: Any) -> None:

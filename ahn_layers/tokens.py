@@ -35,12 +35,13 @@ class Tokens:
     Attributes:
         k: ``(B, G, T, D)``, rotated.
         v: ``(B, G, T, E)``.
-        gates: scalars per token by name, ``(B, num_states, T)`` each; an eviction's own may be whole numbers.
+        gates: by name, scalars ``(B, num_states, T)`` or vectors ``(B, num_states, T, C)``; an eviction's own may be
+            whole numbers.
     """
 
     k: Float[Tensor, "b g t d"]
     v: Float[Tensor, "b g t e"]
-    gates: dict[str, Shaped[Tensor, "b s t"]]
+    gates: dict[str, Shaped[Tensor, "b s t *c"]]
 
     def __len__(self) -> int:
         """How many tokens (columns) there are."""

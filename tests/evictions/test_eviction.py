@@ -8,6 +8,7 @@ import torch
 from ahn_layers import (
     Eviction,
     FoldAll,
+    GatedDeltaNet,
     HippocampalCache,
     MemoryState,
     MemoryStore,
@@ -22,7 +23,7 @@ from ahn_layers.fingerprint import memory_identity
 from ahn_layers.ops.slots.top_slots import running_top
 
 from .. import oracle
-from ..methods import COMPRESSORS, EVICTIONS, BiggestKeys
+from ..methods import COMPRESSORS, EVICTIONS, OPTIONS, BiggestKeys
 from ..models import generate, logits, retrofitted, tokens
 
 B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 26
@@ -31,7 +32,7 @@ SINKS, WINDOW = 2, 5
 
 def make(compressor=COMPRESSORS[0], eviction=None, **options):
     """A store in float64 whose memory contributes, and tokens for it."""
-    memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, **options).double()
+    memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, **OPTIONS.get(compressor, {}) | options).double()
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -59,9 +60,10 @@ def test_the_contract(eviction):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("num_slots", [0, 1, 4, T])
 @pytest.mark.parametrize("shared_state", [False, True])
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize(
+    "compressor, num_slots", [*((u, 1) for u in COMPRESSORS), *((GatedDeltaNet, n) for n in (0, 4, T))]
+)
 def test_any_cutting_equals_the_oracle(compressor, shared_state, num_slots, padded):
     store, inputs = make(compressor, BiggestKeys(num_slots), shared_state=shared_state)
     valid = torch.rand(B, T) < 0.7 if padded else None

@@ -70,6 +70,8 @@ def _fold_tile(
                 if RATED:
                     decay *= tl.load(rate_ptr + s).to(tl.float32)
                 state = state * tl.exp(decay)
+            elif RATED:  # the rate itself is the log decay of every token
+                state = state * tl.exp(tl.load(rate_ptr + s).to(tl.float32))
             if DELTA:
                 v -= tl.sum(state * k[:, None], 0)
             if WEIGHED:

@@ -4,10 +4,10 @@
 
 teaches these three to recall.
 
-The package index has it as a GGUF file of about 5 bits a weight in four wheels (238 MB together), an upload that Google
-has no part in. It is converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. Gemma is provided under and
-subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms, which also apply to what is derived from
-it, trained memories included. So nothing made from it comes with this repository.
+The package index has it as a GGUF file (Q4_K_M, 253 MB) in four wheels, an upload that Google has no part in. It is
+converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. Gemma is provided under and subject to the Gemma
+Terms of Use found at https://ai.google.dev/gemma/terms, which also apply to what is derived from it, trained memories
+included. So nothing made from it comes with this repository.
 """
 
 from pathlib import Path

@@ -52,14 +52,16 @@ def kernel_step(
     gates = {name: u for name, u in slots.gates.items() if name in ours}
     if not fits_step(q, [slots.k, slots.v, *gates.values()], memory, state.kept):
         return None
+    rule = StepRule() if compressor is None else compressor.rule(x)  # type: ignore[arg-type]
+    if rule is None:
+        return None
     length, rank = None if state.length is None else state.length + 1, state.seen.unsqueeze(1)
     kept = None
     if not folds_all:
         kept = _kept_slots(new, state, eviction, rank, positions)
         if kept is None:
             return None
-    rule = StepRule() if compressor is None else compressor.rule(x)  # type: ignore[arg-type]
-    assert rule is not None and not isinstance(memory, dict)
+    assert not isinstance(memory, dict)
     asking = key = None
     if positions.hidden and compressor is not None:
         asking = positions.for_memory(q, rank)

@@ -20,7 +20,7 @@ from ahn_layers import (
 )
 from ahn_layers.distillation import use_window
 
-from ..methods import COMPRESSORS, BiggestKeys
+from ..methods import KINDS, BiggestKeys
 from ..models import FAMILIES, base, generate, logits, retrofitted, tokens
 
 B, H, G, D, N, T = 2, 4, 2, 8, 10, 40
@@ -126,7 +126,7 @@ def test_untrained_slots_are_a_longer_window():
     assert "untrained score: a longer window" in memory_report(model)
 
 
-@pytest.mark.parametrize("compressor", [None, *COMPRESSORS])
+@pytest.mark.parametrize("compressor", [None, *KINDS])
 def test_slots_and_every_compressor(compressor):
     model, ids = retrofitted(compressor=compressor, eviction=SalientSlots(5)), tokens(2, 50)
     whole = logits(model, ids)

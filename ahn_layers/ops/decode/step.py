@@ -1,6 +1,8 @@
 """One decode step: attention of one query over the slots, and one token folded and read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -60,12 +62,29 @@ def delta_step(
     return state + k.unsqueeze(-1) * (beta.unsqueeze(-1) * (v - stored)).unsqueeze(-2)
 
 
+def log_decay(
+    decay: str | None, rate: Float[Tensor, " s"] | None, gates: Mapping[Any, Tensor], like: Float[Tensor, "b s"]
+) -> Float[Tensor, "b s"] | Float[Tensor, "b s d"] | None:
+    """The log decay of one token: its gate times a rate, or either alone; None for none.
+
+    Args:
+        decay: name of the gate.
+        rate: see above.
+        gates: those of the token, ``(B, S)`` or ``(B, S, D)``.
+        like: a tensor with the shape of a scalar gate, and its dtype.
+    """
+    if decay is None:
+        return None if rate is None else rate.to(like.dtype).expand_as(like)
+    g = gates[decay]
+    return g if rate is None else g * rate.to(g.dtype).view(-1, *[1] * (g.ndim - 2))
+
+
 def fold_and_read(
     state: Float[Tensor, "b s d e"],
     q: Float[Tensor, "b h d"],
     k: Float[Tensor, "b s d"],
     v: Float[Tensor, "b s e"],
-    g: Float[Tensor, "b s"] | None = None,
+    g: Float[Tensor, "b s"] | Float[Tensor, "b s d"] | None = None,
     beta: Float[Tensor, "b s"] | None = None,
 ) -> tuple[Float[Tensor, "b h e"], Float[Tensor, "b s d e"]]:
     """``S <- exp(g) S``, then ``S + k v^T`` or, with ``beta``, ``S + k (beta (v - S^T k))^T``; read ``S^T q``.
@@ -75,18 +94,19 @@ def fold_and_read(
         q: queries; those of one group share a state.
         k: the folded keys.
         v: the folded values.
-        g: log decay, None for no decay.
+        g: log decay, one per state or one per channel of the key; None for no decay.
         beta: write strength of the delta rule, None to add.
 
     Returns:
         What each query reads, and the state after.
     """
-    if state.dtype == torch.float32 and in_triton(state, q, k, v, g, beta):
+    by_channel = g is not None and g.ndim == 3
+    if state.dtype == torch.float32 and not by_channel and in_triton(state, q, k, v, g, beta):
         from . import triton_decode
 
         return triton_decode.fold_and_read(state, q, k, v, g, beta)
     if g is not None:
-        state = state * g.exp()[..., None, None]
+        state = state * (g if by_channel else g.unsqueeze(-1)).exp().unsqueeze(-1)
     state = state + k.unsqueeze(-1) * v.unsqueeze(-2) if beta is None else delta_step(state, k, v, beta)
     return (q.unflatten(1, (state.shape[1], -1)) @ state).flatten(1, 2), state
 
@@ -100,8 +120,8 @@ class StepRule:
     ``(rms(r) * weight * silu(gate)) matrix``.
 
     Attributes:
-        decay: the write gate that is the log decay; None for no decay.
-        rate: its factor, ``(S,)``; None for one.
+        decay: the write gate that is the log decay, of a state or of each channel of its keys; None for no decay.
+        rate: its factor, ``(S,)``; None for one. Without ``decay`` it is the log decay of every token.
         strength: the write gate that is the factor of what is written; None for one.
         delta: whether what is stored already is subtracted.
         read_scale: factor of the normalised queries.
@@ -196,7 +216,7 @@ def fits_step(q: Tensor, slots: list[Tensor], memory: object, kept: dict[str, Te
         memory: the state, None for none.
         kept: what is kept beside the window.
     """
-    sizes = max(q.shape[-1], slots[1].shape[-1]) <= 256 and len(slots) <= 4
+    sizes = max(q.shape[-1], slots[1].shape[-1]) <= 256 and len(slots) <= 4 and all(u.ndim == 3 for u in slots[2:])
     dtypes = q.dtype != torch.float64 and len({u.dtype for u in (q, *slots)}) == 1
     state = isinstance(memory, Tensor) and memory.dtype == torch.float32 and memory.is_contiguous()
     held = list((kept or {}).values())
@@ -265,7 +285,7 @@ def follow(
     q: Float[Tensor, "b h 1 d"],
     k: Float[Tensor, "b g 1 d"],
     v: Float[Tensor, "b g 1 e"],
-    gates: dict[str, Float[Tensor, "b s 1"]],
+    gates: dict[str, Float[Tensor, "b s 1 *_"]],
 ) -> tuple[Float[Tensor, "b h 1 e"] | None, Float[Tensor, "b h 1 e"], Float[Tensor, "b s d e"]]:
     """One token folded and one query answered by a rule: what the kernel of a decode step does, in plain PyTorch.
 
@@ -276,7 +296,7 @@ def follow(
     gate = {name: u.squeeze(2).to(dtype) for name, u in gates.items()}
     key = l2_normalize(k.squeeze(2).to(dtype), rule.eps).repeat_interleave(repeats, dim=1)
     value = v.squeeze(2).to(dtype).repeat_interleave(repeats, dim=1)
-    g = None if rule.decay is None else gate[rule.decay] * (1 if rule.rate is None else rule.rate.to(dtype))
+    g = log_decay(rule.decay, rule.rate, gate, memory[:, :, 0, 0])
     strength = torch.ones_like(key[..., 0]) if rule.strength is None else gate[rule.strength]
     if not rule.delta:
         value = strength.unsqueeze(-1) * value

@@ -32,10 +32,10 @@ import torch
 import transformers
 from _common import count, number, positive
 from arms import arm_bytes, use_arm
-from evaluate import table
 from gap import SEGMENT, measure, measure_spans, swapped_memories
 from gpu_measurements import forget_peak, synchronize, time_tokens
 from matplotlib.figure import Figure
+from measures import table
 from needles import make, score
 from quickstart import load_text
 from smollm2 import load_causal_lm

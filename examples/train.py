@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         options.slots = slots_of(model)
         check_stages(options)
         train = crops_of(documents, tokenizer, options)
-        check_dev_length(options, model.hippocampus.window.capacity + options.slots)
+        check_dev_length(options, max(u.capacity for u in model.hippocampus.windows.values()) + options.slots)
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"train: {error}") from None
     parameters = freeze_base(model)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .by_name import register
@@ -204,7 +204,7 @@ def keep_best(
     Returns:
         What ``Eviction.push`` returns.
     """
-    slots, filled, arriving = in_order(Tokens.from_named(kept), kept["filled"]), kept["filled"], leaving.tokens
+    slots, filled, arriving = Tokens.from_named(kept), kept["filled"], leaving.tokens
     count, size, compact = len(arriving), len(slots), "refused" in kept
     rank = (leaving.rank if leaving.rank.ndim == 1 else leaving.rank.unsqueeze(1)).expand(arriving.k.shape[:3])
     numbers = {RANK: rank} | ({LEFT_OUT: torch.zeros_like(rank)} if compact else {})
@@ -217,7 +217,7 @@ def keep_best(
         )
     where = torch.ones((), dtype=torch.bool, device=score.device) if leaving.where is None else leaving.where
     where = (where.unsqueeze(1) if where.ndim == 2 else where).expand(*score.shape[:2], count)
-    lost_at, loser, index, now = running_top(score[:, :, :size].detach(), filled, score[:, :, size:].detach(), where)
+    lost_at, loser, index, now = running_top(score.detach(), every.gates[RANK], filled, where)
     number = torch.arange(size + count, device=score.device)
     there = torch.cat((number[:size] < filled.unsqueeze(2), where), dim=2)
     turn, after = None, {"filled": now}
@@ -241,16 +241,6 @@ def keep_best(
     empty = torch.arange(size, device=score.device) >= now.unsqueeze(2)
     held = every.take(index).zeroed(empty)
     return seen, Leaving.of(leaving.first, losers, lost, losers.gates[RANK]), held.named() | after
-
-
-def in_order(slots: Tokens, filled: Int[Tensor, "b g"]) -> Tokens:
-    """Kept tokens in the order of their ranks, the empty slots last: a decode step's kernel puts them anywhere."""
-    rank = slots.gates[RANK]
-    empty = torch.arange(len(slots), device=rank.device) >= filled.unsqueeze(2)
-    rank = rank.masked_fill(empty, torch.iinfo(torch.long).max)
-    if not rank.is_cuda and not torch.compiler.is_compiling() and bool((rank.diff(dim=2) >= 0).all()):
-        return slots
-    return slots.take(rank.argsort(dim=2, stable=True))
 
 
 def first_kept(eviction: Eviction, like: Tokens) -> Kept:

@@ -22,9 +22,13 @@ def check_top(device, b, g, slots, count):
     held, arriving = torch.randn(b, g, slots).round(decimals=1), torch.randn(b, g, count).round(decimals=1)
     arriving[..., ::7], arriving[..., 3:4], held[..., 1:2] = float("-inf"), float("nan"), float("inf")
     where = torch.rand(b, g, count) > 0.1
+    order = torch.cat(
+        (torch.stack([torch.randperm(slots) for _ in range(g)]), slots + torch.arange(count).expand(g, -1)), 1
+    )
     for filled in (torch.zeros(b, g).long(), torch.full((b, g), slots // 2), torch.full((b, g), slots)):
-        expected = running_top(held.double(), filled, arriving.double(), where)  # float64 never runs in the kernel
-        found = running_top(held.to(device), filled.to(device), arriving.to(device), where.to(device))
+        priority, ranks = torch.cat((held, arriving), dim=2), torch.stack([order] * b)
+        expected = running_top(priority.double(), ranks, filled, where)  # float64 never runs in the kernel
+        found = running_top(*(u.to(device) for u in (priority, ranks, filled, where)))
         for mine, other in zip(found, expected, strict=True):
             assert torch.equal(mine.cpu(), other)
 

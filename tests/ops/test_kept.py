@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from ahn_layers import Compressor, GatedDeltaNet, MemoryStore, Rotary, SalientSlots, Window, retrofit
+from ahn_layers import Compressor, MemoryStore, Rotary, SalientSlots, Window
 
-from ..models import base, tokens
+from ..huggingface.compiled.test_compile import models  # noqa: F401 - a fixture: without checks of shapes
+from ..models import tokens
 
 FREQUENCIES = 10.0 ** -torch.linspace(0, 4, 32, dtype=torch.float64)
 # rows, query heads, key/value heads, key size, sinks, window, slots, compressor, options of the store and the slots
@@ -100,13 +101,16 @@ def test_steps_on_the_gpu(case, dtype):
 
 
 @pytest.mark.gpu
-def test_static_and_dynamic_caches_agree_on_the_gpu():
-    model = retrofit(base(), GatedDeltaNet, window_size=12, num_sinks=2, eviction=SalientSlots(9, score="value_norm"))
-    model.cuda().float()
+def test_static_and_dynamic_caches_agree_on_the_gpu(models):  # noqa: F811
+    ahn = sys.modules["ahn_layers"]
+    model = (
+        models.retrofitted(window_size=12, num_sinks=2, eviction=ahn.SalientSlots(9, score="value_norm")).cuda().float()
+    )
     ids = tokens(2, 60).cuda()
     options = {"max_new_tokens": 30, "do_sample": False}
     plain = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), plain)
+    assert torch.equal(model.generate(ids, cache_implementation="dynamic", **options), plain)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,13 @@ def _fold_tile(
                 k += tl.load(kept_k_ptr + at * D + d, mask=d < tl.where(beaten, D, 0), other=0.0).to(tl.float32)
                 v += tl.load(kept_v_ptr + at * E + e, mask=e < tl.where(beaten, E, 0), other=0.0).to(tl.float32)
                 if HIDDEN:
-                    other, freq, sign = _pairs(d, freq_ptr, first_channel, pairs, INTERLEAVED)
+                    other, high, low, sign = _pairs(d, freq_ptr, first_channel, pairs, INTERLEAVED)
                     k_other = tl.load(key_at + other, mask=d < tl.where(own, D, 0), other=0.0).to(tl.float32)
                     k_other += tl.load(kept_k_ptr + at * D + other, mask=d < tl.where(beaten, D, 0), other=0.0).to(
                         tl.float32
                     )
                     rank = tl.where(beaten, tl.load(kept_rank_ptr + at), rank)
-                    k = _turn(k, k_other, sign, rank, freq).to(k_ptr.dtype.element_ty).to(tl.float32)
+                    k = _turn(k, k_other, sign, rank, high, low).to(k_ptr.dtype.element_ty).to(tl.float32)
             k = _normal(k, eps, 1.0)
             if DECAYS:
                 decay = tl.load(decay_ptr + b * d_b + s * d_s + slot * d_c).to(tl.float32)

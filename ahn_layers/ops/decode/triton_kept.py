@@ -23,32 +23,33 @@ def _priority(score_at, log_rate_ptr, rate, g, rank, LEARNED: tl.constexpr):
 
 
 @triton.jit
-def _comparable(u):
-    """Priorities as they are compared: one that is not a number is the least."""
-    return tl.where(u == u, u, float("-inf"))
+def _sortable(priority, rank):
+    """A whole number that is the smaller, the sooner a token is lost: by priority, among equal ones the youngest."""
+    bits = (tl.where(priority == priority, priority, float("-inf")) + 0.0).to(tl.int32, bitcast=True)
+    high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return high * 4294967296 + (4294967295 - rank)
 
 
 @triton.jit
 def _compete(priority_ptr, rank_ptr, filled, own, leaves, row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which slot the leaving token takes, -1 for none; whose token is lost: a slot's, its own (SIZE), none (-1)."""
-    least = tl.full((), float("inf"), tl.float32)
-    youngest, slot = tl.full((), -1, tl.int64), tl.full((), -1, tl.int32)
+    """Which slot the leaving token takes, -1 for none; whose token is lost: a slot's, its own (SIZE), none (-1).
+
+    ``own`` is what ``_sortable`` says of the leaving token.
+    """
+    most: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+    least, slot = tl.full((), most, tl.int64), tl.full((), -1, tl.int32)
     for first in range(0, SIZE, BLOCK):
         n = first + tl.arange(0, BLOCK)
         here = n < tl.minimum(filled, SIZE)
-        u = _comparable(tl.load(priority_ptr + row * SIZE + n, mask=here, other=float("inf")))
+        priority = tl.load(priority_ptr + row * SIZE + n, mask=here, other=0.0)
+        rank = tl.load(rank_ptr + row * SIZE + n, mask=here, other=0)
+        u = tl.where(here, _sortable(priority, rank), most)
         low = tl.min(u, 0)
-        rank = tl.load(rank_ptr + row * SIZE + n, mask=here & (u == low), other=-1)
-        last = tl.max(rank, 0)
-        at = tl.max(tl.where(here & (u == low) & (rank == last), n, -1), 0)
-        better = (low < least) | ((low == least) & (last > youngest))
-        least, youngest, slot = (
-            tl.where(better, low, least),
-            tl.where(better, last, youngest),
-            tl.where(better, at, slot),
-        )
+        at = tl.max(tl.where(u == low, n, -1), 0)
+        slot = tl.where(low < least, at, slot)
+        least = tl.minimum(low, least)
     full = filled >= SIZE
-    wins = least < _comparable(own)
+    wins = least < own
     place = tl.where(full, tl.where(wins, slot, -1), filled.to(tl.int32))
     lost = tl.where(full, tl.where(wins, slot, SIZE), -1)
     return tl.where(leaves, place, -1), tl.where(leaves, lost, -1)
@@ -56,7 +57,7 @@ def _compete(priority_ptr, rank_ptr, filled, own, leaves, row, SIZE: tl.constexp
 
 @triton.jit
 def _pairs(d, freq_ptr, first, pairs, INTERLEAVED: tl.constexpr):
-    """Of each channel: the other one of its pair, its frequency (0 if it is not rotated), and its sign."""
+    """Of each channel: the other one of its pair, its turns a position in two parts (0 if it has none), its sign."""
     at = d - first
     inside = (at >= 0) & (at < 2 * pairs)
     if INTERLEAVED:
@@ -66,17 +67,33 @@ def _pairs(d, freq_ptr, first, pairs, INTERLEAVED: tl.constexpr):
         leads = at < pairs
         pair = tl.where(leads, at, at - pairs)
         other = d + tl.where(leads, pairs, -pairs)
-    freq = tl.load(freq_ptr + pair, mask=inside, other=0.0).to(tl.float64)
-    return tl.where(inside, other, d), freq, tl.where(leads, 1.0, -1.0)
+    turns = tl.load(freq_ptr + pair, mask=inside, other=0.0).to(tl.float64) * 0.15915494309189535
+    high = turns.to(tl.float32)
+    return tl.where(inside, other, d), high, (turns - high.to(tl.float64)).to(tl.float32), tl.where(leads, 1.0, -1.0)
 
 
 @triton.jit
-def _turn(u, other, sign, distance, freq):
-    """Channels turned back by a distance: angles in float64, see ``rotary.turn_back``."""
-    angle = distance.to(tl.float64) * freq
-    turns = tl.floor(angle * 0.15915494309189535)
-    angle = (angle - turns * 6.283185307179586).to(tl.float32)
-    return u.to(tl.float32) * tl.cos(angle) + other.to(tl.float32) * (tl.sin(angle) * sign)
+def _sine(turns):
+    """Of at most a quarter turn, ``sin(2 pi x)``: its series to the 11th power, off by 2e-7."""
+    x = turns * 6.283185307179586
+    y = x * x
+    u = 2.7557319e-06 - y * 2.5052108e-08
+    u = y * (y * u - 1.9841270e-04) + 8.3333333e-03
+    return x * (1.0 + y * (y * u - 1.6666667e-01))
+
+
+@triton.jit
+def _turn(u, other, sign, distance, high, low):
+    """Channels turned back by a distance, at ``high + low`` turns a position, see ``rotary.turn_back``.
+
+    The product is exact to a float32 of what is left of it without whole turns, for distances below 2^24.
+    """
+    steps = distance.to(tl.float32)
+    product = steps * high
+    turns = (product - tl.floor(product + 0.5)) + (tl.fma(steps, high, -product) + steps * low)
+    far = tl.abs(turns) > 0.25
+    sine = _sine(tl.where(far, tl.where(turns > 0, 0.5, -0.5) - turns, turns))
+    return u.to(tl.float32) * _sine(0.25 - tl.abs(turns)) + other.to(tl.float32) * (sine * sign)
 
 
 @triton.jit
@@ -94,9 +111,9 @@ def _attend_to_kept(
     q_at = q_ptr + b * q_b + (g * R + r[:, None]) * q_h
     q = tl.load(q_at + d[None, :], mask=inside, other=0.0)
     if COMPACT:
-        other, freq, sign = _pairs(d, freq_ptr, first_channel, pairs, INTERLEAVED)
+        other, high, low, sign = _pairs(d, freq_ptr, first_channel, pairs, INTERLEAVED)
         q_other = tl.load(q_at + other[None, :], mask=inside, other=0.0)
-        q = _turn(q, q_other, sign[None, :], refused, freq[None, :]).to(q.dtype)
+        q = _turn(q, q_other, sign[None, :], refused, high[None, :], low[None, :]).to(q.dtype)
     largest = tl.full((R_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((R_PAD,), tl.float32)
     out = tl.zeros((R_PAD, E_PAD), tl.float32)
@@ -114,7 +131,7 @@ def _attend_to_kept(
             k_other = tl.load(k_at + other[None, :], mask=keys, other=0.0)
             k_other += tl.load(window_k_at + other[None, :] + 0 * c[:, None], mask=news, other=0.0)
             left = tl.where(new, refused_before, tl.load(left_ptr + base + c, mask=held, other=0))
-            k = _turn(k, k_other, sign[None, :], left[:, None], freq[None, :]).to(k.dtype)
+            k = _turn(k, k_other, sign[None, :], left[:, None], high[None, :], low[None, :]).to(k.dtype)
         values, news = held[:, None] & (e[None, :] < E), new[:, None] & (e[None, :] < E)
         v = tl.load(v_ptr + (base + c[:, None]) * E + e[None, :], mask=values, other=0.0)
         v += tl.load(window_v_at + e[None, :] + 0 * c[:, None], mask=news, other=0.0)

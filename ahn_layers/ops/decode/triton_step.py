@@ -16,10 +16,12 @@ from torch import Tensor
 from ..triton_forms import early_launch, on_its_gpu
 from .triton_decode import _attend, _join, parts_of
 from .triton_fold import _fold_tile, _slot
-from .triton_kept import _attend_to_kept, _compete, _move, _priority
+from .triton_kept import _attend_to_kept, _compete, _move, _priority, _sortable
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
+_KEPT_BLOCK, _KEPT_PARTS = 16, 32
+"""Kept tokens that a program loads at a time, and parts that they are cut in."""
 _FINISH_TILE, _FINISH_WARPS = 16, 1
 """Channels of the output that a program of the second launch makes, and its warps."""
 
@@ -36,8 +38,8 @@ def _attend_and_fold(
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr,
     KEYED: tl.constexpr, DECAYS: tl.constexpr, RATED: tl.constexpr, WEIGHED: tl.constexpr, DELTA: tl.constexpr,
-    SIZE: tl.constexpr, COMPARED: tl.constexpr, LEARNED: tl.constexpr, COMPACT: tl.constexpr, HIDDEN: tl.constexpr,
-    INTERLEAVED: tl.constexpr, EARLY: tl.constexpr,
+    SIZE: tl.constexpr, KEPT_BLOCK: tl.constexpr, COMPARED: tl.constexpr, LEARNED: tl.constexpr,
+    COMPACT: tl.constexpr, HIDDEN: tl.constexpr, INTERLEAVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -70,7 +72,7 @@ def _attend_and_fold(
         lost, reads, g = tl.where(leaves, SIZE, -1), leaves, row % G
         if SIZE > 0:
             score_at = score_ptr + b * c_b + g * c_g + slot * c_c
-            own = _priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED)
+            own = _sortable(_priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED), rank)
             filled = tl.load(filled_ptr + row)
             place, lost = _compete(priority_ptr, kept_rank_ptr, filled, own, leaves, row, SIZE, COMPARED)
             reads = (lost >= 0) | (tl.load(folded_ptr + row) != 0)
@@ -94,7 +96,7 @@ def _attend_and_fold(
                 v_ptr + b * v_b + g * v_g + slot * v_c, freq_ptr, max_ptr, sum_ptr, part_ptr, row, tile,
                 row * all_parts + parts + tile, filled, place, refused, refused + tl.where(lost == SIZE, 1, 0),
                 first_channel, pairs, scale, kept_size, q_b, q_h,
-                G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, SIZE, COMPACT, INTERLEAVED,
+                G, R, R_PAD, D, D_PAD, E, E_PAD, KEPT_BLOCK, SIZE, COMPACT, INTERLEAVED,
             )  # fmt: skip
 
 
@@ -252,7 +254,7 @@ def decode_step(
     left_out, refused = rest[6:8] if compact else (none, none)
     kept_score, scores = rest[-2 - len(gates) :][:2] if scored else (none, none if score is None else score)
     kept_gates = [*(rest[len(rest) - len(gates) :] if kept else gates), none, none]
-    kept_size = max(options["BLOCK"], triton.next_power_of_2(triton.cdiv(number, 8)))
+    kept_size = max(_KEPT_BLOCK, triton.next_power_of_2(triton.cdiv(number, _KEPT_PARTS)))
     kept_parts = triton.cdiv(number, kept_size)
     all_parts = parts + kept_parts
     largest, total = q.new_empty(2, rows, all_parts, repeats, dtype=torch.float32)
@@ -277,7 +279,8 @@ def decode_step(
         *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2],
         *k_slots.stride()[:3], *v_slots.stride()[:3], *held[decay].stride(), *held[strength].stride(), *score_strides,
         TURNED=facing > 0, S=states, TILE=tile, KEYED=key is not None, DECAYS=decay >= 0, RATED=rate is not None,
-        WEIGHED=strength >= 0, DELTA=delta, COMPARED=min(1024, triton.next_power_of_2(max(number, 1))),
+        WEIGHED=strength >= 0, DELTA=delta, KEPT_BLOCK=_KEPT_BLOCK,
+        COMPARED=min(1024, triton.next_power_of_2(max(number, 1))),
         HIDDEN=hidden, INTERLEAVED=interleaved, EARLY=early["EARLY"], **shared, **options,
     )  # fmt: skip
     _finish[(b * h, triton.cdiv(e, _FINISH_TILE))](

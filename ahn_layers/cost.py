@@ -232,14 +232,21 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
         The report: ``print`` it, read its ``rows``, or ``plot`` it.
 
     Raises:
-        ValueError: if the model is not retrofitted, has no memory, or its config lacks a size.
+        ValueError: if the model is not retrofitted, has no memory, its layers differ in their window, or its config
+            lacks a size.
     """
     inner, _ = find_retrofitted(model)
     blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)]
     compressor = blocks[0].memory.compressor
     if compressor is None:
         raise ValueError("the model was retrofitted without a compressor: expected a memory to report on.")
-    sizes, capacity = Sizes.of(inner.config), blocks[0].memory.window.capacity
+    capacities = {block.memory.window.capacity for block in blocks}
+    if len(capacities) > 1:
+        raise ValueError(
+            f"windows of the capacities {sorted(capacities)}: the formulas are for equal layers. memory_report "
+            "has the bytes of each layer."
+        )
+    sizes, capacity = Sizes.of(inner.config), capacities.pop()
     gates, numbers = num_gates(compressor), sum(u.numel() for u in _empty(compressor))
     rows = []
     for length in lengths:

@@ -62,7 +62,7 @@ class Eviction(nn.Module, ABC):
     """
 
     by_name: ClassVar[MutableMapping[str, type["Eviction"]]] = WeakValueDictionary()
-    free_options: ClassVar[tuple[str, ...]] = ()
+    free_options: tuple[str, ...] = ()
     """Arguments of the constructor that may differ between a model and the adapter that is loaded into it."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:

@@ -35,7 +35,8 @@ class Tokens:
     Attributes:
         k: ``(B, G, T, D)``, rotated.
         v: ``(B, G, T, E)``.
-    gates: dict[str, Shaped[Tensor, "b s t *c"]]
+        gates: by name, scalars ``(B, num_states, T)`` or vectors ``(B, num_states, T, C)``; an eviction's own may be
+            whole numbers.
     """
 
     k: Float[Tensor, "b g t d"]

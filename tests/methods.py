@@ -58,6 +58,7 @@ EVICTIONS = {
     "a few slots": (BiggestKeys, {"num_slots": 5}),
     "salient, learned": (SalientSlots, {"num_slots": 5}),
     "salient, by values, ageing": (SalientSlots, {"num_slots": 4, "score": "value_norm", "rate": 0.1}),
+    "salient, unlike keys": (SalientSlots, {"num_slots": 4, "score": "key_difference"}),
     "slots for all": (BiggestKeys, {"num_slots": 50}),
 }
 """Classes and what they are made with."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import narrower, project
 from ..ops.triton_forms import in_triton
-from ..tokens import Tokens
+from ..tokens import Leaving, Tokens, per_head
 
 Score = Callable[[Tokens], Float[Tensor, "b g t"]]
 
@@ -33,7 +33,31 @@ def value_norm(tokens: Tokens) -> Float[Tensor, "b g t"]:
 
 
 SCORES: dict[str, Score] = {"recent": recent, "key_norm": key_norm, "value_norm": value_norm}
-"""Scores of a token that need no training."""
+"""Scores of a token that need no training, from the token alone."""
+UNTRAINED = (*SCORES, "key_difference")
+"""All scores that need no training."""
+
+
+def key_difference(
+    key_sum: Float[Tensor, "b g d"], leaving: Leaving
+) -> tuple[Float[Tensor, "b g t"], Float[Tensor, "b g d"]]:
+    """Keys unlike those before them first (KeyDiff, arXiv 2504.15364, made causal).
+
+    ``-cos(k_j, u_S + ... + u_j)`` with the directions ``u`` of the keys that have left the window until then. KeyDiff
+    compares with the mean of the whole prompt, which depends on where the prompt ends.
+
+    Args:
+        key_sum: sum of the directions of all keys that left in earlier calls.
+        leaving: the tokens that leave.
+
+    Returns:
+        The scores, and the sum after them.
+    """
+    direction = F.normalize(leaving.tokens.k.to(key_sum.dtype), dim=-1)
+    if leaving.where is not None:
+        direction = direction.masked_fill(~per_head(leaving.where, direction), 0)
+    running = key_sum.unsqueeze(2) + direction.cumsum(dim=2)
+    return -(direction * F.normalize(running, dim=-1)).sum(dim=-1), running[:, :, -1]
 
 
 class LearnedScore(nn.Module):

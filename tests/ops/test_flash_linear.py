@@ -136,6 +136,22 @@ def naive(kind, given):
     return r.transpose(1, 2), end
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize("states", [4, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_form_is_the_one_of_the_package(kind, states):
+    """Its own loop, which needs Triton to be imported, and no GPU."""
+    pytest.importorskip("fla")
+    given = inputs(kind, states=states, heads=4, groups=2, e=16, strong=True)
+    given = {name: u.requires_grad_() for name, u in given.items()}
+    results = []
+    for outs in (scan(kind, given), naive(kind, given)):
+        outs = outs[0], outs[1][:, :: outs[1].shape[1] // states]
+        weights = [torch.ones_like(u).cumsum(-1) for u in outs]
+        results.append([*outs, *torch.autograd.grad(outs, list(given.values()), weights)])
+    assert all(relative(one.detach(), other.detach()) < 3e-6 for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("strong", [False, True], ids=["", "strong"])
 @pytest.mark.parametrize("states, heads, tokens, d", [(9, 9, 300, 64), (3, 9, 129, 64)])

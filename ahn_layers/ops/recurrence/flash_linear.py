@@ -70,16 +70,15 @@ def channel_scan(
     shared = q.shape[1] // state.shape[1]
     q, k, v, g = _per_query(q, k, v, g)
     options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
-    with torch.cuda.device_of(q):
-        if beta is None:
-            from fla.ops.gla import chunk_gla
+    if beta is None:
+        from fla.ops.gla import chunk_gla
 
-            r, after = chunk_gla(q, k, v, g, **options)
-        else:
-            from fla.ops.kda import chunk_kda
+        r, after = chunk_gla(q, k, v, g, **options)
+    else:
+        from fla.ops.kda import chunk_kda
 
-            strength = beta.float().repeat_interleave(shared, dim=1).transpose(1, 2).contiguous()
-            r, after = chunk_kda(q, k, v, g, strength, **options)
+        strength = beta.float().repeat_interleave(shared, dim=1).transpose(1, 2).contiguous()
+        r, after = chunk_kda(q, k, v, g, strength, **options)
     return r.transpose(1, 2), after[:, ::shared]
 
 
@@ -92,9 +91,8 @@ def rank_one_scan(
     shared = q.shape[1] // state.shape[1]
     a, b = (_per_time(u.to(k.dtype), q.shape[1]) for u in (a, b))
     q, k, v, g = _per_query(q, k, v, g)
-    with torch.cuda.device_of(q):
-        options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
-        r, after = chunk_rwkv7(q, g, k, v, a, b, **options)
+    options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
+    r, after = chunk_rwkv7(q, g, k, v, a, b, **options)
     return r.transpose(1, 2), after[:, ::shared]
 
 

@@ -4,6 +4,7 @@ Its tensors are ``(B, T, H, D)``, with one state per query head.
 """
 
 import math
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -79,7 +80,7 @@ def channel_scan(
 
         strength = beta.float().repeat_interleave(shared, dim=1).transpose(1, 2).contiguous()
         r, after = chunk_kda(q, k, v, g, strength, **options)
-    return r.transpose(1, 2), after[:, ::shared]
+    return r.transpose(1, 2), after[:, ::shared].contiguous()
 
 
 def rank_one_scan(
@@ -93,7 +94,7 @@ def rank_one_scan(
     q, k, v, g = _per_query(q, k, v, g)
     options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
     r, after = chunk_rwkv7(q, g, k, v, a, b, **options)
-    return r.transpose(1, 2), after[:, ::shared]
+    return r.transpose(1, 2), after[:, ::shared].contiguous()
 
 
 def _per_query(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,8 +123,6 @@ def without_autotuning() -> int:
     Raises:
         ImportError: if flash-linear-attention or Triton is missing.
     """
-    import sys
-
     import fla.ops.gla
     import fla.ops.kda
     import fla.ops.rwkv7  # noqa: F401

@@ -84,7 +84,7 @@ def fold(memory: Compressor, state, k: Tensor, v: Tensor, x: Tensor):
         matrix, momentum = state
         alpha = torch.sigmoid(memory.a_proj.weight @ x + memory.dt_bias)[:, None, None]
         eta = torch.sigmoid(memory.m_proj.weight @ x)[:, None, None]
-        theta = torch.sigmoid(memory.b_proj.weight @ x)[:, None, None]
+        theta = torch.sigmoid(memory.b_proj.weight @ x)[:, None, None] * (1 - eta) ** 2 / (1 + eta)
         slope = outer(k, stored(matrix, k) - v)  # of |S^T k - v|^2 / 2
         momentum = eta * momentum - theta * slope
         return (1 - alpha) * matrix + momentum, momentum

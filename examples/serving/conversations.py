@@ -1,5 +1,9 @@
-"""Conversations by id: the latest in memory, older ones on disk, and no more than a number of each."""
+"""Conversations by id: the latest in memory, older ones on disk, and no more than a number of each.
 
+Several servers can share a folder, if none of them keeps conversations in memory.
+"""
+
+import hashlib
 import json
 import os
 import re
@@ -9,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # on Windows a folder cannot be shared
+    fcntl = None  # type: ignore[assignment]
 
 from ahn_layers import HippocampalCache
 
@@ -56,6 +65,7 @@ class Conversations:
         self._used: set[str] = set()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            self._locks = (folder / "locks").open("ab")
         self._count()
 
     def begin(self, name: str) -> Conversation | None:
@@ -69,14 +79,18 @@ class Conversations:
             ValueError: if its file is damaged.
         """
         with self._lock:
-            if name in self._used:
+            if name in self._used or not self._lock_file(name):
                 raise InUseError(name)
             held = self._held.get(name)
             if held is not None:
                 self.metrics.add("conversations_resumed_total", source="memory")
                 found = Conversation(held.cache.clone(), held.pending)
             else:
-                found = self._load(name)
+                try:
+                    found = self._load(name)
+                except BaseException:
+                    self._unlock_file(name)
+                    raise
             self._used.add(name)
             return found
 
@@ -88,12 +102,15 @@ class Conversations:
             conversation: what it is now; None leaves it as it was before ``begin``.
         """
         with self._lock:
-            self._used.discard(name)
-            if conversation is not None:
-                self._held[name] = conversation
-                self._held.move_to_end(name)
-                while len(self._held) > self.in_memory:
-                    self._save(*self._held.popitem(last=False))
+            try:
+                if conversation is not None:
+                    self._held[name] = conversation
+                    self._held.move_to_end(name)
+                    while len(self._held) > self.in_memory:
+                        self._save(*self._held.popitem(last=False))
+            finally:
+                self._used.discard(name)
+                self._unlock_file(name)
             self._count()
 
     def forget(self, name: str) -> bool:
@@ -152,7 +169,26 @@ class Conversations:
         self.metrics.add("conversations_resumed_total", source="disk")
         return Conversation(cache, pending)
 
+    def _lock_file(self, name: str) -> bool:
+        """Lock a conversation against other servers; ends with the process. Returns whether nobody else has."""
+        if self.folder is None or fcntl is None:
+            return True
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(name))
+        except OSError:
+            return False
+        return True
+
+    def _unlock_file(self, name: str) -> None:
+        if self.folder is not None and fcntl is not None:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, _place(name))
+
     def _count(self) -> None:
         self.metrics.set("conversations", len(self._held), place="memory")
         files = 0 if self.folder is None else len(list(self.folder.glob("*.json")))
         self.metrics.set("conversations", files, place="disk")
+
+
+def _place(name: str) -> int:
+    """The byte of the file of locks that stands for a conversation."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")

@@ -61,9 +61,9 @@ def served(model_and_tokenizer, folder=None, **options):
     model, tokenizer = model_and_tokenizer
     kept = {name: options.pop(name) for name in ("in_memory", "on_disk") if name in options}
     limits = {name: options.pop(name) for name in ("max_tokens", "max_prompt", "grace") if name in options}
+    ends = options.pop("ends", frozenset([tokenizer.eos_token_id]))
     engine = Engine(model, **{"rows": 16, "piece": 16} | options)
     conversations = Conversations(folder, **{"in_memory": 8, "on_disk": 8} | kept, device="cpu", metrics=engine.metrics)
-    ends = frozenset([tokenizer.eos_token_id])
     service = Service("tiny", engine, Prompts(tokenizer), conversations, ends, **{"max_tokens": 200} | limits)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -245,7 +245,7 @@ def test_conversations_survive_a_restart_and_the_lack_of_memory(model_and_tokeni
 
 def test_a_client_that_goes_away(model_and_tokenizer):
     """Its row is free, its conversation as it was before, and the others have noticed nothing."""
-    with served(model_and_tokenizer, max_tokens=5000) as (client, service):
+    with served(model_and_tokenizer, max_tokens=5000, ends=frozenset()) as (client, service):
         before = talk(client, TURNS[:1])
         expected = said(ask(client, "Somebody else.", max_tokens=60))
         stream = ask(client, "A story without end.", conversation="a", stream=True, max_tokens=5000)
@@ -269,7 +269,7 @@ def test_a_client_that_goes_away(model_and_tokenizer):
 
 
 def test_a_full_server_says_when_to_come_back(model_and_tokenizer):
-    options = {"rows": 1, "waiting": 1, "max_tokens": 5000, "grace": 0.1}
+    options = {"rows": 1, "waiting": 1, "max_tokens": 5000, "grace": 0.1, "ends": frozenset()}
     with served(model_and_tokenizer, **options) as (client, service), ThreadPoolExecutor(2) as pool:
         running = [pool.submit(ask, client, "On and on.", max_tokens=3000)]
         wait(lambda: service.engine.batch.active)

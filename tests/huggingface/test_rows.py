@@ -292,3 +292,41 @@ def test_an_interrupted_put_is_noticed(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache.put(0, other)
     refused("this cache is unusable", lambda: go_on(model, cache, range(4)), RuntimeError)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("eviction", [None, SalientSlots(3, score="value_norm")], ids=["all folded", "slots"])
+def test_a_recorded_step_serves_every_row_that_comes(eviction, monkeypatch):
+    """One CUDA graph for a bucket of rows; each row goes on as alone."""
+    from ahn_layers.huggingface.compiled import step_graph
+
+    recordings = []
+    usual = step_graph.Recording.__init__
+    monkeypatch.setattr(step_graph.Recording, "__init__", lambda *args: (recordings.append(1), usual(*args))[1])
+    model = retrofitted(dtype=torch.float32, eviction=eviction).cuda()
+
+    def prompt(i, length):
+        return tokens(1, length, seed=i).cuda()
+
+    def reader(i, length):
+        cache = HippocampalCache()
+        logits(model, prompt(i, length), length, cache)
+        return cache
+
+    cache, step = HippocampalCache.join([reader(0, 5)], rows=4), model.get_compiled_call(None)
+    texts = [prompt(0, 5)] * 4
+    with torch.no_grad():
+        for turn in range(12):
+            row, length = turn % 4, (1, 30, CAPACITY, 200, 3)[turn % 5]
+            texts[row] = prompt(turn, length)
+            cache.put(row, reader(turn, length))
+            for _ in range(3):
+                new = tokens(4, 1, seed=turn).cuda()
+                positions = torch.tensor([[text.shape[1]] for text in texts], device="cuda")
+                out = step(input_ids=new, position_ids=positions, cache=cache, use_cache=True).logits
+                texts = [torch.cat((text, token[None]), dim=1) for text, token in zip(texts, new, strict=True)]
+    assert len(recordings) == 1
+    for row in range(4):
+        expected = logits(model, texts[row])[:, -1:]
+        torch.testing.assert_close(out[row : row + 1], expected, rtol=1e-3, atol=1e-2)

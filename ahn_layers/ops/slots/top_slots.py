@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..triton_forms import in_triton
+
 _CHUNK = {"cpu": 128}
 """Arrivals compared with each other at once, by device type."""
 _LARGE_CHUNK = 512
@@ -46,14 +48,15 @@ def running_top(
     kept = torch.arange(slots, device=device).expand_as(here)
     lost_at = torch.full_like(priority, count, dtype=torch.long)
     loser = torch.full_like(arriving, slots + count, dtype=torch.long)
-    size = _CHUNK.get(device.type, _LARGE_CHUNK)
+    kernel = in_triton(priority) and priority.dtype != torch.float64
+    size = count if kernel else _CHUNK.get(device.type, _LARGE_CHUNK)
     for start in range(0, count, size):
         stop = min(start + size, count)
         index = torch.cat(
             (kept, torch.arange(slots + start, slots + stop, device=device).expand(*kept.shape[:2], -1)), 2
         )
         valid = torch.cat((here, where[:, :, start:stop]), dim=2)
-        at = _lost(priority.gather(2, index), valid, slots)  # within the chunk
+        at = (_lost_in_kernel if kernel else _lost)(priority.gather(2, index), valid, slots)  # within the chunk
         stays = valid & (at == stop - start)
         lost_at.scatter_(2, index, torch.where(at < stop - start, at + start, lost_at.gather(2, index)))
         # the last column takes what is not lost
@@ -79,6 +82,13 @@ def _lost(priority: Tensor, valid: Tensor, slots: int) -> Tensor:
     first = (total < slots).sum(dim=3)
     at = torch.maximum(first, (number - slots).clamp(min=0))  # not before it is there
     return torch.where(valid, at, count)
+
+
+def _lost_in_kernel(priority: Tensor, valid: Tensor, slots: int) -> Tensor:
+    """The same for any number of tokens."""
+    from . import triton_top
+
+    return triton_top.lost(priority, valid, slots)
 
 
 def _one_more(priority: Tensor, filled: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -71,7 +71,7 @@ def build(args: argparse.Namespace) -> Service:
     kept = Conversations(args.conversations, args.in_memory, args.on_disk, model.device, engine.metrics)
     ends = model.generation_config.eos_token_id
     ends = frozenset([*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]) - {None}
-    name = args.name or Path(args.model or "SmolLM2-135M-Instruct").name
+    name = args.name or ("random" if args.random_weights else Path(args.model or "SmolLM2-135M-Instruct").name)
     return Service(name, engine, Prompts(tokenizer), kept, ends, args.max_tokens, args.max_prompt, float(args.grace))
 
 

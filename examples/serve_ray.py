@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import serve
 from serve import build
 from serve import parser as options_of_a_server
 from serving.app import create_app
@@ -40,6 +38,8 @@ def deployment(args: argparse.Namespace) -> Any:
     Args:
         args: the command line; ``conversations`` names a folder that all replicas can write to, if there is one.
     """
+    from ray import serve
+
     args.in_memory = 0
 
     @serve.deployment(
@@ -61,10 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.conversations is not None:
         args.conversations = args.conversations.resolve()
+    import ray
+    from ray import serve
+
     folder = str(Path(__file__).parent)
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": ":".join([folder, *filter(None, sys.path)])}})
     serve.start(http_options={"host": args.host, "port": args.port})
-    serve.run(deployment(args), route_prefix="/", blocking=True)
+    try:
+        serve.run(deployment(args), route_prefix="/", blocking=True)
+    except KeyboardInterrupt:
+        serve.shutdown()
 
 
 if __name__ == "__main__":

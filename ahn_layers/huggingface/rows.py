@@ -197,10 +197,7 @@ def _check(layers: Sequence[Any], others: Sequence[Any]) -> None:
                 "training went on in between): their rows cannot be continued by one model."
             )
         if mine.state is not None and its.state is not None:
-            try:
-                check_alike(mine.state, its.state)
-            except ValueError as error:
-                raise ValueError(f"layer {i}: {error}") from None
+            check_alike(mine.state, its.state)
 
 
 def _check_keys(i: int, mine: Any, its: Any) -> None:

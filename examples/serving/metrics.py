@@ -1,6 +1,7 @@
 """Counters in the text format of Prometheus."""
 
 import threading
+import time
 from collections import defaultdict
 
 BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -13,6 +14,7 @@ HELP = {
     "generated_tokens_total": ("counter", "Tokens of replies."),
     "conversations_resumed_total": ("counter", "Conversations that went on, by where they were."),
     "conversations": ("gauge", "Conversations that are kept, by where they are."),
+    "start_time_seconds": ("gauge", "When the server was started, in seconds since 1970."),
     "rows_decoding": ("gauge", "Requests that are being answered."),
     "rows_reading": ("gauge", "Requests whose prompts are being read."),
     "requests_waiting": ("gauge", "Requests that wait for a row."),
@@ -29,6 +31,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.set("start_time_seconds", time.time())
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
         """Increase a counter."""
@@ -57,7 +60,7 @@ class Metrics:
                 parts = [f"{name}_{part}" for part in ("bucket", "sum", "count")] if kind == "histogram" else [name]
                 for part in parts:
                     values = self._values.get(part) or ({"": 0.0} if kind != "histogram" else {})
-                    lines += [f"ahn_{part}{label} {value:g}" for label, value in values.items()]
+                    lines += [f"ahn_{part}{label} {value:.15g}" for label, value in values.items()]
         return "\n".join(lines) + "\n"
 
 

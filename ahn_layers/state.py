@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from .compressor import State, map_state
@@ -136,32 +136,6 @@ class MemoryState:
             IndexError: if an index is not a row.
         """
         return self._map(lambda u: u.index_select(0, index.to(u.device)))
-
-    def without(self, ranks: Bool[Tensor, "b c"]) -> "MemoryState":
-        """The state as if some tokens had never arrived: later ones move up. The columns seen stay what they are.
-
-        Args:
-            ranks: True for the tokens to leave out, by rank; tokens of further ranks stay.
-
-        Raises:
-            ValueError: if a token has left the window of a row that is to lose one.
-        """
-        late = ranks.any(dim=1) & (self.seen > self.window.capacity)
-        if bool(late.any()):
-            raise ValueError(
-                f"rows {late.nonzero().flatten().tolist()} have folded tokens into their memory: what arrived cannot "
-                "be taken back. Keep a clone of the state from before."
-            )
-        held = len(self.slots)
-        slot = torch.arange(held, device=self.seen.device)
-        gone = torch.zeros(self.batch_size, held, dtype=torch.bool, device=self.seen.device)
-        size = min(held, ranks.shape[1])
-        gone[:, :size] = ranks[:, :size]  # while nothing has left, a token sits in the slot of its rank
-        seen = self.seen - (gone & (slot < self.seen.unsqueeze(1))).sum(dim=1)
-        slots = self.slots.take(gone.to(torch.uint8).argsort(dim=1, stable=True))
-        empty = (slot >= seen.unsqueeze(1)).unsqueeze(1)
-        slots = slots.map(lambda u: u.masked_fill(empty.view(*empty.shape, *[1] * (u.ndim - 3)), 0))
-        return replace(self, slots=slots, seen=seen, padded=True)
 
     def copy_(self, other: "MemoryState") -> None:
         """Take over another state's values, keeping this one's tensors where they are (static addresses)."""

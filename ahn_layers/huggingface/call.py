@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from ..fingerprint import identity_of
 from .cache import HippocampalCache, fill
 from .config_view import naming
+from .joined import align_rows, refuse_unaligned
 from .packing import find_texts, positions_of
 from .reconcile import check_memory, length_of, note_memory, note_padding, reconcile
 from .transaction import begin, complete, settle
@@ -124,6 +125,7 @@ class ForwardHook:
         call = Call(self.owner, module)
         if torch.compiler.is_compiling():
             _assert_one_text(kwargs)
+            refuse_unaligned(kwargs)
         elif self.owner.mode == "full" or _is_recording():
             pass  # nothing of ours, or nothing but the model's own operations
         elif stack and stack[-1].owner is self.owner and stack[-1].module is not None:
@@ -167,7 +169,7 @@ class ForwardHook:
         if kept and self.owner.mode == "memory" and self.owner.compressor is not None:
             call.identity = identity_of(module, self.owner)
             check_memory(cache, call.identity)
-        mask = kwargs.get("attention_mask")
+        mask = align_rows(cache, kwargs, tokens, module)
         call.outer, call.cache, call.mask = True, cache, mask if isinstance(mask, Tensor) and mask.ndim != 4 else None
         call.real = reconcile(cache, call.mask, *tokens.shape[:2])
         call.texts = self._find_texts(call, kwargs, tokens)

@@ -20,6 +20,7 @@ from .compiled.step_graph import Step, can_record
 from .config_view import original
 from .decoder import CACHE, DecoderAttention
 from .finished import finished_rows, watch
+from .joined import refuse_unmasked
 from .model_method import ModelMethod
 from .reconcile import length_of, note_padding, reconcile
 from .rotations import longest_fixed_rotation
@@ -94,6 +95,7 @@ class PrepareCache(ModelMethod):
             return result
         if isinstance(cache, HippocampalCache):
             fill(cache, model.config.get_text_config(decoder=True))
+            refuse_unmasked(cache, model_kwargs.get("attention_mask"))
         for block in blocks:
             if cache.layer_class_to_replicate is not None or block.layer_idx < len(cache.layers):
                 block.cache_layer(cache)  # an early exit uses fewer layers

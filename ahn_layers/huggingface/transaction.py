@@ -1,15 +1,35 @@
 """A cache during one call: either every layer takes the new tokens in, or none does."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..compressor import State
+from ..state import MemoryState
 from .cache_layers import MemoryLayer
 
 _OPEN = "_hippocampal_snapshot"
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of transformers that put new tensors in the place of the old ones, so that these can be put back."""
+_LARGE = 1 << 22
+"""Bytes of a state that are not kept a second time while a call runs."""
+
+
+class _Prefix(NamedTuple):
+    """A state as the beginning of a longer one, from which nothing has left."""
+
+    length: int
+    memory: State | None
+    kept: dict[str, Tensor]
+
+    def of(self, longer: MemoryState) -> MemoryState:
+        """The state."""
+        seen = torch.full_like(longer.seen, self.length)
+        slots = longer.slots.columns(0, self.length)
+        return replace(longer, slots=slots, seen=seen, length=self.length, memory=self.memory, kept=self.kept)
 
 
 class Snapshot:
@@ -55,7 +75,7 @@ def settle(cache: Any) -> None:
 
 def _save(layer: Any) -> Any:
     if isinstance(layer, MemoryLayer):
-        return layer.snapshot()
+        return _save_memory(layer)
     attributes = dict(vars(layer))
     if type(layer) is DynamicLayer and layer.is_initialized:  # which appends: its old tensors need not be held
         attributes["length"] = attributes.pop("keys").shape[-2]
@@ -63,9 +83,44 @@ def _save(layer: Any) -> Any:
     return attributes, _stamps(layer)
 
 
+def _save_memory(layer: MemoryLayer) -> dict[str, Any]:
+    """What ``_put_memory_back`` needs to undo the calls to come, unless they write into tensors that are there now.
+
+    A large window that grows is not held on to, which would take its memory twice: the tokens of a longer one begin
+    with the same. Only a call that fills it up cannot be undone then.
+    """
+    layer.overwritten = False
+    saved, state = dict(vars(layer)) | {"was_empty": layer.is_empty}, layer.state
+    if not layer.grows or state is None or layer.recording is not None or state.nbytes <= _LARGE:
+        return saved
+    if state.uniform is not None and state.uniform < state.window.capacity:
+        saved["state"] = _Prefix(state.uniform, state.memory, state.kept)
+    return saved
+
+
+def _put_memory_back(layer: MemoryLayer, before: dict[str, Any]) -> bool:
+    """Go back to what was saved, if that is possible: a layer of fixed addresses only to having been empty."""
+    was_empty = before.pop("was_empty")
+    if not layer.grows and (was_empty or layer.is_empty):
+        layer.reset()
+        return True
+    if layer.edits != before["edits"]:
+        return layer.state is None
+    if layer.overwritten:
+        return False
+    if isinstance(before["state"], _Prefix):
+        assert layer.state is not None
+        if layer.state.uniform is None or layer.state.uniform > layer.state.window.capacity:
+            return False
+        before = before | {"state": before["state"].of(layer.state)}
+    layer.__dict__.clear()
+    layer.__dict__.update(before)
+    return True
+
+
 def _put_back(layer: Any, saved: Any) -> bool:
     if isinstance(layer, MemoryLayer):
-        return layer.restore(saved)
+        return _put_memory_back(layer, saved)
     attributes, stamps = saved
     if type(layer) in _GROWING:
         if "length" in attributes:

@@ -5,6 +5,7 @@ recurrences below where it is.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def memory_store(
 
 
 def best_slots(
-    memory: Compressor,
+    memory: Compressor | None,
     num_sinks: int,
     window_size: int,
     num_slots: int,
@@ -95,18 +96,21 @@ def best_slots(
     v: Tensor,
     x: Tensor,
     valid: Tensor | None = None,
+    priority: Callable[[int, int, int, int], float] | None = None,
 ):
     """``memory_store`` in which every key/value head keeps, of the tokens that left the window, those of largest keys.
 
-    For one state per query head, or, where they are shared, per key/value head.
+    For one state per query head, or, where they are shared, per key/value head; or for none. Another ``priority`` is a
+    function of row, key/value head, column and rank; of equal ones the older token stays.
     """
     batch, heads, length, _ = q.shape
     groups = k.shape[1]
-    repeats, shared = heads // groups, memory.shared_state
+    repeats, shared = heads // groups, memory is not None and memory.shared_state
     valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
     states = q.new_zeros(batch, groups if shared else heads, q.shape[-1], v.shape[-1])
-    gates = memory.gates(x)
+    gates = {} if memory is None else memory.gates(x)
+    worth = priority or (lambda b, g, j, rank: float(k[b, g, j].norm()))
     for b in range(batch):
         tokens, row = valid[b].nonzero().flatten().tolist(), slice(b, b + 1)
         kept, ever = [[] for _ in range(groups)], torch.zeros(heads, dtype=torch.bool)
@@ -120,16 +124,18 @@ def best_slots(
                 if p >= num_sinks + window_size and valid[b, t]:
                     kept[g].append(tokens[p - window_size])
                 if len(kept[g]) > num_slots:
-                    gone = min(kept[g], key=lambda j, g=g: float(k[b, g, j].norm()))
+                    gone = min(kept[g], key=lambda j, g=g, b=b, t=tokens: (worth(b, g, j, t.index(j)), -j))
                     kept[g].remove(gone)
+                    ever[readers] = True
                     one = {name: gate[row, :, gone] for name, gate in gates.items()}
                     every = [u[row, :, gone].repeat_interleave(states.shape[1] // groups, 1) for u in (k, v)]
                     mine = slice(g, g + 1) if shared else readers
-                    states[b, mine] = memory.fold(states[row].clone(), *every, **one)[0, mine]
-                    ever[readers] = True
+                    if memory is not None:
+                        states[b, mine] = memory.fold(states[row].clone(), *every, **one)[0, mine]
                 seen = window + kept[g]
                 logits = q[b, readers, t] @ k[b, g, seen].T / math.sqrt(q.shape[-1])
                 out[b, readers, t] = logits.softmax(-1) @ v[b, g, seen]
-            added = memory.output(memory.read(states[row], q[row, :, t]).unsqueeze(2), x[row, t : t + 1])
-            out[b, :, t] += added[0, :, 0] * ever[:, None]
+            if memory is not None:
+                added = memory.output(memory.read(states[row], q[row, :, t]).unsqueeze(2), x[row, t : t + 1])
+                out[b, :, t] += added[0, :, 0] * ever[:, None]
     return out, states

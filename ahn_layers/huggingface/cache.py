@@ -23,7 +23,7 @@ from ..state import MemoryState
 from .cache_layers import LayerCache, MemoryLayer
 from .padding import Padding
 from .static_layer import StaticMemoryLayer
-from .transaction import settle
+from .transaction import length_before, settle, settle_for_use
 
 
 class HippocampalCache(DynamicCache):
@@ -54,28 +54,33 @@ class HippocampalCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last tokens, see ``MemoryLayer.crop``."""
-        settle(self)
+        settle_for_use(self)
         super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""
-        settle(self)
+        settle_for_use(self)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        settle(self)
+        settle_for_use(self)
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        settle(self)
+        settle_for_use(self)
         super().batch_select_indices(indices)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without a call that was interrupted."""
         settle(self)
         return dict(vars(self))
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Columns that have been read; those of a call that is running, or was interrupted, do not count."""
+        before = length_before(self, layer_idx)
+        return super().get_seq_length(layer_idx) if before is None else before
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +106,7 @@ class HippocampalCache(DynamicCache):
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
-        settle(self)
+        settle_for_use(self)
         description = {"layers": [_describe(layer) for layer in self.layers]}
         tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in _tensors(layer).items()}
         save_tensors(path, tensors, "cache", description)
@@ -122,7 +127,7 @@ class HippocampalCache(DynamicCache):
         return cache
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":
-        settle(self)
+        settle_for_use(self)
         copy = type(self)()
         copy.layers = [_rebuild(_describe(layer), function(_tensors(layer))) for layer in self.layers]
         return copy

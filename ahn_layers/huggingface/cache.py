@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 
 from ..files import load_tensors, reading, save_tensors
 from ..state import MemoryState
+from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .padding import Padding
 from .static_layer import StaticMemoryLayer
@@ -124,6 +125,7 @@ class HippocampalCache(DynamicCache):
             for i, layer in enumerate(description["layers"]):
                 own = {name.split(".", 1)[1]: u for name, u in tensors.items() if name.split(".", 1)[0] == str(i)}
                 cache.layers.append(_rebuild(layer, own))
+                check_loaded(cache.layers[-1], layer)
         return cache
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":

@@ -311,8 +311,11 @@ def check_generate(case: GenerateCase) -> None:
         options |= {CACHE: HippocampalCache()}
     for _ in range(case.turns):
         longest = max(text.shape[1] for text in texts)
-        ids = torch.cat([torch.nn.functional.pad(text, (longest - text.shape[1], 0)) for text in texts])
-        out = generate(model, ids, case.count, attention_mask=(ids != 0).long(), **options)
+        ids, mask = (
+            torch.cat([torch.nn.functional.pad(u, (longest - u.shape[1], 0)) for u in rows])
+            for rows in (texts, [torch.ones_like(text) for text in texts])
+        )
+        out = generate(model, ids, case.count, attention_mask=mask, **options)
         texts = [greedy(model, text, case.count) for text in texts]
         for row, text in zip(out, texts, strict=True):
             assert torch.equal(row[-text.shape[1] :], text[0]), "another continuation"

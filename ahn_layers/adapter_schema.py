@@ -3,9 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .files import sha256
+from .fingerprint import DTYPES, VALUES
+from .positions import MemoryPositions
+from .window import SinkPositions
 
 CHECKSUM = "description_sha256"
 """Among what a description says: the hash of all the rest."""
@@ -80,19 +83,24 @@ def _base(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         return False
     weights = value.get("weights")
-    return isinstance(weights, dict) and all(
-        isinstance(u, dict) and _text(u.get("dtype")) and _text(u.get("values")) and isinstance(u.get("shape"), list)
-        for u in weights.values()
-    )
+    return isinstance(weights, dict) and all(isinstance(u, dict) and _sample(**u) for u in weights.values())
+
+
+def _sample(dtype: Any = None, shape: Any = None, values: Any = None, **_: Any) -> bool:
+    """Of a weight: its dtype, its shape, and some values."""
+    try:
+        return dtype in DTYPES and isinstance(shape, list) and len([float(u) for u in values.split()]) == VALUES
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 _SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "compressor": (_maybe(_text), "the name of a class, or null"),
     "compressor_options": (_options, "arguments by name"),
-    "window_size": (_whole, "a whole number"),
+    "window_size": (lambda value: _whole(value) and value > 0, "a whole number of at least 1"),
     "num_sinks": (_whole, "a whole number"),
-    "sink_positions": (_text, "a text"),
-    "memory_positions": (_text, "a text"),
+    "sink_positions": (get_args(SinkPositions).__contains__, f"one of {get_args(SinkPositions)}"),
+    "memory_positions": (get_args(MemoryPositions).__contains__, f"one of {get_args(MemoryPositions)}"),
     "layers": (_indices, "different whole numbers"),
     "sizes": (_maybe(_sizes), "whole numbers by name, or null"),
     "base_model_type": (_text, "a text"),

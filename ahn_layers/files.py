@@ -108,7 +108,10 @@ def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tup
         tensors, text = {name: file.get_tensor(name) for name in file.keys()}, metadata["description"]  # noqa: SIM118
         if metadata.get("sha256") not in (None, digest(sorted(tensors.items()), text)):
             raise ValueError(f"{path}: damaged, its contents are not what was written (sha256). Save it again.")
-        return tensors, json.loads(text)
+        description = json.loads(text)
+        if not isinstance(description, dict):
+            raise ValueError(f"{path}: damaged, its description is a {type(description).__name__}.")
+        return tensors, description
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from .files import digest, reading, sha256, write_atomically
 FORMAT_VERSION = 2
 """What this library writes for memories with an eviction; without one, version 1."""
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+_INSIDE = "adapter"
+"""What the description is called in the file of the weights."""
 Weights = dict[int, dict[str, Tensor]]
 """Memory weights by layer and name."""
 
@@ -49,7 +51,8 @@ def write(folder: str | Path, weights: Weights, description: dict[str, Any]) -> 
         f"layers.{i}.{name}": u.detach().cpu().contiguous() for i, own in weights.items() for name, u in own.items()
     }
     inner = json.dumps(description)
-    data = save(tensors, {"format": "pt", "description": inner, "sha256": digest(sorted(tensors.items()), inner)})
+    known = {"description": inner, "sha256": digest(sorted(tensors.items()), inner)}
+    data = save(tensors, {_INSIDE: json.dumps(known)})  # several entries would come in any order
     text = json.dumps(with_checksum(description | {"weights_sha256": sha256(data)}), indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, data)
@@ -95,7 +98,7 @@ def read(source: str | Path) -> AdapterFiles:
 
 
 def _read_both(path: Path) -> dict[str, Any]:
-    """The description beside the weights; where saving broke off between the two files, the one in the weights' file."""
+    """The description beside the weights; where saving broke off between the two files, the one among the weights."""
     beside = path.with_name(DESCRIPTION)
     description = _read_description(beside) if beside.is_file() else None
     if description is not None and description.get("weights_sha256") in (None, sha256(path)):
@@ -111,12 +114,11 @@ def _read_inside(path: Path) -> dict[str, Any] | None:
     from safetensors import safe_open
 
     with reading(path), safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        text = metadata.get("description")
-        if text is None:
+        known = json.loads((file.metadata() or {}).get(_INSIDE, "null"))
+        if known is None:
             return None
-        found = digest(sorted((name, file.get_tensor(name)) for name in file.keys()), text)  # noqa: SIM118
-        return _checked(json.loads(text), path) if found == metadata.get("sha256") else None
+        found = digest(sorted((name, file.get_tensor(name)) for name in file.keys()), known["description"])  # noqa: SIM118
+        return _checked(json.loads(known["description"]), path) if found == known["sha256"] else None
 
 
 def check_known(description: dict[str, Any], source: str | Path) -> None:

@@ -29,8 +29,8 @@ def check_checksum(description: dict[str, Any], path: str | Path) -> None:
     """Raise a ValueError if a description is not what was written."""
     if description.get(CHECKSUM) not in (None, checksum(description)):
         raise ValueError(
-            f"{path}: damaged, or changed by hand ({CHECKSUM}). Save the adapter again; to keep a change that you made, "
-            f"remove the entry {CHECKSUM!r}."
+            f"{path}: damaged, or changed by hand ({CHECKSUM}). Save the adapter again, or, to keep a change that you "
+            f"made, remove the entry {CHECKSUM!r}."
         )
 
 

@@ -169,7 +169,6 @@ def without_description(folder):
     save_file(load_file(path), path)
 
 
-
 BAD_FOLDERS = {
     "memory positions": (
         lambda f: edit(f, memory_positions="none"),

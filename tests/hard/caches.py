@@ -161,6 +161,12 @@ def check_cache(case: CacheCase) -> None:
     texts.read(*texts.new(1, ""), tolerance)
 
 
+def expect(error: Exception, text: str) -> None:
+    """Raise anything else."""
+    if text not in str(error):
+        raise error
+
+
 def _read(texts: Texts, tolerance: float, count: int, padding: str) -> None:
     texts.read(*texts.new(count, padding), tolerance)
 
@@ -173,7 +179,7 @@ def _crop(texts: Texts, tolerance: float, count: int) -> None:
     try:
         texts.cache.crop(keep - texts.ids.shape[1])
     except RuntimeError as error:
-        assert "which cannot be undone" in str(error)
+        expect(error, "which cannot be undone")
         texts.cache = before
         return
     texts.ids, texts.mask = texts.ids[:, :keep], texts.mask[:, :keep]
@@ -243,7 +249,7 @@ def _interrupt(texts: Texts, tolerance: float, count: int, operation: int, paddi
         after = copy.copy(texts)
         after.read(ids, real, tolerance)
     except RuntimeError as refused:
-        assert "this cache is unusable" in str(refused), refused
+        expect(refused, "this cache is unusable")
         texts.cache = before
         return
     texts.ids, texts.mask, texts.cache = after.ids, after.mask, after.cache
@@ -260,7 +266,7 @@ def _hide(texts: Texts, tolerance: float, count: int) -> None:
     try:
         after.read(*after.new(2, ""), tolerance)
     except ValueError as error:
-        assert "cannot be undone" in str(error), error
+        expect(error, "cannot be undone")
         texts.cache = before
         return
     texts.ids, texts.mask = after.ids, after.mask

@@ -27,8 +27,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ahn_layers import GatedDeltaNet, HippocampalCache, MemoryState, MemoryStore, SalientSlots, Window
-from ahn_layers import load_adapter, save_adapter
+from ahn_layers import (
+    GatedDeltaNet,
+    HippocampalCache,
+    MemoryState,
+    MemoryStore,
+    SalientSlots,
+    Window,
+    load_adapter,
+    save_adapter,
+)
 from ahn_layers.adapter_schema import CHECKSUM, checksum
 from ahn_layers.files import digest, sha256
 from ahn_layers.huggingface.decoder import CACHE
@@ -95,12 +103,14 @@ class Subject:
         if self.kind == "cache":
             if not all(getattr(one, "state", None) for one in found.layers):
                 return "layers of another kind"
-            named = [(f"{i}.{name}", u) for i, one in enumerate(found.layers) for name, u in one.state.tensors().items()]
+            states = [one.state.tensors() for one in found.layers]
+            named = [(f"{i}.{name}", u) for i, own in enumerate(states) for name, u in own.items()]
             said = [(one.state.description(), one.padding and one.padding.turns, one.made_with) for one in found.layers]
             return digest(named, json.dumps(said))
         record = find_retrofitted(found)[1]
         policies = [str(m) for m in found.modules() if isinstance(m, SalientSlots)]
-        said = [record.window.__dict__, record.compressor, record.options, record.memory_positions, record.layers, policies]
+        said = [record.window.__dict__, record.compressor, record.options, record.memory_positions, record.layers]
+        said.append(policies)
         return digest(found.named_parameters(), json.dumps(said, default=str))
 
     @torch.no_grad()

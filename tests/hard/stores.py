@@ -213,7 +213,9 @@ def check_store(case: StoreCase) -> None:
     store, valid = make_store(case), make_valid(case)
     (groups, repeats), (d, e, n) = case.heads, case.sizes
     heads = (groups * repeats, groups, groups)
-    q, k, v = (torch.randn(case.rows, h, case.length, u, dtype=torch.float64) for h, u in zip(heads, (d, d, e)))
+    q, k, v = (
+        torch.randn(case.rows, h, case.length, u, dtype=torch.float64) for h, u in zip(heads, (d, d, e), strict=True)
+    )
     tokens = [q, k, v, torch.randn(case.rows, case.length, n, dtype=torch.float64)]
     if case.garbage and valid is not None:
         for u in tokens:
@@ -223,7 +225,7 @@ def check_store(case: StoreCase) -> None:
     if state is not None and case.padding != "none" and case.static:
         state.padded = True
     outs = []
-    for i, (a, b) in enumerate(zip([0, *case.cuts], [*case.cuts, case.length])):
+    for i, (a, b) in enumerate(zip([0, *case.cuts], [*case.cuts, case.length], strict=True)):
         part, mask = [u.narrow(-2, a, b - a) for u in tokens], None if valid is None else valid[:, a:b]
         if state is not None:
             action = case.actions[i % len(case.actions)]

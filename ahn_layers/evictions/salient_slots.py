@@ -8,14 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
-from ..ops.attention.attend import Between, Soft
+from ..ops.attention.between import Between, Soft
+from ..ops.decode.step import Contest
 from ..tokens import Later, Leaving, Tokens
 from .scores import SCORES, LearnedScore
 
 SlotPositions = Literal["compact", "absolute"]
 """At which distances kept tokens are shown."""
-PRIORITY, RANK = f"{RIDES}priority", f"{RIDES}rank"
-"""Beside each kept token: its priority, and its number among the real tokens of its row."""
+SCORE, PRIORITY = f"{RIDES}score", f"{RIDES}priority"
+"""Beside each token its score, if it is learned; beside each kept one its priority."""
 
 
 class SalientSlots(Eviction):
@@ -139,19 +140,28 @@ class SalientSlots(Eviction):
         if self.learned is None:
             score, rate = SCORES[self.score](tokens), torch.tensor(self.rate, device=tokens.k.device)
         else:
-            score, rate = tokens.gates[f"{RIDES}score"], self.learned.rate.unsqueeze(1)
+            score, rate = tokens.gates[SCORE], self.learned.rate.unsqueeze(1)
         return score + rate.to(score.dtype) * (rank if rank.ndim == 1 else rank.unsqueeze(1)).to(score.dtype)
+
+    def contest(self, leaving: Later[Tokens]) -> Contest | None:
+        """By the priority; a soft choice has no kernel, nor has a subclass that chooses otherwise."""
+        ours = type(self).push is SalientSlots.push and type(self).priority is SalientSlots.priority
+        if self.temperature is not None or not ours:
+            return None
+        if self.learned is not None:
+            return Contest(score=SCORE, log_rate=self.learned.log_rate)
+        return Contest(given=SCORES[self.score](leaving()).float(), rate=self.rate)
 
     def init_kept(self, like: Tokens) -> Kept:
         """Empty slots."""
         like = like.columns(0, 0)
         none = like.k.new_zeros(like.k.shape[:3], dtype=torch.promote_types(like.k.dtype, torch.float32))
-        like = _with(like, none, torch.zeros(0, dtype=torch.long, device=none.device))
+        like = _with(like, none)
         return empty_slots(like, self.num_slots, compact=self.positions == "compact")
 
     def push(self, kept: Kept, leaving: Leaving) -> tuple[Between | None, Leaving, Kept]:
         """Each token that leaves the window competes with those in the slots; the loser is folded."""
-        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank), leaving.rank)
+        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank))
         seen, leaving, after = keep_best(
             kept, replace(leaving, made=Later(lambda: tokens)), lambda u: u.gates[PRIORITY]
         )
@@ -163,7 +173,6 @@ class SalientSlots(Eviction):
         return seen, leaving, after
 
 
-def _with(tokens: Tokens, priority: Float[Tensor, "b g t"], rank: Int[Tensor, "*b t"]) -> Tokens:
-    """The tokens with their priorities and ranks beside them."""
-    rank = (rank if rank.ndim == 1 else rank.unsqueeze(1)).expand(priority.shape)
-    return replace(tokens, gates=tokens.gates | {PRIORITY: priority, RANK: rank})
+def _with(tokens: Tokens, priority: Float[Tensor, "b g t"]) -> Tokens:
+    """The tokens with their priorities beside them."""
+    return replace(tokens, gates=tokens.gates | {PRIORITY: priority})

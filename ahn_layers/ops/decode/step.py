@@ -124,18 +124,89 @@ class StepRule:
     norm_eps: float = 1e-5
 
 
-def fits_step(q: Tensor, slots: list[Tensor], memory: object) -> bool:
+@dataclass(frozen=True)
+class Contest:
+    """How the token that leaves the window and those in slots compete: ``priority = score + rate * rank``.
+
+    In each key/value head the one of least priority is lost, among equal ones the youngest.
+
+    Attributes:
+        score: the gate of the tokens in the window that is their score; None if it is ``given``.
+        given: the score of the token that leaves, ``(B, G, 1)`` float32.
+        log_rate: the logarithm of the rate, ``(G,)``; None for ``rate``.
+        rate: see there.
+    """
+
+    score: str | None = None
+    given: Tensor | None = None
+    log_rate: Tensor | None = None
+    rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class KeptSlots:
+    """What an eviction keeps, as the kernel of a decode step changes it.
+
+    Attributes:
+        tensors: contiguous; the first three without a token dimension, the others by slot: ``filled``, ``folded`` and
+            ``refused`` (see ``eviction.keep_best``; the last one if distances leave tokens out), ``k``, ``v``,
+            ``priority``, ``rank``, ``left_out`` (likewise), ``score`` (if there are ``scores``), and the write gates.
+        contest: who stays.
+        scores: of the tokens in the window, ``(B, G, C)`` float32, if they ride there.
+        new_score: of the new token, likewise.
+        inv_freq: the frequencies of the rotation, None if it is not known.
+        start: the first rotated channel.
+        interleaved: how channels are paired.
+        hidden: whether keys are folded without their rotation.
+    """
+
+    tensors: dict[str, Tensor]
+    contest: Contest
+    scores: Tensor | None
+    new_score: Tensor | None
+    inv_freq: Tensor | None
+    start: int
+    interleaved: bool
+    hidden: bool
+
+    def arguments(self, gates: list[str]) -> tuple[object, ...]:
+        """As the kernel takes them, the write gates in this order."""
+        compact = "refused" in self.tensors
+        names = ["k", "v", "filled", "folded", "priority", "rank", *(["left_out", "refused"] if compact else [])]
+        kept = [self.tensors[name] for name in names]
+        if self.scores is not None:
+            kept += [self.tensors["score"], self.scores]
+        kept += [self.tensors[name] for name in gates]
+        score = self.contest.given if self.scores is None else self.new_score
+        return (
+            kept, score, self.contest.log_rate, self.contest.rate, self.scores is not None, compact, self.hidden,
+            self.inv_freq if compact or self.hidden else None, self.start, self.interleaved,
+        )  # fmt: skip
+
+
+_NOTHING_KEPT: tuple[object, ...] = ([], None, None, 0.0, False, False, False, None, 0, False)
+
+
+def fits_step(q: Tensor, slots: list[Tensor], memory: object, kept: dict[str, Tensor] | None = None) -> bool:
     """Whether ``decode_step`` runs in kernels for such tensors.
 
     Args:
         q: queries.
-        slots: keys, values and gates by slot.
-        memory: the state.
+        slots: keys, values and write gates by slot.
+        memory: the state, None for none.
+        kept: what is kept beside the window.
     """
     sizes = max(q.shape[-1], slots[1].shape[-1]) <= 256 and len(slots) <= 4
     dtypes = q.dtype != torch.float64 and len({u.dtype for u in (q, *slots)}) == 1
     state = isinstance(memory, Tensor) and memory.dtype == torch.float32 and memory.is_contiguous()
-    return sizes and dtypes and state and in_triton(q, *slots)
+    held = list((kept or {}).values())
+    return (
+        sizes
+        and dtypes
+        and (state or (memory is None and bool(held)))
+        and all(u.is_contiguous() for u in held)
+        and in_triton(q, *slots, *held)
+    )
 
 
 def decode_step(
@@ -143,7 +214,7 @@ def decode_step(
     new: tuple[Float[Tensor, "b g 1 d"], Float[Tensor, "b g 1 e"], dict[str, Float[Tensor, "b s 1"]]],
     slots: tuple[Float[Tensor, "b g c d"], Float[Tensor, "b g c e"], dict[str, Float[Tensor, "b s c"]]],
     seen: Int[Tensor, " b"],
-    memory: Float[Tensor, "b s d e"],
+    memory: Float[Tensor, "b s d e"] | None,
     rule: StepRule,
     *,
     num_sinks: int,
@@ -151,6 +222,7 @@ def decode_step(
     q_sinks: Float[Tensor, "b h 1 d"] | None = None,
     asking: Float[Tensor, "b h 1 d"] | None = None,
     key: Float[Tensor, "b g 1 d"] | None = None,
+    kept: KeptSlots | None = None,
 ) -> tuple[Float[Tensor, "b h 1 e"], Float[Tensor, "b h 1 e"]]:
     """In place: the token that leaves is folded, the new one takes its slot and is counted; then attend and read.
 
@@ -161,13 +233,14 @@ def decode_step(
         new: key, value and write gates of the new token.
         slots: keys, values and gates by slot, in the order of ``Window``.
         seen: tokens seen before, in each row; with ``c`` of them or more, one leaves.
-        memory: the state, float32.
+        memory: the state, float32; None for none.
         rule: how it is folded and read.
         num_sinks: leading slots that are never overwritten.
         scale: logit factor, default ``d ** -0.5``.
         q_sinks: queries to use against the sinks.
         asking: the queries as they read the memory, if they differ.
         key: of the token that leaves, if it is folded under another one than it has in its slot.
+        kept: the slots that the token that leaves competes for, None for none.
 
     Returns:
         The attention, with what the memory adds if the rule says how, and the reading, zero where no token left.
@@ -182,6 +255,7 @@ def decode_step(
         q, turned, k, v, [arriving[name] for name in gates], k_slots, v_slots, list(gates.values()), seen,
         num_sinks, facing, scale, memory, asking, key, places[rule.decay], places[rule.strength], rule.rate,
         rule.delta, rule.eps, rule.read_scale, rule.weight, rule.gate, rule.matrix, rule.norm_eps,
+        *(_NOTHING_KEPT if kept is None else kept.arguments(list(gates))),
     )  # fmt: skip
 
 

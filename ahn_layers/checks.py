@@ -191,3 +191,14 @@ def check_state(
             f"the state holds {sizes or 'nothing'} for the eviction, the store's eviction has {expected or 'nothing'}: "
             "continue it with a store of the same eviction."
         )
+
+
+def check_whole(state: MemoryState, eviction: Eviction) -> None:
+    """Whether a policy that has to see a text in one call can begin with this state."""
+    if eviction.whole_texts and (state.length is None or state.length > state.window.capacity):
+        past = "an unknown number of" if state.length is None else f"{state.length}"
+        raise ValueError(
+            f"{type(eviction).__name__} with a soft choice (soft_slots) goes on after {past} tokens, more than the "
+            f"{state.window.capacity} of sinks and window: it would not see those that were lost. Pass whole texts from "
+            "their beginning, without padding inside, or leave soft_slots."
+        )

@@ -107,6 +107,11 @@ class SalientSlots(Eviction):
         """A learned score does."""
         return self.score == "learned"
 
+    @property
+    def whole_texts(self) -> bool:
+        """A soft choice weighs all tokens against each other, also those that were lost."""
+        return self.temperature is not None
+
     def __str__(self) -> str:
         """Slots and score, in one line."""
         untrained = self.learned is not None and not self.learned.is_trained

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .compressor import State, map_state
+from .consistency import check_parts
 from .files import digest, load_tensors, reading, save_tensors
 from .ring import Held
 from .tokens import Later, Tokens
@@ -177,7 +178,7 @@ class MemoryState:
                 "with, or begin with state=None."
             )
         with reading(path):
-            return cls.from_tensors(tensors, description)
+            return cls.from_tensors(tensors, description).check()
 
     def description(self) -> dict[str, Any]:
         """What the tensors alone do not say, as JSON values."""
@@ -197,3 +198,14 @@ class MemoryState:
             padded=description["padded"],
             kept=kept,
         )
+
+    def check(self) -> "MemoryState":
+        """This state, if its parts fit together; those of a file may be anything.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        held = self.slots.named().keys() | {"seen"}
+        others = {name: u for name, u in self.tensors().items() if name not in held}
+        check_parts(self.window, self.slots, self.seen, self.length, self.padded, others)
+        return self

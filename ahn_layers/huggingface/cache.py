@@ -18,11 +18,12 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
+from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .layer_values import describe, rebuild, tensors_of
 from .rows import join_layers, numbers, put_layers, rows_of, take_layers
 from .static_layer import StaticMemoryLayer
-from .transaction import settle
+from .transaction import length_before, settle, settle_for_use
 
 
 class HippocampalCache(DynamicCache):
@@ -53,28 +54,33 @@ class HippocampalCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last tokens, see ``MemoryLayer.crop``."""
-        settle(self)
+        settle_for_use(self)
         super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""
-        settle(self)
+        settle_for_use(self)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        settle(self)
+        settle_for_use(self)
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        settle(self)
+        settle_for_use(self)
         super().batch_select_indices(indices)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without a call that was interrupted."""
         settle(self)
         return dict(vars(self))
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Columns that have been read; those of a call that is running, or was interrupted, do not count."""
+        before = length_before(self, layer_idx)
+        return super().get_seq_length(layer_idx) if before is None else before
 
     @property
     def joined(self) -> bool:
@@ -166,7 +172,7 @@ class HippocampalCache(DynamicCache):
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
-        settle(self)
+        settle_for_use(self)
         description = {"layers": [describe(layer) for layer in self.layers]}
         tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in tensors_of(layer).items()}
         save_tensors(path, tensors, "cache", description)
@@ -184,10 +190,11 @@ class HippocampalCache(DynamicCache):
             for i, layer in enumerate(description["layers"]):
                 own = {name.split(".", 1)[1]: u for name, u in tensors.items() if name.split(".", 1)[0] == str(i)}
                 cache.layers.append(rebuild(layer, own))
+                check_loaded(cache.layers[-1], layer)
         return cache
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":
-        settle(self)
+        settle_for_use(self)
         copy = type(self)()
         copy.layers = [rebuild(describe(layer), function(tensors_of(layer))) for layer in self.layers]
         return copy

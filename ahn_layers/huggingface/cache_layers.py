@@ -75,11 +75,15 @@ class MemoryLayer(StateLayer):
     def _overwriting(self, writes: bool) -> Iterator[None]:
         """Notes that the tensors of the state are no longer what they were, once the store has written to them.
 
-        A store raises errors before it writes; an interruption may come in between.
+        A store refuses what it cannot do before it writes; memory may run out in between, or somebody interrupt.
         """
+        keys = self.state.slots.k if writes and self.state is not None else None  # written before anything else
+        stamp = _stamp(keys)
         try:
             yield
-        except Exception:
+        except Exception as error:
+            refused = isinstance(error, (TypeError, ValueError))
+            self.overwritten |= writes and (_stamp(keys) != stamp if stamp is not None else not refused)
             raise
         except BaseException:
             self.overwritten |= writes
@@ -175,3 +179,8 @@ class LayerCache:
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """See ``MemoryLayer.get_seq_length``."""
         return self.layer.get_seq_length()
+
+
+def _stamp(keys: Tensor | None) -> int | None:
+    """A number that changes when a tensor is written to; None if there is none: our kernels do not tell."""
+    return None if keys is None or keys.is_inference() or keys.is_cuda else keys._version

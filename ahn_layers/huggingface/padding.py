@@ -75,6 +75,11 @@ class Padding:
         """Whether any column of any row is padding."""
         return any(self.turns)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a row ends with padding, so that the next column would count as padding too."""
+        return any(len(row) % 2 for row in self.turns)
+
     def extended(self, real: Bool[Tensor, "b t"], start: int) -> "Padding":
         """With new columns from ``start`` on.
 

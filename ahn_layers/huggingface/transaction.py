@@ -61,9 +61,29 @@ def begin(cache: Cache) -> None:
     setattr(cache, _OPEN, Snapshot(cache))
 
 
-def complete(cache: Cache) -> None:
-    """The call has gone through all layers."""
-    cache.__dict__.pop(_OPEN, None)
+def complete(cache: Cache) -> Snapshot | None:
+    """The call has gone through all layers.
+
+    Returns:
+        The cache as it was before the call, if that was remembered.
+    """
+    snapshot: Snapshot | None = cache.__dict__.pop(_OPEN, None)
+    return snapshot
+
+
+def length_before(cache: Cache, layer_idx: int) -> int | None:
+    """Columns that a layer held before a call that is not completed; None if there is no such call."""
+    snapshot: Snapshot | None = getattr(cache, "__dict__", {}).get(_OPEN)
+    if snapshot is None:
+        return None
+    if layer_idx >= len(snapshot.layers) or not snapshot.layers[layer_idx].is_initialized:
+        return 0
+    saved, length = snapshot.saved[layer_idx], None
+    if isinstance(snapshot.layers[layer_idx], MemoryLayer):
+        length = 0 if saved["state"] is None else saved["state"].length
+    elif isinstance(saved, tuple):
+        length = saved[0].get("length")
+    return length
 
 
 def settle(cache: Any) -> None:
@@ -71,6 +91,18 @@ def settle(cache: Any) -> None:
     snapshot = getattr(cache, "__dict__", {}).pop(_OPEN, None)
     if snapshot is not None:
         snapshot.restore(cache)
+
+
+def settle_for_use(cache: Any) -> None:
+    """``settle``, before something is done with the cache.
+
+    Raises:
+        RuntimeError: if a call was interrupted that could not be undone.
+    """
+    settle(cache)
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, MemoryLayer):
+            layer.refuse_broken()
 
 
 def _save(layer: Any) -> Any:

@@ -1,0 +1,253 @@
+"""What is tried on a model of every type: the same on the base model, where the retrofitted one fails.
+
+A check raises an ``AssertionError`` (or anything else) if it fails. One that the base model fails too says nothing
+about the memory.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ahn_layers import GatedDeltaNet, full_attention, restore, retrofit, window_only
+from ahn_layers.huggingface.decoder import CACHE
+from ahn_layers.record import find_retrofitted
+
+from ..models import train_memory
+from .shrink import FIRST_SPECIAL, VOCABULARY
+
+WINDOW, SINKS = 12, 3
+CAPACITY = WINDOW + SINKS
+LONG, COUNT = 40, 8
+FORBIDDEN = [0, 1, 2, *range(FIRST_SPECIAL, VOCABULARY)]
+"""Tokens that are not generated: they begin or end something, or stand for an image."""
+
+
+@dataclass
+class Case:
+    """A model, and what it reads.
+
+    Attributes:
+        model: the base model.
+        prompt: token ids of the prompt, ``(1, p)``, with the places of images and the like.
+        media: further arguments of the first call.
+        repeat: makes the media of several rows from those of one.
+    """
+
+    model: Any
+    prompt: Tensor
+    media: dict[str, Any] = field(default_factory=dict)
+    repeat: Callable[[dict[str, Any], int], dict[str, Any]] = lambda media, rows: media
+
+    def text(self, length: int, seed: int = 0) -> Tensor:
+        """The prompt, and random tokens behind it."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat((self.prompt, torch.randint(3, FIRST_SPECIAL, (1, length), generator=generator)), dim=1)
+
+
+@dataclass
+class Verdict:
+    """What became of a type.
+
+    Attributes:
+        word: ``passes``, ``refused``, ``fails`` or ``not built``.
+        cause: why it does not pass.
+        layers: how many attention layers got a memory, of how many layers.
+        base: checks that the base model fails too.
+    """
+
+    word: str
+    cause: str = ""
+    layers: str = ""
+    base: list[str] = field(default_factory=list)
+
+
+def judge(case: Case) -> Verdict:
+    """Retrofit the model of a case and try everything."""
+    plain, model = copy.deepcopy(case.model), case.model
+    text, keys = case.text(LONG), list(model.state_dict())
+    before = one_pass(plain, case, text)
+    try:
+        retrofit(model, GatedDeltaNet, window_size=WINDOW, num_sinks=SINKS)
+    except (ValueError, TypeError) as error:
+        assert list(model.state_dict()) == keys, "a refused retrofit has changed the model"
+        assert torch.equal(one_pass(model, case, text), before), "a refused retrofit has changed the model"
+        return Verdict("refused", str(error))
+    train_memory(model)
+    verdict = Verdict("passes", layers=_layers(model))
+    for name, check in CHECKS.items():
+        try:
+            check(model, plain, case)
+        except Exception as error:
+            if name in BASE_MAY_FAIL and _fails(check, plain, case):
+                verdict.base.append(name)
+                continue
+            return Verdict("fails", f"{name}: {type(error).__name__}: {error}", verdict.layers, verdict.base)
+    return verdict
+
+
+def _fails(check: Callable[..., None], plain: Any, case: Case) -> bool:
+    try:
+        check(plain, plain, case)
+    except Exception:
+        return True
+    return False
+
+
+def _layers(model: Any) -> str:
+    record = find_retrofitted(model)[1]
+    return f"{len(record.layers)} of {len(record.layers) + len(record.skipped)}"
+
+
+@torch.no_grad()
+def one_pass(model: Any, case: Case, text: Tensor, media: dict[str, Any] | None = None, **options: Any) -> Tensor:
+    """Logits of a text without a cache."""
+    return model(input_ids=text, **(case.media if media is None else media), use_cache=False, **options).logits.clone()
+
+
+@torch.no_grad()
+def in_pieces(model: Any, case: Case, text: Tensor, cuts: list[int]) -> Tensor:
+    """Logits of a text that is read piece by piece, the prompt with the first."""
+    outs, cache, media, start = [], None, case.media, 0
+    cuts = [cuts[0] + case.prompt.shape[1], *cuts[1:]]
+    for piece in text.split(cuts, dim=1):
+        given = {CACHE: cache} if cache is not None else {}
+        if case.media:
+            given["position_ids"] = None
+            given.pop("position_ids")
+            given["attention_mask"] = torch.ones(1, start + piece.shape[1], dtype=torch.long)
+        out = model(input_ids=piece, use_cache=True, **given, **media)
+        cache, media, start = out[CACHE], {}, start + piece.shape[1]
+        outs.append(out.logits)
+    return torch.cat(outs, dim=1)
+
+
+def generate(model: Any, text: Tensor, media: dict[str, Any], **options: Any) -> Any:
+    """Greedy ``generate``, unless options say otherwise."""
+    options = {"max_new_tokens": COUNT, "do_sample": False, "suppress_tokens": FORBIDDEN} | options
+    options = {"attention_mask": torch.ones_like(text), "pad_token_id": 0, "eos_token_id": None} | options
+    return model.generate(text, **media, **options)
+
+
+def tolerance(logits: Tensor) -> float:
+    """How much logits may differ that are computed in two ways; many models compute in float32 inside."""
+    return 3e-4 * max(1.0, float(logits.abs().max()))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Raise if logits differ."""
+    difference = float((actual - expected).abs().max())
+    assert difference <= tolerance(expected), f"logits differ by {difference:.1e}"
+
+
+def is_greedy(model: Any, case: Case, written: Tensor, start: int) -> None:
+    """Raise unless every token from ``start`` on is the best one, as one pass over the text sees it."""
+    logits = one_pass(model, case, written)[:, start - 1 : -1].float()
+    logits[..., FORBIDDEN] = float("-inf")
+    margin = logits.amax(dim=-1) - logits.gather(2, written[:, start:, None])[..., 0]
+    assert float(margin.max()) <= tolerance(logits[logits.isfinite()]), f"a token is worse by {float(margin.max()):.1e}"
+
+
+def check_inside(model: Any, plain: Any, case: Case) -> None:
+    """As long as everything fits the window, every bit is the base model's."""
+    short = case.text(LONG)[:, : max(CAPACITY, case.prompt.shape[1] + 1)]
+    if short.shape[1] > CAPACITY:
+        return  # an image that does not fit
+    assert torch.equal(one_pass(model, case, short), one_pass(plain, case, short)), "other bits inside the window"
+
+
+def check_pieces(model: Any, plain: Any, case: Case) -> None:
+    """Pieces, and token by token."""
+    text = case.text(LONG)
+    expected = one_pass(model, case, text)
+    for cuts in ([13, 1, 17, 9], [20, *[1] * 20]):
+        close(in_pieces(model, case, text, cuts), expected)
+
+
+def check_memory(model: Any, plain: Any, case: Case) -> None:
+    """The memory says something."""
+    text = case.text(LONG)
+    with window_only(model):
+        without = one_pass(model, case, text)
+    difference = (one_pass(model, case, text) - without).abs()
+    assert float(difference[:, -1].max()) > 1e-6, "the memory says nothing"
+
+
+def check_greedy(model: Any, plain: Any, case: Case) -> None:
+    """``generate``."""
+    text = case.text(18)
+    is_greedy(model, case, generate(model, text, case.media), text.shape[1])
+
+
+def check_beams(model: Any, plain: Any, case: Case) -> None:
+    """Three beams with a cache are three beams without."""
+    text, options = case.text(18), {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    cached = generate(model, text, case.media, **options, max_new_tokens=5)
+    anew = generate(model, text, case.media, **options, max_new_tokens=5, use_cache=False)
+    difference = float((cached.sequences_scores - anew.sequences_scores).abs().max())
+    same = torch.equal(cached.sequences, anew.sequences)
+    assert same or difference < 1e-4, f"other beams, scores differ by {difference:.1e}"
+
+
+def check_padding(model: Any, plain: Any, case: Case) -> None:
+    """Rows of a left-padded batch are rows alone."""
+    rows = [case.text(22), case.text(17, seed=1), case.text(2, seed=2)]
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - row.shape[1] for row in rows]).long()
+    together = generate(model, ids, case.repeat(case.media, len(rows)), attention_mask=mask)
+    for written, row in zip(together, rows, strict=True):
+        is_greedy(model, case, written[None, longest - row.shape[1] :], row.shape[1])
+
+
+def check_static(model: Any, plain: Any, case: Case) -> None:
+    """A static cache, not compiled."""
+    text = case.text(18)
+    written = generate(model, text, case.media, cache_implementation="static", disable_compile=True)
+    is_greedy(model, case, written, text.shape[1])
+
+
+def check_full_attention(model: Any, plain: Any, case: Case) -> None:
+    """The base model, bit for bit."""
+    text = case.text(LONG)
+    with full_attention(model):
+        same_as_base(model, plain, case, text)
+
+
+def check_restore(model: Any, plain: Any, case: Case) -> None:
+    """The base model again, bit for bit."""
+    restore(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    same_as_base(model, plain, case, case.text(LONG))
+
+
+def same_as_base(model: Any, plain: Any, case: Case, text: Tensor) -> None:
+    """Raise unless logits and generated tokens are the base model's."""
+    assert torch.equal(one_pass(model, case, text), one_pass(plain, case, text)), "other bits than the base model's"
+    try:
+        expected = generate(plain, text, case.media)
+    except Exception:
+        return
+    assert torch.equal(generate(model, text, case.media), expected), "generates another text than the base model"
+
+
+CHECKS: dict[str, Callable[[Any, Any, Case], None]] = {
+    "inside the window": check_inside,
+    "memory": check_memory,
+    "pieces": check_pieces,
+    "greedy": check_greedy,
+    "beams": check_beams,
+    "left padding": check_padding,
+    "static": check_static,
+    "full attention": check_full_attention,
+    "restore": check_restore,
+}
+BASE_MAY_FAIL = ("pieces", "greedy", "beams", "left padding", "static")
+
+
+def failing(verdicts: dict[str, Verdict]) -> Iterator[str]:
+    """The types that fail."""
+    return (name for name, verdict in verdicts.items() if verdict.word == "fails")

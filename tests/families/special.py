@@ -1,0 +1,39 @@
+"""What single types need beside shrunk sizes."""
+
+from typing import Any
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
+SHARING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+MAMBA = {"mamba_d_head": 32}
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA | {"attn_layer_indices": [1], "num_hidden_layers": 3},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
+    "bailing_hybrid": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
+    "kimi_linear": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
+    "nemotron_h": {"n_groups": 1, "mamba_num_heads": 8},
+    "zamba2": {
+        "n_mamba_heads": 8, "mamba_headdim": 16, "layers_block_type": HYBRID, "num_hidden_layers": 4,
+        "attention_hidden_size": 128, "attention_head_dim": 32,
+    },
+    "deepseek_v2": EXPERTS,
+    "nemotron": {"num_key_value_heads": 2},
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "zamba": {"layers_block_type": HYBRID, "num_hidden_layers": 4, "attention_hidden_size": 128, "attention_head_dim": 32},
+    "dots1": EXPERTS,
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "layer_types": SHARING, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "attention_layers": ...},
+    "granitemoehybrid": MAMBA | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48)},
+    "xmod": {"default_language": "en_XX"},
+}

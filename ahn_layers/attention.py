@@ -145,6 +145,7 @@ class Attend:
         *,
         scale: float | None = None,
         softcap: float | None = None,
+        null_logits: Float[Tensor, " h"] | None = None,
         dense: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b h t e"]:
@@ -154,8 +155,9 @@ class Attend:
             q: queries.
             k: keys.
             v: values.
-            scale: see ``SoftmaxAttention``, as for ``softcap`` and ``dense``.
+            scale: see ``SoftmaxAttention``, as for ``softcap``, ``null_logits`` and ``dense``.
             softcap: see there.
+            null_logits: see there.
             dense: see there.
             **options: of [`MemoryStore.forward`][ahn_layers.MemoryStore.forward].
 
@@ -168,7 +170,7 @@ class Attend:
                 "tokens into the memory. Wrap each attention of the block on its own."
             )
         self.called = True
-        return self.run(q, k, v, attention=SoftmaxAttention(scale, softcap, dense), **options)
+        return self.run(q, k, v, attention=SoftmaxAttention(scale, softcap, dense, null_logits), **options)
 
     def check(self) -> None:
         """Raise a RuntimeError if the block is done and never called."""

@@ -37,7 +37,7 @@ def kernel_step(
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
     memory, window = state.memory, state.window
-    if attention.softcap is not None or compressor is None or not compressor.rule_holds:
+    if not attention.is_plain or compressor is None or not compressor.rule_holds:
         return None
     if not fits_step(q, state.slots.tensors, memory):
         return None

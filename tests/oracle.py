@@ -56,8 +56,9 @@ def memory_store(
     v: Tensor,
     x: Tensor,
     valid: Tensor | None = None,
+    null_logits: Tensor | None = None,
 ):
-    """Outputs ``(B, H, T, E)`` and final states ``(B, H, D, E)``.
+    """Outputs ``(B, H, T, E)`` and final states ``(B, H, D, E)``; each softmax also takes in a head's null logit.
 
     A query where ``valid`` is False sees what the last real token saw; its output is zero if there was none.
     """
@@ -74,7 +75,10 @@ def memory_store(
                 continue
             seen = [j for i, j in enumerate(tokens[: p + 1]) if i < num_sinks or i > p - window_size]
             logits = torch.einsum("hd,hjd->hj", q[b, :, t], k[b][:, seen]) / math.sqrt(q.shape[-1])
-            y = torch.einsum("hj,hje->he", logits.softmax(-1), v[b][:, seen])
+            weights = logits.exp()
+            total = weights.sum(-1, keepdim=True)
+            total = total if null_logits is None else total + null_logits.exp().unsqueeze(-1)
+            y = torch.einsum("hj,hje->he", weights / total, v[b][:, seen])
             if p >= num_sinks + window_size:
                 j = tokens[p - window_size]
                 before = state if valid[b, t] else before

@@ -86,6 +86,22 @@ PADDINGS = {
 }
 
 
+@pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20], range(1, T)], ids=["whole", "brim", "pieces", "tokens"])
+@pytest.mark.parametrize("sinks, window", [(0, 3), (4, 8)])
+def test_null_logits_take_their_part_of_every_softmax(sinks, window, cuts):
+    """Learned sink logits, inside the window and beyond, with padding too; gradients reach them."""
+    store, tokens = make(sinks=sinks, window=window)
+    null = (2 * torch.randn(H, dtype=torch.float64)).requires_grad_()
+    for valid in (None, (torch.arange(T) >= 3).expand(B, T)):
+        expected, state = oracle.memory_store(store.compressor, sinks, window, *tokens, valid, null.detach())
+        for inplace in (False, True):
+            attention = SoftmaxAttention(null_logits=null)
+            out, end = run(store, tokens, list(cuts), valid, inplace=inplace, attention=attention)
+            close(out.detach(), expected)
+            close(end.memory, state)
+            assert inplace or bool((torch.autograd.grad(out.sum(), null)[0] != 0).all())
+
+
 @pytest.mark.parametrize("padding", [*PADDINGS, "middle"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_padding_is_nothing(compressor, padding):

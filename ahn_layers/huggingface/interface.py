@@ -37,8 +37,9 @@ _LARGEST_COMPARED = 1 << 26
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that say where packed texts begin."""
 
+NULL_LOGITS = "s_aux"
+"""What transformers calls learned sink logits: one a head, in the softmax but without a value."""
 _REMEDIES = {
-    "s_aux": "learned sink logits are not supported: leave these layers out with layers=[...]",
     "position_bias": "additive position biases are not supported",
     "encoder_hidden_states": "cross-attention is not supported",
     "head_mask": "head masks are not supported",
@@ -88,12 +89,13 @@ def attention(
         seen = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
         return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[1]
 
-    softcap = kwargs.get("softcap")
+    softcap, null_logits = kwargs.get("softcap"), null_logits_of(base, kwargs)
     asked: dict[str, Any] = {} if texts is None else {"texts": texts}
     weights = Weights(weigh) if are_wanted(kwargs) else None
     if weights is not None:
         asked["weights"] = weights
-    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense, **asked)
+    asked |= {"scale": scaling, "softcap": softcap, "null_logits": null_logits}
+    out = attend(query, key, value, valid=valid, dense=dense, **asked)
     return out.transpose(1, 2).contiguous(), None if weights is None else weights.value
 
 
@@ -146,6 +148,11 @@ def _is_only_causal(base: str, kwargs: dict[str, Any]) -> bool:
     return asked is not None and wanted is not None and torch.equal(asked, wanted)
 
 
+def null_logits_of(base: str | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Learned sink logits among the arguments of the attention function, if the base implementation honours them."""
+    return kwargs.get(NULL_LOGITS) if base == "eager" else None
+
+
 def mask_kind(call: dict[str, Any]) -> str:
     """What a mask function of transformers is asked for: ``full``, ``local`` or ``bidirectional``."""
     if call.get("allow_is_bidirectional_skip") is not None:
@@ -184,7 +191,7 @@ def refuse_unsupported(dropout: float, kwargs: dict[str, Any], plain: Callable[.
     for name, value in kwargs.items():
         if name in _REMEDIES and value is not None and value is not False:
             raise ValueError(f"{name} was passed to a retrofitted layer: {_REMEDIES[name]}.")
-        if not known and isinstance(value, Tensor) and name in _named(plain):  # type: ignore[arg-type]
+        if not known and isinstance(value, Tensor) and name != NULL_LOGITS and name in _named(plain):  # type: ignore[arg-type]
             raise ValueError(f"unknown tensor argument {name!r} reached a retrofitted layer: it would be ignored.")
 
 

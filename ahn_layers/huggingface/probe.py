@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..positions import Rotary
+from .attended import how_it_differs
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .trial import AttentionCall, MaskCall, Trial
@@ -158,6 +159,8 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
             refuse_unsupported(call.dropout, call.kwargs)
         except ValueError as error:
             block.reason = str(error)
+        else:
+            block.reason = how_it_differs(call, block.native_window)
     if x is not None:
         block.sizes = {
             "hidden_size": x.shape[-1],

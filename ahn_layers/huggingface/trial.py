@@ -15,14 +15,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config_view import base_name, configs_of, give_views, original
-from .interface import mask_kind
+from .interface import BASES, base_attention, mask_kind
 
 _NAME = "hippocampal:probe"
 
 
 @dataclass
 class AttentionCall:
-    """One call of the attention function: whose it was, and what it got."""
+    """One call of the attention function: whose it was, what it got, and what the base model made of it, if it did."""
 
     module: nn.Module
     q: Tensor
@@ -30,7 +30,10 @@ class AttentionCall:
     v: Tensor
     mask: Any
     dropout: float
+    scaling: float | None
     kwargs: dict[str, Any]
+    base: str | None
+    out: Tensor | None
 
 
 @dataclass
@@ -148,10 +151,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     trial = _trial.get()
     assert trial is not None, "the probe's attention function was called outside the probe"
-    kwargs.pop("scaling", None)
-    trial.calls.append(AttentionCall(module, q, k, v, attention_mask, dropout, kwargs))
-    out = v.repeat_interleave(max(1, q.shape[1] // v.shape[1]), dim=1)
-    return out.transpose(1, 2).contiguous(), None
+    base = next((base_name(original(config)._attn_implementation) for config in configs_of(module).values()), None)
+    scaling, out = kwargs.pop("scaling", None), None
+    if base in BASES:
+        given = {"scaling": scaling, "dropout": dropout, **kwargs}
+        out = base_attention(base, module)(module, q, k, v, attention_mask, **given)[0]
+    trial.calls.append(AttentionCall(module, q, k, v, attention_mask, dropout, scaling, kwargs, base, out))
+    if out is None:
+        out = v.repeat_interleave(max(1, q.shape[1] // v.shape[1]), dim=1).transpose(1, 2).contiguous()
+    return out, None
 
 
 def _mask(**kwargs: Any) -> Any:

@@ -142,6 +142,8 @@ class SoftmaxAttention:
     Args:
         scale: logit factor, default ``d ** -0.5``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (arXiv 2408.00118).
+        null_logits: one more logit of each head, which takes its part of the softmax and has no value: learned sink
+            logits (arXiv 2508.10925, section 2.2), ``weights = exp(l_j) / (exp(null) + sum_i exp(l_i))``.
         dense: the base model's own causal attention ``(q, k, v, valid) -> out``, called instead of ours as long as no
             token has left the window, for bit-identical results. With padding (``valid``) only for the first tokens.
 
@@ -156,6 +158,12 @@ class SoftmaxAttention:
     scale: float | None = None
     softcap: float | None = None
     dense: Callable[..., Tensor] | None = None
+    null_logits: Float[Tensor, " h"] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is scaled dot-product attention, which has kernels."""
+        return self.softcap is None and self.null_logits is None
 
     def __call__(
         self,
@@ -180,7 +188,7 @@ class SoftmaxAttention:
             k, v = seen.slots()
             return slot_attention(
                 q, k, v, seen.seen, full=seen.full, scale=self.scale, softcap=self.softcap, q_sinks=q_sinks,
-                num_sinks=seen.num_sinks,
+                num_sinks=seen.num_sinks, null_logits=self.null_logits,
             )  # fmt: skip
         assert isinstance(seen, InWindow)
         if self.dense is not None and seen.whole is not None and not beside:
@@ -190,7 +198,7 @@ class SoftmaxAttention:
         return window_attention(
             q, sink_k, sink_v, k, v, seen.rank(), window_size=seen.window_size, num_sinks=seen.num_sinks,
             scale=self.scale, softcap=self.softcap, q_sinks=q_sinks, first_rank=seen.first_rank,
-            beside=beside, q_kept=q_kept,
+            beside=beside, q_kept=q_kept, null_logits=self.null_logits,
         )  # fmt: skip
 
     def over_slots(
@@ -211,5 +219,5 @@ class SoftmaxAttention:
             k, v = (torch.cat((u, *(part[i] for part in beside)), dim=2) for i, u in ((0, k), (1, v)))
         return masked_attention(
             q, k, v, visible, scale=self.scale, softcap=self.softcap, q_sinks=q_sinks, num_sinks=seen.num_sinks,
-            q_kept=q_kept, num_kept=sum(part[0].shape[2] for part in beside),
+            q_kept=q_kept, num_kept=sum(part[0].shape[2] for part in beside), null_logits=self.null_logits,
         )  # fmt: skip

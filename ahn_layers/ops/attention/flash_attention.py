@@ -21,16 +21,10 @@ Part = tuple[Tensor, Tensor, Tensor, int | None]
 """Queries, keys, values, ``(b, t, h, d)`` each; how many tokens back a query sees, itself included, None for all."""
 
 
-def supports(q: Tensor, v: Tensor, softcap: float | None) -> bool:
+def supports(q: Tensor, v: Tensor) -> bool:
     """Whether the fused kernels can take these tensors."""
     size = q.shape[-1]
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and softcap is None
-        and size == v.shape[-1] <= 256
-        and size % 8 == 0
-    )
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and size == v.shape[-1] <= 256 and size % 8 == 0
 
 
 def flash_window_attention(

@@ -80,6 +80,7 @@ def retrofit(
 
     install.check_model(model)
     found = probe.probe_model(model)
+    install.check_blocks(model, found.blocks)
     chosen, skipped = install.choose(found.blocks, window, None if layers is None else list(layers))
     policies = _by_layer(eviction, [block.layer_idx for block in chosen])
     stores = [

@@ -13,16 +13,16 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    DummyLayer,
     EncoderDecoderCache,
     QuantizedCache,
-    StaticLayer,
 )
 
 from ..files import load_tensors, reading, save_tensors
 from ..state import MemoryState
 from .cache_layers import LayerCache, MemoryLayer
+from .hybrid_layer import layer_in_place_of, static_length
 from .padding import Padding
-from .static_layer import StaticMemoryLayer
 from .transaction import settle
 
 
@@ -204,12 +204,13 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     layer = cache.layers[layer_idx]
     if isinstance(layer, MemoryLayer):
         return layer
-    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+    shares = isinstance(layer, DummyLayer)  # keys and values come from another layer, which holds tokens or not
+    if not shares and layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise ValueError(
             f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they "
             "cannot be taken over by the bounded memory. Begin with an empty cache."
         )
-    ours = StaticMemoryLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else MemoryLayer()
+    ours = layer_in_place_of(layer, static_length(cache.layers if shares else [layer]))
     ours.record_past = bool(getattr(layer, "record_past", False) or getattr(cache, "_recording", False))
     cache.layers[layer_idx] = ours
     return ours

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
+from . import native_layer
 from .cache_layers import MemoryLayer
 
 _OPEN = "_hippocampal_snapshot"
-_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers of transformers that put new tensors in the place of the old ones, so that these can be put back."""
 
 
 class Snapshot:
@@ -54,31 +52,8 @@ def settle(cache: Any) -> None:
 
 
 def _save(layer: Any) -> Any:
-    if isinstance(layer, MemoryLayer):
-        return layer.snapshot()
-    attributes = dict(vars(layer))
-    if type(layer) is DynamicLayer and layer.is_initialized:  # which appends: its old tensors need not be held
-        attributes["length"] = attributes.pop("keys").shape[-2]
-        del attributes["values"]
-    return attributes, _stamps(layer)
+    return layer.snapshot() if isinstance(layer, MemoryLayer) else native_layer.save(layer)
 
 
 def _put_back(layer: Any, saved: Any) -> bool:
-    if isinstance(layer, MemoryLayer):
-        return layer.restore(saved)
-    attributes, stamps = saved
-    if type(layer) in _GROWING:
-        if "length" in attributes:
-            length = attributes.pop("length")
-            attributes |= {name: getattr(layer, name)[..., :length, :] for name in ("keys", "values")}
-        vars(layer).clear()
-        vars(layer).update(attributes)
-        return True
-    return _stamps(layer) == stamps
-
-
-def _stamps(layer: Any) -> list[tuple[int, int]]:
-    """Which tensors a layer holds, and how often each has been written to."""
-    held = [u for value in vars(layer).values() for u in (value if isinstance(value, (list, tuple)) else (value,))]
-    tensors = [u for u in held if isinstance(u, Tensor)]
-    return [(id(u), -1 if u.is_inference() else u._version) for u in tensors]
+    return layer.restore(saved) if isinstance(layer, MemoryLayer) else native_layer.put_back(layer, saved)

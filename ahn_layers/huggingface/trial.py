@@ -69,6 +69,7 @@ class Trial:
     Args:
         model: the model.
         start: position of the first of three tokens.
+        entry: what is called: the model, or a decoder in it.
 
     Attributes:
         calls: of the attention function.
@@ -76,7 +77,8 @@ class Trial:
         hidden: the hidden states that each module was called with.
     """
 
-    def __init__(self, model: Any, start: int = 0) -> None:
+    def __init__(self, model: Any, start: int = 0, entry: Any = None) -> None:
+        entry = model if entry is None else entry
         self.calls: list[AttentionCall] = []
         self.masks: list[MaskCall] = []
         self.hidden: dict[nn.Module, Tensor] = {}
@@ -84,12 +86,12 @@ class Trial:
         self._takers = {m for m in model.modules() if "hidden_states" in inspect.signature(type(m).forward).parameters}
         tokens = torch.arange(3, device=_device(model)).unsqueeze(0)
         arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-        if getattr(model.config.get_text_config(decoder=True), "output_attentions", False):
+        if getattr(entry.config.get_text_config(decoder=True), "output_attentions", False):
             arguments["output_attentions"] = False  # the stand-ins have none, and hooks would be installed
         if start:
             arguments["position_ids"] = tokens + start
         with torch.no_grad(), _evaluating(model), self._standing_in(model), self._watching(model):
-            model(**arguments)
+            entry(**arguments)
 
     def attention_name(self, base: str | None) -> str:
         """The stand-ins, whatever the base."""

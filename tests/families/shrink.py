@@ -150,5 +150,5 @@ def initialise(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.15
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)

@@ -25,6 +25,7 @@ class Retrofitted:
         skipped: why the other attention blocks were left alone, by name.
         owned: whose masks are ours: ``full``, ``local``, ``full+local`` or ``none``.
         mode: what all retrofitted layers do at present, in every thread.
+        returns_cache: whether the model hands back the cache that it filled.
     """
 
     window: Window
@@ -35,6 +36,7 @@ class Retrofitted:
     skipped: dict[str, str] = field(default_factory=dict)
     owned: str = "none"
     mode: Mode = "memory"
+    returns_cache: bool = True
 
     def attention_name(self, base: str | None) -> str | None:
         """The attention implementation of the retrofitted layers, where the config names ``base``."""

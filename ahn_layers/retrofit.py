@@ -95,6 +95,7 @@ def retrofit(
         [block.layer_idx for block in chosen],
         skipped,
         found.owned(chosen),
+        returns_cache=found.returns_cache,
     )
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)

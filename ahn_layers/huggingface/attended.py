@@ -18,14 +18,16 @@ def how_it_differs(call: AttentionCall, window: int | None) -> str:
     if call.out is None or call.out.is_meta or not bool(call.out.isfinite().all()):
         return ""
     q, k, v = (u.detach().to(torch.promote_types(u.dtype, torch.float32)) for u in (call.q, call.k, call.v))
-    place = torch.arange(q.shape[2], device=q.device)
+    mask, place = call.mask, torch.arange(q.shape[2], device=q.device)
     distance = place.unsqueeze(1) - place
-    visible = (distance >= 0) & (distance < (window or len(place)))
+    visible = ((distance >= 0) & (distance < (window or len(place))))[None, None]
+    if isinstance(mask, Tensor) and mask.ndim == 4:  # a text without images may see ahead too, as a prefix
+        visible = mask if mask.dtype == torch.bool else mask == 0
     ours = masked_attention(
         q,
         k,
         v,
-        visible[None, None],
+        visible,
         scale=call.scaling,
         softcap=call.kwargs.get("softcap"),
         null_logits=null_logits_of(call.base, call.kwargs),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    DummyLayer,
     EncoderDecoderCache,
     QuantizedCache,
 )
@@ -182,6 +182,11 @@ def fill(cache: HippocampalCache, config: Any) -> None:
         cache.layers, cache.layer_class_to_replicate = made.layers, made.layer_class_to_replicate
 
 
+def self_attention(cache: Any) -> Any:
+    """The cache of a decoder's own tokens, also where it stands beside one of an encoder's."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     """Our layer at this index of a cache, put there in place of an empty one if need be.
 
@@ -192,7 +197,8 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
         return None
     if isinstance(cache, LayerCache):
         return cache.layer
-    if not isinstance(cache, Cache) or isinstance(cache, (EncoderDecoderCache, QuantizedCache)) or cache.offloading:
+    cache = self_attention(cache)
+    if not isinstance(cache, Cache) or isinstance(cache, QuantizedCache) or cache.offloading:
         kind = "that is offloaded" if getattr(cache, "offloading", False) else f"of type {type(cache).__name__}"
         raise ValueError(
             f"a retrofitted model cannot use a cache {kind}: its window is small and its state fixed, so nothing is "

@@ -115,11 +115,11 @@ class DecoderAttention(HippocampalAttention):
             ValueError: if we cannot work with this cache.
         """
         layer = memory_layer(cache, self.layer_idx)
-        if isinstance(layer, StaticMemoryLayer) and not self.owns_mask:
+        if isinstance(layer, StaticMemoryLayer) and not self.owns_mask and torch.compiler.is_compiling():
             raise ValueError(
-                "a static cache was given to a model of which only some layers of a kind are retrofitted: in their "
-                "common mask of fixed length, padding among the new tokens cannot be found. Use a dynamic cache, or "
-                "retrofit all of them."
+                "a compiled model with a static cache, of which only some layers of a kind are retrofitted: in their "
+                "common mask of fixed length, padding among the new tokens cannot be found. Do not compile it, use a "
+                "dynamic cache, or retrofit all of them."
             )
         return layer
 

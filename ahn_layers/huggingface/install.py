@@ -90,9 +90,9 @@ def choose(
     _check_sharing(blocks, chosen)
     wanted_but_small = [block for block in suitable if block.name in reasons] if layers is not None else []
     if not chosen or wanted_but_small:
-        listing = (
-            "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " no module calls the attention interface of transformers: it has "
-            "no attention, or one of its own."
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        listing = listing or (
+            " no module calls the attention interface of transformers: the model has no attention, or one of its own."
         )
         raise ValueError(f"no suitable attention layer to retrofit; candidates:{listing}")
     return chosen, reasons

@@ -17,8 +17,8 @@ from transformers.cache_utils import (
 )
 
 from ..positions import Rotary
-from .call import CACHE_NAMES
 from .attended import how_it_differs
+from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .trial import AttentionCall, MaskCall, Trial
@@ -77,15 +77,19 @@ class Probed:
     Attributes:
         blocks: its blocks, in the order of the model; those that cannot be retrofitted say why.
         masks: the masks that it made.
+        around: models around the decoder, if that had to be run alone.
+        returns_cache: whether the model hands back the cache that it filled.
     """
 
     blocks: list[AttentionBlock]
     masks: list[MaskCall]
+    around: list[nn.Module]
+    returns_cache: bool
 
     @property
     def mask_makers(self) -> list[nn.Module]:
-        """The modules that make masks for attention blocks."""
-        return list(dict.fromkeys(made.maker for made in self.masks if made.maker is not None))
+        """The modules that make masks for attention blocks, or may make them."""
+        return list(dict.fromkeys(u for u in (*self.around, *(made.maker for made in self.masks)) if u is not None))
 
     def renamed(self, chosen: list[AttentionBlock]) -> Callable[[Any], bool]:
         """Whether a config names the attention function of the chosen blocks, or of the masks."""
@@ -138,7 +142,17 @@ def probe_model(model: Any) -> Probed:
     for block in blocks:
         if block.layer_idx in repeated and not block.reason:
             block.reason = f"several blocks share the cache index {block.layer_idx}"
-    return Probed(blocks, near.masks)
+    around = [u for u in model.modules() if isinstance(u, PreTrainedModel) and any(v is entry for v in u.modules())]
+    return Probed(blocks, near.masks, [u for u in around if u is not entry], _returns_cache(model, entry))
+
+
+def _returns_cache(model: Any, entry: Any) -> bool:
+    """Whether the decoder hands back the cache that it filled: without it, ``generate`` cannot read in pieces."""
+    try:
+        output = Trial(model, entry=entry, use_cache=True).output
+    except Exception:
+        return False
+    return any(getattr(output, name, None) is not None for name in CACHE_NAMES)
 
 
 def _first_trial(model: Any) -> tuple[Trial, Any]:
@@ -182,7 +196,7 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
     types = getattr(config, "layer_types", None)
     its_type = types[block.layer_idx] if types is not None and block.layer_idx < len(types) else None
     window = call.kwargs.get("sliding_window") or getattr(block.module, "sliding_window", None)
-    if made is not None:
+    if made is not None and not (made.kind == "full" and window is not None and its_type == "sliding_attention"):
         block.kind, window = made.kind, made.size
     elif its_type is not None:
         block.kind = its_type.removesuffix("_attention")

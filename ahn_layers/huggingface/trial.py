@@ -70,14 +70,16 @@ class Trial:
         model: the model.
         start: position of the first of three tokens.
         entry: what is called: the model, or a decoder in it.
+        use_cache: whether a cache is asked for.
 
     Attributes:
         calls: of the attention function.
         masks: calls of the mask function.
         hidden: the hidden states that each module was called with.
+        output: what was returned.
     """
 
-    def __init__(self, model: Any, start: int = 0, entry: Any = None) -> None:
+    def __init__(self, model: Any, start: int = 0, entry: Any = None, use_cache: bool = False) -> None:
         entry = model if entry is None else entry
         self.calls: list[AttentionCall] = []
         self.masks: list[MaskCall] = []
@@ -85,13 +87,14 @@ class Trial:
         self._running: list[nn.Module] = []
         self._takers = {m for m in model.modules() if "hidden_states" in inspect.signature(type(m).forward).parameters}
         tokens = torch.arange(3, device=_device(model)).unsqueeze(0)
-        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        arguments["use_cache"] = use_cache
         if getattr(entry.config.get_text_config(decoder=True), "output_attentions", False):
             arguments["output_attentions"] = False  # the stand-ins have none, and hooks would be installed
         if start:
             arguments["position_ids"] = tokens + start
         with torch.no_grad(), _evaluating(model), self._standing_in(model), self._watching(model):
-            entry(**arguments)
+            self.output = entry(**arguments)
 
     def attention_name(self, base: str | None) -> str:
         """The stand-ins, whatever the base."""
@@ -175,7 +178,11 @@ def _kind(call: dict[str, Any]) -> tuple[str, int | None]:
         return mask_kind(call), None
     size = int(call["local_size"])
     first, query, key = (torch.tensor(i, device="cpu") for i in (0, size, 1))  # values, also on the meta device
-    return ("sliding" if bool(call["mask_function"](first, first, query, key)) else "chunked"), size
+    try:
+        slides = bool(call["mask_function"](first, first, query, key))
+    except IndexError:  # a function of these three tokens
+        slides = "chunked_attention" not in (getattr(call["config"], "layer_types", None) or ())
+    return ("sliding" if slides else "chunked"), size
 
 
 def _contains(config: Any, other: Any) -> bool:

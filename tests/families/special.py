@@ -7,7 +7,23 @@ SHARING = ["sliding_attention", "full_attention", "sliding_attention", "full_att
 HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 MAMBA = {"mamba_d_head": 32}
 
+DECODER = {"is_decoder": True}
 EXTRA: dict[str, dict[str, Any]] = {
+    "bert": DECODER,
+    "bert-generation": DECODER,
+    "big_bird": DECODER,
+    "camembert": DECODER,
+    "data2vec-text": DECODER,
+    "electra": DECODER,
+    "ernie": DECODER,
+    "megatron-bert": DECODER,
+    "rembert": DECODER,
+    "roberta": DECODER,
+    "roberta-prelayernorm": DECODER,
+    "roc_bert": DECODER,
+    "roformer": DECODER,
+    "xlm-roberta": DECODER,
+    "xlm-roberta-xl": DECODER,
     "bamba": MAMBA | {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
@@ -47,5 +63,5 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48)},
-    "xmod": {"default_language": "en_XX"},
+    "xmod": DECODER | {"default_language": "en_XX"},
 }

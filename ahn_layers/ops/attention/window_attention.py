@@ -155,7 +155,7 @@ def window_attention(
         first_rank: rank of the first query, if it is the same in every row and known.
         beside: what else is in the softmax: for queries ``start`` to ``stop``, keys, values, and which query sees
             which ``(b, g, stop - start, n)``.
-        q_kept: queries to use against what is beside, instead of ``q``.
+        q_kept: queries to use against the last of what is beside, instead of ``q``.
         null_logits: see ``masked_attention``.
 
     Returns:
@@ -260,7 +260,7 @@ def _blockwise(
             q_sinks=None if q_sinks is None or start < near else q_sinks[:, :, start - near : stop - near],
             num_sinks=sinks,
             q_kept=None if q_kept is None else q_kept[:, :, start:stop],
-            num_kept=sum(u[0].shape[2] for u in others),
+            num_kept=0 if q_kept is None else others[-1][0].shape[2],
             null_logits=null_logits,
         )
 

@@ -1,5 +1,6 @@
 """A few tokens run through a model, with stand-ins for attention and its masks that note who called what."""
 
+import dis
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -130,7 +131,8 @@ class Trial:
         leaves = tree_leaves((args, kwargs))
         for made in self.masks:
             if any(made.is_given(u) for u in leaves):
-                made.receivers = [u for u in made.receivers if u not in self._running] + [module]
+                made.receivers = [u for u in made.receivers if u not in self._running]
+                made.receivers += [module] if _reads(module, args, kwargs, made) else []
         self._running.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -183,6 +185,19 @@ def _kind(call: dict[str, Any]) -> tuple[str, int | None]:
     except IndexError:  # a function of these three tokens
         slides = "chunked_attention" not in (getattr(call["config"], "layer_types", None) or ())
     return ("sliding" if slides else "chunked"), size
+
+
+def _reads(module: nn.Module, args: Any, kwargs: Any, made: MaskCall) -> bool:
+    """Whether a module looks at a mask that it is given: not if its forward never loads that argument."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None:
+        return True
+    given = dict(zip(code.co_varnames[1 : code.co_argcount], args, strict=False)) | kwargs
+    names = {name for name, value in given.items() if made.is_given(value)}
+    known = names <= set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    loaded = {u.argval for u in dis.get_instructions(code) if u.opname.startswith("LOAD") and isinstance(u.argval, str)}
+    pairs = (u.argval for u in dis.get_instructions(code) if isinstance(u.argval, tuple))
+    return not (names and known) or bool(names & loaded.union(*pairs))
 
 
 def _contains(config: Any, other: Any) -> bool:

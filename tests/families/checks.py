@@ -37,13 +37,20 @@ class Case:
         model: the base model.
         prompt: token ids of the prompt, ``(1, p)``, with the places of images and the like.
         media: further arguments of the first call.
-        repeat: makes the media of several rows from those of one.
+        token_types: arguments that tell places of media from text: by name, which value each token has.
     """
 
     model: Any
     prompt: Tensor
     media: dict[str, Any] = field(default_factory=dict)
-    repeat: Callable[[dict[str, Any], int], dict[str, Any]] = lambda media, rows: media
+    token_types: dict[str, dict[int, int]] = field(default_factory=dict)
+
+    def given(self, text: Tensor) -> dict[str, Any]:
+        """The media of every row, and what tells their places."""
+        media = {name: torch.cat([u] * len(text)) for name, u in self.media.items()}
+        for name, values in self.token_types.items():
+            media[name] = sum((value * (text == token).long() for token, value in values.items()))
+        return media
 
     def text(self, length: int, seed: int = 0) -> Tensor:
         """The prompt, and random tokens behind it."""
@@ -108,31 +115,31 @@ def _layers(model: Any) -> str:
 @torch.no_grad()
 def one_pass(model: Any, case: Case, text: Tensor, media: dict[str, Any] | None = None, **options: Any) -> Tensor:
     """Logits of a text without a cache."""
-    return model(input_ids=text, **(case.media if media is None else media), use_cache=False, **options).logits.clone()
+    given = case.given(text) | (media or {})
+    return model(input_ids=text, **given, use_cache=False, **options).logits.clone()
 
 
 @torch.no_grad()
 def in_pieces(model: Any, case: Case, text: Tensor, cuts: list[int]) -> Tensor:
     """Logits of a text that is read piece by piece, the prompt with the first."""
-    outs, cache, media, start = [], None, case.media, 0
+    outs, cache, start = [], None, 0
     cuts = [cuts[0] + case.prompt.shape[1], *cuts[1:]]
     for piece in text.split(cuts, dim=1):
         given = {CACHE: cache} if cache is not None else {}
         if case.media:
-            given["position_ids"] = None
-            given.pop("position_ids")
+            given |= case.given(piece) if not start else {}
             given["attention_mask"] = torch.ones(1, start + piece.shape[1], dtype=torch.long)
-        out = model(input_ids=piece, use_cache=True, **given, **media)
-        cache, media, start = out[CACHE], {}, start + piece.shape[1]
+        out = model(input_ids=piece, use_cache=True, **given)
+        cache, start = out[CACHE], start + piece.shape[1]
         outs.append(out.logits)
     return torch.cat(outs, dim=1)
 
 
-def generate(model: Any, text: Tensor, media: dict[str, Any], **options: Any) -> Any:
+def generate(model: Any, text: Tensor, case: Case, **options: Any) -> Any:
     """Greedy ``generate``, unless options say otherwise."""
     options = {"max_new_tokens": COUNT, "do_sample": False, "suppress_tokens": FORBIDDEN} | options
     options = {"attention_mask": torch.ones_like(text), "pad_token_id": 0, "eos_token_id": None} | options
-    return model.generate(text, **media, **options)
+    return model.generate(text, **case.given(text), **options)
 
 
 def tolerance(logits: Tensor) -> float:
@@ -194,7 +201,7 @@ def check_memory(model: Any, plain: Any, case: Case) -> None:
 def check_greedy(model: Any, plain: Any, case: Case) -> None:
     """``generate``."""
     text = case.text(18)
-    follows(model, case, generate(model, text, case.media, **LOGITS), 0, 0, text.shape[1])
+    follows(model, case, generate(model, text, case, **LOGITS), 0, 0, text.shape[1])
 
 
 def check_beams(model: Any, plain: Any, case: Case) -> None:
@@ -202,7 +209,7 @@ def check_beams(model: Any, plain: Any, case: Case) -> None:
     count, options = 6, {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
     for seed in range(2):  # beams that keep their order say nothing
         text = case.text(18, seed)
-        found = generate(model, text, case.media, **options, max_new_tokens=count)
+        found = generate(model, text, case, **options, max_new_tokens=count)
         chances = one_pass(model, case, found.sequences)[:, text.shape[1] - 1 : -1].double().log_softmax(dim=-1)
         expected = chances.gather(2, found.sequences[:, text.shape[1] :, None])[..., 0].sum(dim=1) / count
         difference = float((found.sequences_scores - expected).abs().max())
@@ -215,7 +222,7 @@ def check_padding(model: Any, plain: Any, case: Case) -> None:
     longest = max(row.shape[1] for row in rows)
     ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
     mask = torch.stack([torch.arange(longest) >= longest - row.shape[1] for row in rows]).long()
-    found = generate(model, ids, case.repeat(case.media, len(rows)), attention_mask=mask, **LOGITS)
+    found = generate(model, ids, case, attention_mask=mask, **LOGITS)
     for i, row in enumerate(rows):
         follows(model, case, found, i, longest - row.shape[1], longest)
 
@@ -224,7 +231,7 @@ def check_static(model: Any, plain: Any, case: Case) -> None:
     """A static cache, not compiled."""
     text = case.text(18)
     options = {"cache_implementation": "static", "disable_compile": True}
-    follows(model, case, generate(model, text, case.media, **options, **LOGITS), 0, 0, text.shape[1])
+    follows(model, case, generate(model, text, case, **options, **LOGITS), 0, 0, text.shape[1])
 
 
 def check_full_attention(model: Any, plain: Any, case: Case) -> None:
@@ -245,10 +252,10 @@ def same_as_base(model: Any, plain: Any, case: Case, text: Tensor) -> None:
     """Raise unless logits and generated tokens are the base model's."""
     assert torch.equal(one_pass(model, case, text), one_pass(plain, case, text)), "other bits than the base model's"
     try:
-        expected = generate(plain, text, case.media)
+        expected = generate(plain, text, case)
     except Exception:
         return
-    assert torch.equal(generate(model, text, case.media), expected), "generates another text than the base model"
+    assert torch.equal(generate(model, text, case), expected), "generates another text than the base model"
 
 
 CHECKS: dict[str, Callable[[Any, Any, Case], None]] = {

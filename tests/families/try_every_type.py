@@ -79,7 +79,7 @@ def _judge_and_leave(name: str, path: Path) -> None:
         else:
             trace = ""
             try:
-                verdict = judge(case)
+                verdict = Verdict("no such prompt") if case is None else judge(case)
             except Exception as error:
                 verdict, trace = Verdict("fails", f"retrofit: {type(error).__name__}: {error}"), traceback.format_exc()
         path.write_text(json.dumps(asdict(verdict) | {"trace": trace}))

@@ -121,14 +121,14 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
                 )
             native.texts = texts  # type: ignore[attr-defined]  # so that retrofitted layers may read it
         elif native is not None:
-            _note(native, kwargs, plain and not overlaid)
+            native = _note(native, kwargs, plain and not overlaid)
         return native
     if texts is not None:
         return texts[:, None, None, :]
     if not torch.compiler.is_compiling() and (not plain or overlaid) and not _is_only_causal(base, kwargs):
         native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
         if native is not None and kind == "full":
-            _note(native, kwargs, False)
+            native = _note(native, kwargs, False)
         return native
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
@@ -139,13 +139,15 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     return new[:, None, None, :]
 
 
-def _note(native: Tensor, kwargs: dict[str, Any], plain: bool) -> None:
+def _note(native: Tensor, kwargs: dict[str, Any], plain: bool) -> Tensor:
     """Let retrofitted layers know that a mask is not the caller's own, and where the new tokens begin in it."""
     if not torch.compiler.is_compiling():
         offset = kwargs["q_offset"]
+        native = native.contiguous() if isinstance(offset, Tensor) else native  # as generate would, into another object
         native.first_column = int(offset)  # type: ignore[attr-defined]  # a static cache has columns to come
     if plain:
         native.is_causal_and_padding = True  # type: ignore[attr-defined]
+    return native
 
 
 def _is_only_causal(base: str, kwargs: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from . import media
 from .checks import Case, one_pass
+from .special import ALL_ALIKE
 from .shrink import initialise, tiny_config
 
 
@@ -66,10 +67,12 @@ def _with_media(model: Any, modality: str) -> Case:
     Raises:
         ValueError: if it takes none of those that are known here.
     """
-    token, first = media.place_token(model.config, modality), None
+    token, reasons = media.place_token(model.config, modality), []
     known = set(inspect.signature(model.forward).parameters)
     types = {name: {token: value} for name, value in (("mm_token_type_ids", media.MODALITIES[modality]),
              ("token_type_ids", 1)) if name in known and token is not None}  # fmt: skip
+    if model.config.model_type in ALL_ALIKE:
+        types.pop("token_type_ids", None)
     for given in media.candidates(model, modality):
         counts, tried = [4], set()
         while counts:
@@ -87,7 +90,7 @@ def _with_media(model: Any, modality: str) -> Case:
                     raise ValueError("the feature makes no difference")
                 return case
             except Exception as error:
-                first = first or error
+                reasons.append(f"{type(error).__name__}: {error}")
                 if token is not None:
                     counts += media.places(error, count) if len(tried) < 12 else []
-    raise ValueError(f"no {modality} that it takes: {type(first).__name__}: {first}")
+    raise ValueError(f"no {modality} that it takes: {'; '.join(dict.fromkeys(reasons))[:900]}")

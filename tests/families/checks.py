@@ -122,15 +122,12 @@ def one_pass(model: Any, case: Case, text: Tensor, media: dict[str, Any] | None 
 @torch.no_grad()
 def in_pieces(model: Any, case: Case, text: Tensor, cuts: list[int]) -> Tensor:
     """Logits of a text that is read piece by piece, the prompt with the first."""
-    outs, cache, start = [], None, 0
+    outs, cache = [], None
     cuts = [cuts[0] + case.prompt.shape[1], *cuts[1:]]
     for piece in text.split(cuts, dim=1):
         given = {CACHE: cache} if cache is not None else {}
-        if case.media:
-            given |= case.given(piece) if not start else {}
-            given["attention_mask"] = torch.ones(1, start + piece.shape[1], dtype=torch.long)
-        out = model(input_ids=piece, use_cache=True, **given)
-        cache, start = out[CACHE], start + piece.shape[1]
+        out = model(input_ids=piece, use_cache=True, **given, **({} if outs else case.given(piece)))
+        cache = out[CACHE]
         outs.append(out.logits)
     return torch.cat(outs, dim=1)
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shrink import HIDDEN
+
 MODALITIES = {"image": 1, "video": 2, "audio": 3}
 """What can be in a prompt, and how ``mm_token_type_ids`` calls it."""
 _TOKENS = {
@@ -51,7 +53,8 @@ def place_token(config: Any, modality: str) -> int | None:
 def places(error: Exception, given: int) -> list[int]:
     """Numbers of places that an error may ask for."""
     numbers = [int(u) for u in re.findall(r"\d+", str(error))]
-    return [n for n in dict.fromkeys((*numbers, *(n // given for n in numbers if given))) if 0 < n <= 400]
+    wanted = (*(n // HIDDEN for n in numbers if n % HIDDEN == 0), *numbers, *(n // given for n in numbers))
+    return [n for n in dict.fromkeys(wanted) if 0 < n <= 400]
 
 
 def _part(config: Any, *names: str) -> Any:
@@ -91,6 +94,8 @@ def _images(config: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
     for pixels, mask in itertools.product([*first, *(square if first is flat else flat)], masks):
         if mask and "pixel_attention_mask" not in names:
             continue
+        if "image_sizes" in names:
+            yield {"pixel_values": pixels} | mask
         both = {"pixel_values": pixels, "high_res_pixel_values": pixels, "image_pixel_values": pixels}
         yield both | {"pixel_values_images": pixels} | extras | mask
 

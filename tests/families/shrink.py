@@ -5,6 +5,8 @@ Types whose sizes depend on each other in a way that their names do not tell are
 """
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +98,11 @@ def _shrunk(config: PreTrainedConfig, path: str) -> dict[str, Any]:
             if name not in ("encoder", "decoder"):
                 pass
             made[name].setdefault("model_type", value.model_type)
+        elif name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
+            made[name] = [1]
+        elif isinstance(value, dict) and ("mrope_section" in value or (name == "rope_parameters" and _rotates_in_3d(config))):
+            size = 8 if latent else HEAD_DIM
+            made[name] = value | {"mrope_section": _sections(int(size * value.get("partial_rotary_factor", 1)) // 2)}
         elif isinstance(value, (list, tuple)) and depth and len(value) == depth and depth > 1:
             made[name] = type(value)(value[i] for i in places) if not name.endswith("_idxs") else value
             if name.endswith("intermediate_size"):
@@ -124,6 +131,18 @@ def _shrunk(config: PreTrainedConfig, path: str) -> dict[str, Any]:
                     break
     aliases = {own: alias for alias, own in type(config).attribute_map.items() if alias in names_of(type(config))}
     return {aliases.get(name, name): value for name, value in made.items()}
+
+
+def _rotates_in_3d(config: PreTrainedConfig) -> bool:
+    """Whether the model's code knows sections of channels for time, height and width."""
+    path = Path(sys.modules[type(config).__module__].__file__ or "")
+    code = path.with_name(path.name.replace("configuration", "modeling"))
+    return code.exists() and "mrope_section" in code.read_text()
+
+
+def _sections(size: int) -> list[int]:
+    """Channels for time, height and width."""
+    return [size - 2 * (3 * size // 8), 3 * size // 8, 3 * size // 8]
 
 
 def names_of(cls: type) -> set[str]:

@@ -47,6 +47,9 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 110, "vision_end_token_id": 111},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 110, "vision_end_token_id": 111},
+    "qwen2_5_omni": {"thinker_config": {"vision_start_token_id": 110}},
     "dots1": EXPERTS,
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -65,3 +68,6 @@ EXTRA: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 48)},
     "xmod": DECODER | {"default_language": "en_XX"},
 }
+
+ALL_ALIKE = {"paligemma"}
+"""Types whose prompts are one block: places of images are not told from text."""

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
@@ -340,5 +341,5 @@ def _are_off(blocks: list[DecoderAttention]) -> bool:
 
 def _is_plain_text(model_kwargs: dict[str, Any]) -> bool:
     """Whether the prompt is token ids alone, which can be cut anywhere."""
-    tensors = {name for name, u in model_kwargs.items() if isinstance(u, Tensor)}
-    return tensors <= {"attention_mask", "position_ids"}
+    held = {name: tree_leaves(u) for name, u in model_kwargs.items() if name != CACHE}
+    return all(name in PER_TOKEN or not any(isinstance(u, Tensor) for u in leaves) for name, leaves in held.items())

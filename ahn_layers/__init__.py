@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Any
 from .adapter import load_adapter, save_adapter
 from .attention import HippocampalAttention
 from .compressor import Compressor
-from .compressors import DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
+from .compressors import (
+    GLA,
+    KDA,
+    RWKV7,
+    AveragePooling,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaProduct,
+    LinearAttention,
+    Mamba2,
+    MaxPooling,
+    RetNet,
+    Titans,
+)
 from .eviction import Eviction, FoldAll, empty_slots, keep_best
 from .evictions import SalientSlots
 from .layers import outer
@@ -16,6 +29,7 @@ from .memory import MemoryStore
 from .missing import needs_transformers
 from .ops.attention.attend import SoftmaxAttention
 from .positions import Rotary
+from .rank_one import DiagonalPlusRankOne, Transition
 from .recurrent import Recurrence, Recurrent
 from .registration import register_saved_models
 from .retrofit import adapter_parameters, full_attention, memory_report, restore, retrofit, window_only
@@ -33,6 +47,8 @@ __all__ = [
     "Compressor",
     "Recurrent",
     "Recurrence",
+    "DiagonalPlusRankOne",
+    "Transition",
     "Eviction",
     "FoldAll",
     "SalientSlots",
@@ -47,6 +63,14 @@ __all__ = [
     "DeltaNet",
     "GatedDeltaNet",
     "Mamba2",
+    "RetNet",
+    "GLA",
+    "KDA",
+    "GatedDeltaProduct",
+    "RWKV7",
+    "Titans",
+    "AveragePooling",
+    "MaxPooling",
     "retrofit",
     "restore",
     "full_attention",

@@ -133,9 +133,10 @@ def _is_retrofitted(model: nn.Module) -> bool:
 
 def _check_window(record: Retrofitted, chosen: dict[str, int]) -> None:
     for name, size in chosen.items():
-        if getattr(record.window, name) != size:
+        found = sorted({getattr(window, name) for window in record.windows.values()})
+        if found != [size]:
             raise ValueError(
-                f"{name}={size}: the model is retrofitted already, with {name}={getattr(record.window, name)}. Choose "
+                f"{name}={size}: the model is retrofitted already, with {name}={', '.join(map(str, found))}. Choose "
                 "the window there, or call restore(model) first."
             )
 

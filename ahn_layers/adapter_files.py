@@ -17,8 +17,8 @@ from .compressor import Compressor
 from .eviction import Eviction
 from .files import sha256, write_atomically
 
-FORMAT_VERSION = 2
-"""What this library writes for memories with an eviction; without one, version 1."""
+FORMAT_VERSION = 3
+"""What this library writes for memories whose windows differ by layer; version 2 with an eviction, else 1."""
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 Weights = dict[int, dict[str, Tensor]]
 """Memory weights by layer and name."""
@@ -163,7 +163,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         version = description["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of an adapter ({error}).") from error
-    if version not in (1, FORMAT_VERSION):
+    if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
             f"{path}: adapter format version {version}, this library reads 1 to {FORMAT_VERSION}. Load it with the "
             "version of ahn_layers that wrote it."

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .by_name import register
-from .layers import HeadwiseLinear
+from .layers import HeadwiseLinear, Scale, project
 from .ops.decode.step import StepRule
-from .ops.pointwise.normalize import rms_normalize
+from .ops.pointwise.normalize import gated_rms_norm, rms_normalize
 
 State = Tensor | dict[str, Tensor]
 """What a compressor carries: one tensor, or several by name, each with the batch as its first dimension."""
@@ -37,7 +37,8 @@ class Compressor(nn.Module, ABC):
     - ``gates``: write gates, computed once when a token arrives and kept beside its key and value. Default: none.
     - ``init_state``: an empty state. Default: a matrix ``(head_dim, value_dim)`` of zeros per state.
     - ``read``: what a query gets from the state. Default: ``S^T q``.
-    - ``output``: from the reading to the output. Default: RMS norm, then a matrix per head that starts at zero.
+    - ``output``: from the reading to the output. Default: RMS norm, then a matrix per head that starts at zero. A
+      layer ``g_proj`` and a module ``o_norm`` made in ``build`` give the norm a gate per head and factors per channel.
     - ``scan``: fold and read many tokens. Default: one after the other; override it with a faster form that gives
       the same result.
 
@@ -68,6 +69,7 @@ class Compressor(nn.Module, ABC):
     by_name: ClassVar[MutableMapping[str, type["Compressor"]]] = WeakValueDictionary()
     unused_parameters: ClassVar[tuple[str, ...]] = ()
     """Names that released weight files carry and the computation does not use: skipped in loading."""
+    o_norm: Scale
     rule_holds: ClassVar[bool] = False
     """Whether there is a ``rule``, and no subclass has changed what it describes."""
 
@@ -97,14 +99,7 @@ class Compressor(nn.Module, ABC):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.value_dim = head_dim if value_dim is None else value_dim
         self.shared_state = shared_state
-        for name in ("hidden_size", "num_heads", "head_dim", "num_kv_heads", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
-        if num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
-                "every key/value head must serve the same number of query heads."
-            )
+        _check_sizes(self)
         self.o_proj = HeadwiseLinear(num_heads, self.value_dim)
         self.build()
 
@@ -121,8 +116,10 @@ class Compressor(nn.Module, ABC):
         names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim", "shared_state")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def gates(self, x: Float[Tensor, "b t n"]) -> dict[str, Float[Tensor, "b s t"]]:
-        """Write gates of arriving tokens, one scalar per state, by the names that ``fold`` gives them.
+    def gates(self, x: Float[Tensor, "b t n"]) -> dict[str, Float[Tensor, "b s t *c"]]:
+        """Write gates of arriving tokens, a scalar or a vector per state, by the names that ``fold`` gives them.
+
+        They stay beside each token of the window: a vector of D numbers takes as many bytes as a key of that head.
 
         Args:
             x: hidden states that enter the attention block.
@@ -146,7 +143,8 @@ class Compressor(nn.Module, ABC):
             state: what ``init_state`` or an earlier fold returned.
             k: key of the evicted token, ``(B, num_states, D)``, in the dtype of the state.
             v: its value, ``(B, num_states, E)``.
-            *args: not used; subclasses take their write gates here, ``(B, num_states)`` each, as named parameters.
+            *args: not used; subclasses take their write gates here, ``(B, num_states)`` or ``(B, num_states, C)`` each,
+                as named parameters.
             **kwargs: likewise.
         """
 
@@ -162,7 +160,7 @@ class Compressor(nn.Module, ABC):
         q: Float[Tensor, "b h t d"],
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
-        gates: dict[str, Float[Tensor, "b s t"]],
+        gates: dict[str, Float[Tensor, "b s t *_"]],
         mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """For each token in turn: fold ``k, v``, then read with ``q``.
@@ -187,7 +185,7 @@ class Compressor(nn.Module, ABC):
         q: Float[Tensor, "b h t d"],
         k: Float[Tensor, "b g t d"],
         v: Float[Tensor, "b g t e"],
-        gates: dict[str, Float[Tensor, "b s t"]],
+        gates: dict[str, Float[Tensor, "b s t *_"]],
         mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """``scan``, token by token: its definition."""
@@ -218,6 +216,11 @@ class Compressor(nn.Module, ABC):
         """
         return None
 
+    def read_gate(self, x: Float[Tensor, "b t n"], *, widen: bool = True) -> Float[Tensor, "b h t"] | None:
+        """Logits of the gate of each reading; None without one."""
+        linear = getattr(self, "g_proj", None)
+        return None if linear is None else project(linear, x, widen=widen)
+
     def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
         """From readings to what is added to the attention output. Must be zero at initialisation.
 
@@ -225,7 +228,20 @@ class Compressor(nn.Module, ABC):
             r: readings, as ``scan`` returned them.
             x: hidden states of the queries' own tokens.
         """
-        return self.o_proj(rms_normalize(r))
+        gate = self.read_gate(x)
+        return self.o_proj(rms_normalize(r) if gate is None else gated_rms_norm(r, self.o_norm.weight, gate))
+
+
+def _check_sizes(memory: Compressor) -> None:
+    """Raise for sizes that are impossible."""
+    for name in ("hidden_size", "num_heads", "head_dim", "num_kv_heads", "value_dim"):
+        if getattr(memory, name) < 1:
+            raise ValueError(f"{name}={getattr(memory, name)}: expected a positive number.")
+    if memory.num_heads % memory.num_kv_heads:
+        raise ValueError(
+            f"num_heads={memory.num_heads} is not a multiple of num_kv_heads={memory.num_kv_heads}: "
+            "every key/value head must serve the same number of query heads."
+        )
 
 
 def state_dtype(like: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ Letters as in arXiv 2510.07318: per layer N hidden size, H query and G key/value
 vocabulary, L tokens, C capacity (sinks + window).
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor
+from .layers import LowRank
 from .record import find_retrofitted
 from .retrofit import full_attention
 
@@ -65,12 +67,19 @@ class Sizes:
 def num_gates(compressor: Compressor) -> int:
     """Scalars per head that a compressor computes from hidden states: write gates and read gate.
 
+    Vectors count by their work: how many scalars per head would take as many products, rounded up.
+
     Examples:
         >>> from ahn_layers import GatedDeltaNet
         >>> num_gates(GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=16))
         3
     """
-    return sum(isinstance(m, nn.Linear) and m.in_features == compressor.hidden_size for m in compressor.modules())
+    size, heads = compressor.hidden_size, compressor.num_heads
+    layers = [m for m in compressor.modules() if isinstance(m, nn.Linear)]
+    scalars = [m for m in layers if m.in_features == size and m.out_features <= heads]
+    work = sum(m.in_features * m.out_features for m in layers if m not in scalars)
+    work += sum(m.up.numel() for m in compressor.modules() if isinstance(m, LowRank))
+    return len(scalars) + math.ceil(work / (size * heads))
 
 
 def mixing_flops(sizes: Sizes, length: int, capacity: int | None = None, gates: int | None = None) -> int:
@@ -105,7 +114,7 @@ def model_flops(sizes: Sizes, length: int, capacity: int | None = None, gates: i
     return sizes.num_layers * (mixing_flops(sizes, length, capacity, gates) + mlp) + ends
 
 
-def cache_ratio(sizes: Sizes, length: int, capacity: int, *, num_states: int | None = None) -> float:
+def cache_ratio(sizes: Sizes, length: int, capacity: int, *, num_states: int | float | None = None) -> float:
     """Numbers held per layer, relative to a full cache: ``(2 C D G + D^2 H) / (2 L D G)``.
 
     Counts numbers, not bytes, and leaves out the write gates, as the paper does;
@@ -115,7 +124,8 @@ def cache_ratio(sizes: Sizes, length: int, capacity: int, *, num_states: int | N
         sizes: of the model.
         length: tokens, L.
         capacity: sinks + window, C.
-        num_states: matrices ``(D, D)``, one per query head by default, 0 for the window alone.
+        num_states: matrices ``(D, D)``, one per query head by default, 0 for the window alone; what is no such matrix
+            by its share of one.
     """
     states = sizes.num_heads if num_states is None else num_states
     full = 2 * length * sizes.head_dim * sizes.num_kv_heads
@@ -222,15 +232,22 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
         The report: ``print`` it, read its ``rows``, or ``plot`` it.
 
     Raises:
-        ValueError: if the model is not retrofitted, has no memory, or its config lacks a size.
+        ValueError: if the model is not retrofitted, has no memory, its layers differ in their window, or its config
+            lacks a size.
     """
     inner, _ = find_retrofitted(model)
     blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)]
     compressor = blocks[0].memory.compressor
     if compressor is None:
         raise ValueError("the model was retrofitted without a compressor: expected a memory to report on.")
-    sizes, capacity = Sizes.of(inner.config), blocks[0].memory.window.capacity
-    gates = num_gates(compressor)
+    capacities = {block.memory.window.capacity for block in blocks}
+    if len(capacities) > 1:
+        raise ValueError(
+            f"windows of the capacities {sorted(capacities)}: the formulas are for equal layers. memory_report "
+            "has the bytes of each layer."
+        )
+    sizes, capacity = Sizes.of(inner.config), capacities.pop()
+    gates, numbers = num_gates(compressor), sum(u.numel() for u in _empty(compressor))
     rows = []
     for length in lengths:
         full = model_flops(sizes, length)
@@ -239,7 +256,7 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
             full_flops=full,
             window_ratio=model_flops(sizes, length, capacity) / full,
             memory_ratio=model_flops(sizes, length, capacity, gates) / full,
-            cache_ratio=cache_ratio(sizes, length, capacity, num_states=compressor.num_states),
+            cache_ratio=cache_ratio(sizes, length, capacity, num_states=numbers / sizes.head_dim**2),
             full_bytes=sum(_full_bytes(block, length) for block in blocks),
             state_bytes=sum(_state_bytes(block, length) for block in blocks),
         )
@@ -264,10 +281,15 @@ def _state_bytes(block: Any, length: int) -> int:
     store, like = block.memory, block.found.like
     total: int = store.bytes_per_row(like, **block.found.sizes)
     precise = torch.promote_types(like.dtype, torch.float32)
-    memory = store.compressor.init_state(1, torch.zeros((), dtype=precise, device="meta"))
-    tensors = [memory] if isinstance(memory, torch.Tensor) else list(memory.values())
-    fixed = sum(u.numel() * u.element_size() for u in tensors) + torch.long.itemsize  # and the count of tokens seen
+    numbers = sum(u.numel() for u in _empty(store.compressor))
+    fixed = numbers * precise.itemsize + torch.long.itemsize  # and the count of tokens seen
     return fixed + (total - fixed) * min(length, store.window.capacity) // store.window.capacity
+
+
+def _empty(compressor: Compressor) -> list[torch.Tensor]:
+    """The tensors of a state, without their values."""
+    memory = compressor.init_state(1, torch.zeros((), device="meta"))
+    return [memory] if isinstance(memory, torch.Tensor) else list(memory.values())
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from . import adapter_files
 from .adapter_files import Weights
 from .attention import HippocampalAttention
 from .compressor import Compressor
@@ -75,18 +74,29 @@ def describe(inner: nn.Module, record: Retrofitted) -> dict[str, Any]:
             f"compressor_options={record.options!r}: cannot be written as JSON ({error}). Use numbers, texts, lists."
         ) from error
     evictions = _describe_evictions(inner)
+    sizes = {name: _by_layer(record, name) for name in ("window_size", "num_sinks", "sink_positions")}
+    differ = any(isinstance(size, dict) for size in sizes.values())
     return {
         # earlier versions of this library must not read what they would not understand
-        "format_version": adapter_files.FORMAT_VERSION if evictions else 1,
+        "format_version": 3 if differ else 2 if evictions else 1,
         "library_version": __version__,
         "compressor": record.compressor,
         "compressor_options": options,
-        "window_size": record.window.window_size,
-        "num_sinks": record.window.num_sinks,
-        "sink_positions": record.window.sink_positions,
+        **sizes,
         "memory_positions": record.memory_positions,
         "layers": sorted(record.layers),
     } | ({"evictions": evictions} if evictions else {})
+
+
+def _by_layer(record: Retrofitted, name: str) -> Any:
+    """What all windows have in common, or by layer if they differ."""
+    found = {layer: getattr(window, name) for layer, window in record.windows.items()}
+    return found if len(set(found.values())) > 1 else next(iter(found.values()))
+
+
+def _as_given(size: Any) -> Any:
+    """A size of a window as ``retrofit`` takes it: JSON has no whole numbers as keys."""
+    return {int(layer): value for layer, value in size.items()} if isinstance(size, dict) else size
 
 
 def _describe_evictions(inner: nn.Module) -> list[dict[str, Any]]:
@@ -131,8 +141,8 @@ def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.M
     return retrofit(
         model,
         None if name is None else Compressor.by_name[name],
-        window_size=description["window_size"],
-        num_sinks=description["num_sinks"],
+        window_size=_as_given(description["window_size"]),
+        num_sinks=_as_given(description["num_sinks"]),
         sink_positions=description["sink_positions"],
         memory_positions=description["memory_positions"],
         layers=description["layers"],
@@ -143,9 +153,9 @@ def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.M
 
 def bound_options(evictions: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """By layer, the policies without the options that a user may choose for each model."""
-    return {
-        layer: {"eviction": one["eviction"]}
-        | {k: v for k, v in one["options"].items() if k not in Eviction.by_name[one["eviction"]].free_options}
-        for one in evictions
-        for layer in one["layers"]
-    }
+    bound: dict[int, dict[str, Any]] = {}
+    for one in evictions:
+        free = Eviction.by_name[one["eviction"]](**one["options"]).free_options
+        own = {"eviction": one["eviction"]} | {k: v for k, v in one["options"].items() if k not in free}
+        bound |= dict.fromkeys(one["layers"], own)
+    return bound

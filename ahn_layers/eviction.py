@@ -14,18 +14,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .by_name import register
-from .ops.attention.attend import Between, Turn
+from .ops.attention.between import Between, Turn
+from .ops.decode.step import Contest
 from .ops.slots.top_slots import running_top
-from .tokens import Leaving, Tokens
+from .tokens import Later, Leaving, Tokens
 
 Kept = dict[str, Tensor]
 """What a policy carries between calls: tensors by name, each with the batch as its first dimension."""
 
 RIDES = "eviction."
 """What the names of an eviction's own gates begin with, beside those of the compressor."""
-_LEFT_OUT = f"{RIDES}left_out"
+RANK = f"{RIDES}rank"
+"""Beside each kept token: its number among the real tokens of its row."""
+LEFT_OUT = f"{RIDES}left_out"
 """Beside each kept token: how many tokens had been refused when it came."""
-_FOLDED = "folded"
+FOLDED = "folded"
 """Among what is kept: whether anything has been folded in each key/value head."""
 
 
@@ -59,7 +62,7 @@ class Eviction(nn.Module, ABC):
     """
 
     by_name: ClassVar[MutableMapping[str, type["Eviction"]]] = WeakValueDictionary()
-    free_options: ClassVar[tuple[str, ...]] = ()
+    free_options: tuple[str, ...] = ()
     """Arguments of the constructor that may differ between a model and the adapter that is loaded into it."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -125,6 +128,16 @@ class Eviction(nn.Module, ABC):
         """
         return {}
 
+    def contest(self, leaving: Later[Tokens]) -> Contest | None:
+        """How a single token that leaves competes with those in the slots, for the kernel of a decode step.
+
+        It has to say the same as ``push``. Default: None, and ``push`` is called.
+
+        Args:
+            leaving: makes the token, one column.
+        """
+        return None
+
     @abstractmethod
     def push(self, kept: Kept, leaving: Leaving) -> tuple[Between | None, Leaving, Kept]:
         """Take the tokens that leave the window.
@@ -167,8 +180,10 @@ def empty_slots(like: Tokens, num_slots: int, *, compact: bool = False) -> Kept:
     if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 0:
         raise ValueError(f"num_slots={num_slots!r}: expected a whole number of at least 0.")
     none = torch.zeros(like.k.shape[:2], dtype=torch.long, device=like.k.device)
-    if compact:
-        like = replace(like, gates=like.gates | {_LEFT_OUT: like.k.new_zeros(like.k.shape[:3], dtype=torch.long)})
+    numbers = (RANK, LEFT_OUT) if compact else (RANK,)
+    like = replace(
+        like, gates=like.gates | dict.fromkeys(numbers, like.k.new_zeros(like.k.shape[:3], dtype=torch.long))
+    )
     slots = like.map(lambda u: u.new_zeros(*u.shape[:2], num_slots, *u.shape[3:]))
     return slots.named() | {"filled": none} | ({"refused": none.clone()} if compact else {})
 
@@ -191,10 +206,9 @@ def keep_best(
     """
     slots, filled, arriving = Tokens.from_named(kept), kept["filled"], leaving.tokens
     count, size, compact = len(arriving), len(slots), "refused" in kept
-    if compact:
-        unknown = torch.zeros_like(arriving.k[..., 0], dtype=torch.long)
-        arriving = replace(arriving, gates=arriving.gates | {_LEFT_OUT: unknown})
-    every = slots.cat(arriving)
+    rank = (leaving.rank if leaving.rank.ndim == 1 else leaving.rank.unsqueeze(1)).expand(arriving.k.shape[:3])
+    numbers = {RANK: rank} | ({LEFT_OUT: torch.zeros_like(rank)} if compact else {})
+    every = slots.cat(replace(arriving, gates=arriving.gates | numbers))
     score = priority(every)
     if score.shape != every.k.shape[:3]:
         raise ValueError(
@@ -203,17 +217,17 @@ def keep_best(
         )
     where = torch.ones((), dtype=torch.bool, device=score.device) if leaving.where is None else leaving.where
     where = (where.unsqueeze(1) if where.ndim == 2 else where).expand(*score.shape[:2], count)
-    lost_at, loser, index, now = running_top(score[:, :, :size].detach(), filled, score[:, :, size:].detach(), where)
+    lost_at, loser, index, now = running_top(score.detach(), every.gates[RANK], filled, where)
     number = torch.arange(size + count, device=score.device)
     there = torch.cat((number[:size] < filled.unsqueeze(2), where), dim=2)
     turn, after = None, {"filled": now}
     if compact:
         refused = where & (lost_at[:, :, size:] == torch.arange(count, device=score.device))
         left_out = kept["refused"].unsqueeze(2) + refused.cumsum(dim=2)
-        gates = every.gates | {_LEFT_OUT: torch.cat((slots.gates[_LEFT_OUT], left_out), dim=2)}
+        gates = every.gates | {LEFT_OUT: torch.cat((slots.gates[LEFT_OUT], left_out), dim=2)}
         every, after = replace(every, gates=gates), after | {"refused": left_out[:, :, -1]}
         past = kept["refused"].unsqueeze(2).expand(-1, -1, leaving.first)
-        turn = Turn(every.gates[_LEFT_OUT], torch.cat((past, left_out), dim=2))
+        turn = Turn(every.gates[LEFT_OUT], torch.cat((past, left_out), dim=2))
     seen = Between(
         every.k,
         every.v,
@@ -226,7 +240,7 @@ def keep_best(
     losers = every.take(loser.clamp(max=size + count - 1))
     empty = torch.arange(size, device=score.device) >= now.unsqueeze(2)
     held = every.take(index).zeroed(empty)
-    return seen, Leaving.of(leaving.first, losers, lost), held.named() | after
+    return seen, Leaving.of(leaving.first, losers, lost, losers.gates[RANK]), held.named() | after
 
 
 def first_kept(eviction: Eviction, like: Tokens) -> Kept:
@@ -234,7 +248,7 @@ def first_kept(eviction: Eviction, like: Tokens) -> Kept:
     kept = eviction.init_kept(like)
     if isinstance(eviction, FoldAll):
         return kept
-    return kept | {_FOLDED: torch.zeros(like.k.shape[:2], dtype=torch.bool, device=like.k.device)}
+    return kept | {FOLDED: torch.zeros(like.k.shape[:2], dtype=torch.bool, device=like.k.device)}
 
 
 def evict(eviction: Eviction, kept: Kept, leaving: Leaving, count: int) -> tuple[Between | None, Leaving, Kept]:
@@ -248,10 +262,10 @@ def evict(eviction: Eviction, kept: Kept, leaving: Leaving, count: int) -> tuple
     """
     if isinstance(eviction, FoldAll) or leaving.first == count:
         return None, leaving, kept
-    seen, leaving, after = eviction.push({name: u for name, u in kept.items() if name != _FOLDED}, leaving)
-    ever, where = kept[_FOLDED].unsqueeze(2).expand(-1, -1, count - leaving.first), leaving.where
+    seen, leaving, after = eviction.push({name: u for name, u in kept.items() if name != FOLDED}, leaving)
+    ever, where = kept[FOLDED].unsqueeze(2).expand(-1, -1, count - leaving.first), leaving.where
     if where is None:
         reads = torch.ones_like(ever)
     else:
         reads = ever | ((where if where.ndim == 3 else where.unsqueeze(1)).cumsum(dim=2) > 0)
-    return seen, replace(leaving, reading=reads), after | {_FOLDED: reads[:, :, -1]}
+    return seen, replace(leaving, reading=reads), after | {FOLDED: reads[:, :, -1]}

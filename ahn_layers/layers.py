@@ -70,3 +70,31 @@ class Scale(nn.Module):
     def forward(self, u: Float[Tensor, "*h e"]) -> Float[Tensor, "*h e"]:
         """``u * weight``, in the dtype of ``u``."""
         return u * self.weight.to(u.dtype)
+
+
+class LowRank(nn.Module):
+    """Vectors per state, each made of a few numbers: those stay with a token of the window, not the vector.
+
+    A token's numbers are ``x W``, a few for each state; when it is folded they become the vector ``numbers U + bias``.
+
+    Args:
+        hidden_size: N.
+        rank: numbers per state, R.
+        bias: where the bias starts, ``(S, C)``: S vectors of C numbers per token.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, bias: Float[Tensor, "s c"]) -> None:
+        super().__init__()
+        states, size = bias.shape
+        self.down = nn.Linear(hidden_size, states * rank, bias=False)
+        self.up = nn.Parameter(torch.randn(states, rank, size) * rank**-0.5)
+        self.bias = nn.Parameter(bias.unsqueeze(1).clone())  # (S, 1, C), as it is added
+
+    def forward(self, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b s t r"]:
+        """The numbers, in float32 at least."""
+        return project(self.down, x).unflatten(1, (len(self.up), -1)).transpose(2, 3)
+
+    def expand(self, numbers: Float[Tensor, "b s t r"]) -> Float[Tensor, "b s t c"]:
+        """The vectors, in float32 at least."""
+        numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        return numbers @ self.up.to(numbers.dtype) + self.bias.to(numbers.dtype)

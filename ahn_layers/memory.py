@@ -256,8 +256,8 @@ class MemoryStore(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """The equations of this class; padding comes last in each row."""
         held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
-        if single and held.overwritten and isinstance(self.eviction, FoldAll) and valid is None:
-            out = kernel_step(q, new, x, state, self.recalling, self.positions, attention)
+        if single and held.overwritten and valid is None:
+            out = kernel_step(q, new, x, state, self.recalling, self.eviction, self.positions, attention)
             if out is not None:
                 return out, state
         seen, leaving, held = self.window.push(held, new, valid)

@@ -7,7 +7,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .ops.attention.attend import Between
+from .ops.attention.between import Between
 from .ops.pointwise.rotary import turn_back
 from .window import Window
 
@@ -117,13 +117,11 @@ class Positions:
         """Whether the memory is shown other queries and keys than the attention."""
         return self.memory == "none" and self.rotary is not None
 
-    def for_memory(
-        self, q: Float[Tensor, "b h t d"], rank: Int[Tensor, "*b t"], keys: Float[Tensor, "b g t d"]
-    ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b g t d"]]:
-        """Queries of these ranks, and the keys that they push out of the window, as the memory is told them."""
+    def for_memory(self, u: Float[Tensor, "b h t d"], rank: Int[Tensor, "*b t"]) -> Float[Tensor, "b h t d"]:
+        """Queries or keys of these ranks, ``(T,)``, ``(B, T)`` or ``(B, G, T)``, as the memory is told them."""
         if not self.hidden or self.rotary is None:
-            return q, keys
-        return self.rotary.turn_back(q, rank), self.rotary.turn_back(keys, rank - self.window.window_size)
+            return u
+        return _turn_each(self.rotary, u, rank) if rank.ndim == 3 else self.rotary.turn_back(u, rank)
 
 
 def _turn_each(rotary: Rotary, u: Float[Tensor, "b h t d"], distance: Int[Tensor, "b g t"]) -> Float[Tensor, "b h t d"]:

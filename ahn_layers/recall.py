@@ -46,7 +46,7 @@ def recall(
     outputs, evicted, folds = [], leaving.tokens, leaving.where
     x, keys = x[:, leaving.first :], evicted.k
     if positions.hidden:
-        q, keys = positions.for_memory(q, rank()[..., leaving.first :], keys)
+        q, keys = positions.for_memory(q, rank()[..., leaving.first :]), positions.for_memory(keys, leaving.rank)
     size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
     several = len(evicted) > size  # asked first: compiled code for one segment serves every length
     for start in range(0, len(evicted), size) if several else (0,):

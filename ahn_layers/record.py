@@ -17,26 +17,44 @@ class Retrofitted:
     """What ``retrofit`` did to a model, kept on the model as ``hippocampus``.
 
     Attributes:
-        window: the window of every retrofitted layer.
+        windows: the window of each retrofitted layer, by its cache index.
         compressor: name of the compressor class, None for the window alone.
         memory_positions: whether the memory's keys and queries are rotated.
         options: keyword arguments of the compressor, as the user gave them.
-        layers: cache indices of the retrofitted layers.
         skipped: why the other attention blocks were left alone, by name.
         owned: whose masks are ours: ``full``, ``local``, ``full+local`` or ``none``.
         mode: what all retrofitted layers do at present, in every thread.
         returns_cache: whether the model hands back the cache that it filled.
     """
 
-    window: Window
+    windows: dict[int, Window]
     compressor: str | None
     memory_positions: MemoryPositions
     options: dict[str, Any]
-    layers: list[int]
     skipped: dict[str, str] = field(default_factory=dict)
     owned: str = "none"
     mode: Mode = "memory"
     returns_cache: bool = True
+
+    @property
+    def layers(self) -> list[int]:
+        """Cache indices of the retrofitted layers."""
+        return list(self.windows)
+
+    @property
+    def window(self) -> Window:
+        """The window of all retrofitted layers.
+
+        Raises:
+            ValueError: if they differ.
+        """
+        different = set(self.windows.values())
+        if len(different) != 1:
+            raise ValueError(
+                f"the layers have {len(different)} different windows: expected one for all. Read the windows of the "
+                "layers (model.hippocampus.windows), or retrofit them alike."
+            )
+        return different.pop()
 
     def attention_name(self, base: str | None) -> str | None:
         """The attention implementation of the retrofitted layers, where the config names ``base``."""

@@ -1,52 +1,18 @@
 """Compressors that declare their recurrence: fold, read, scan and the rule of a decode step follow from it."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .compressor import Compressor, State
-from .layers import Scale, project
-from .ops.decode.step import StepRule, delta_step
-from .ops.pointwise.normalize import gated_rms_norm, l2_normalize
-from .ops.recurrence.delta_scan import gated_delta_scan
-from .ops.recurrence.linear_scan import gated_linear_scan
-from .ops.recurrence.scan import as_operand
+from .ops.decode.step import StepRule, delta_step, log_decay
+from .ops.pointwise.normalize import l2_normalize
+from .ops.recurrence.declared import Recurrence, declared_scan
+from .ops.recurrence.momentum_scan import momentum_step
 
-
-@dataclass(frozen=True)
-class Recurrence:
-    """One step of a memory, with ``u' = u / sqrt(|u|^2 + eps)``.
-
-    ``S <- exp(rate decay) S``, then ``S <- S + k' (strength (v - S^T k'))^T``, without ``S^T k'`` unless ``delta``;
-    ``r = read_scale S^T q'``.
-
-    Args:
-        decay: the gate that is the log decay; None for no decay.
-        rate: its factor, ``(num_states,)``; None for one.
-        strength: the gate that is the factor of what is written; None for one.
-        delta: whether what is stored already is subtracted.
-        read_scale: factor of the normalised queries.
-        eps: see above.
-
-    Examples:
-        >>> Recurrence(decay="g", strength="beta", delta=True).gates
-        ['g', 'beta']
-    """
-
-    decay: str | None = None
-    rate: Tensor | None = None
-    strength: str | None = None
-    delta: bool = False
-    read_scale: float = 1.0
-    eps: float = 1e-6
-
-    @property
-    def gates(self) -> list[str]:
-        """The names of the gates, in the order in which ``fold`` takes them."""
-        return list(dict.fromkeys(name for name in (self.decay, self.strength) if name is not None))
+__all__ = ["Recurrence", "Recurrent"]
 
 
 class Recurrent(Compressor):
@@ -55,8 +21,7 @@ class Recurrent(Compressor):
     Subclass it and write ``recurrence``. Long texts are folded in chunks, single tokens in the fused decode step. A
     subclass that overrides ``fold`` or ``read`` is folded token by token unless it overrides ``scan`` too.
 
-    The output is an RMS norm and a matrix per head. With a layer ``g_proj`` and a module ``o_norm``, made in ``build``,
-    the norm has a gate per head and a factor per channel.
+    With momentum the state is two such matrices, ``"memory"`` and ``"momentum"``.
 
     Args:
         hidden_size: see [`Compressor`][ahn_layers.Compressor], as for the other sizes and ``shared_state``.
@@ -72,7 +37,6 @@ class Recurrent(Compressor):
         >>> check_compressor(Fading)
     """
 
-    o_norm: Scale
     declared: ClassVar[bool] = True
     """Whether fold and read are what the recurrence says."""
 
@@ -86,24 +50,51 @@ class Recurrent(Compressor):
     def recurrence(self) -> Recurrence:
         """One step, in the names of the gates."""
 
+    def expand(self, gates: dict[str, Float[Tensor, "b s t *_"]]) -> dict[str, Float[Tensor, "b s t *_"]]:
+        """Write gates as the recurrence takes them, from those that stayed in the window. Default: the same.
+
+        For vectors that are made of a few numbers ([`LowRank`][ahn_layers.layers.LowRank]): the window holds these.
+        """
+        return gates
+
+    def init_state(self, batch_size: int, like: Tensor) -> State:
+        """An empty matrix, with momentum two."""
+        empty = super().init_state(batch_size, like)
+        assert isinstance(empty, Tensor)
+        return empty if self.recurrence().momentum is None else {"memory": empty, "momentum": empty.clone()}
+
     def fold(
-        self, state: Tensor, k: Float[Tensor, "b s d"], v: Float[Tensor, "b s e"], *args: Any, **gates: Any
-    ) -> Tensor:
+        self, state: State, k: Float[Tensor, "b s d"], v: Float[Tensor, "b s e"], *args: Any, **gates: Any
+    ) -> State:
         """One step of the recurrence; gates by name or in its order."""
         step = self.recurrence()
         gates |= dict(zip(step.gates, args, strict=False))
-        if step.decay is not None:
-            g = gates[step.decay] if step.rate is None else gates[step.decay] * step.rate.to(k.dtype)
-            state = state * g.exp()[..., None, None]
-        k, strength = l2_normalize(k, step.eps), None if step.strength is None else gates[step.strength]
-        if step.delta:
-            return delta_step(state, k, v, k.new_ones(k.shape[:2]) if strength is None else strength)
-        return state + k.unsqueeze(-1) * (v if strength is None else strength.unsqueeze(-1) * v).unsqueeze(-2)
+        gates = {n: u.squeeze(2) for n, u in self.expand({n: u.unsqueeze(2) for n, u in gates.items()}).items()}
+        g = log_decay(step.decay, step.rate, gates, k[..., 0])
+        strength = k.new_ones(k.shape[:2]) if step.strength is None else gates[step.strength]
+        if step.momentum is not None:
+            assert isinstance(state, dict)
+            key, m = l2_normalize(k, step.eps), gates[step.momentum]
+            after = momentum_step(state["memory"], state["momentum"], key, v, strength, m, g)
+            return dict(zip(("memory", "momentum"), after, strict=True))
+        assert isinstance(state, Tensor)
+        if g is not None:
+            state = state * (g if g.ndim == 3 else g.unsqueeze(-1)).exp().unsqueeze(-1)
+        keys, values = step.all_of(k.unsqueeze(2), v.unsqueeze(2))
+        strengths = strength if strength.ndim == 3 else strength.unsqueeze(-1)
+        for i in range(step.writes):
+            key, value, beta = l2_normalize(keys[:, :, 0, i], step.eps), values[:, :, 0, i], strengths[:, :, i]
+            if step.delta:
+                state = delta_step(state, key, value, beta)
+            else:
+                state = state + key.unsqueeze(-1) * (beta.unsqueeze(-1) * value).unsqueeze(-2)
+        return state
 
     def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:
         """``S^T q'``."""
         step = self.recurrence()
-        return super().read(state, l2_normalize(q, step.eps, step.read_scale))
+        matrix = state if isinstance(state, Tensor) else state["memory"]
+        return super().read(matrix, l2_normalize(q, step.eps, step.read_scale))
 
     def scan(
         self,
@@ -117,43 +108,14 @@ class Recurrent(Compressor):
         """The same, chunk by chunk."""
         if not self.declared:
             return super().scan(state, q, k, v, gates, mask)
-        assert isinstance(state, Tensor)
+        folds = None if mask is None else self.per_state(mask)
+        return declared_scan(self.recurrence(), state, q, k, v, self.expand(gates), folds)
+
+    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule | None:
+        """The same, one token; None for what a kernel has no words for: momentum, several writes, expanded gates."""
         step = self.recurrence()
-        q = l2_normalize(as_operand(q, state), step.eps, step.read_scale)
-        k = l2_normalize(as_operand(k, state), step.eps)
-        if mask is not None:
-            gates = {name: gates[name].masked_fill(~self.per_state(mask), 0) for name in step.gates}
-        g = None if step.decay is None else gates[step.decay]
-        if g is not None and step.rate is not None:
-            g = g.to(state.dtype) * step.rate.to(state.dtype).unsqueeze(-1)
-        strength = None if step.strength is None else gates[step.strength]
-        if step.delta and strength is None:
-            strength = state.new_ones(*state.shape[:2], k.shape[2])
-            strength = strength if mask is None else strength.masked_fill(~self.per_state(mask), 0)
-        if step.delta and strength is not None:
-            return gated_delta_scan(state, q, k, v, strength, g)
-        if mask is not None and strength is None:
-            k = k.masked_fill(~(mask if mask.ndim == 3 else mask.unsqueeze(1)).unsqueeze(3), 0)
-        if strength is not None:
-            v = strength.to(state.dtype).unflatten(1, (v.shape[1], -1)).unsqueeze(-1) * v.unsqueeze(2)
-            v = v.flatten(1, 2).to(k.dtype)
-        return gated_linear_scan(state, q, k, v, g)
-
-    def read_gate(self, x: Float[Tensor, "b t n"], *, widen: bool = True) -> Float[Tensor, "b h t"] | None:
-        """Logits of the gate of each reading; None without one."""
-        linear = getattr(self, "g_proj", None)
-        return None if linear is None else project(linear, x, widen=widen)
-
-    def output(self, r: Float[Tensor, "b h t e"], x: Float[Tensor, "b t n"]) -> Float[Tensor, "b h t e"]:
-        """RMS norm, read gate, a matrix per head."""
-        gate = self.read_gate(x)
-        if gate is None:
-            return super().output(r, x)
-        return self.o_proj(gated_rms_norm(r, self.o_norm.weight, gate))
-
-    def rule(self, x: Float[Tensor, "b 1 n"]) -> StepRule:
-        """The same, one token."""
-        step = self.recurrence()
+        if step.momentum is not None or step.writes > 1 or type(self).expand is not Recurrent.expand:
+            return None
         ours = {name: getattr(step, name) for name in ("decay", "rate", "strength", "delta", "read_scale", "eps")}
         if type(self).output is not Recurrent.output:
             return StepRule(**ours)

@@ -1,6 +1,6 @@
 """Put a memory into a loaded model, take it out again, and switch between the two."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -23,8 +23,8 @@ def retrofit(
     model: Model,
     compressor: type[Compressor] | None,
     *,
-    window_size: int,
-    num_sinks: int = 0,
+    window_size: int | Mapping[int, int],
+    num_sinks: int | Mapping[int, int] = 0,
     layers: Iterable[int] | None = None,
     sink_positions: SinkPositions = "trained",
     memory_positions: MemoryPositions = "absolute",
@@ -39,10 +39,11 @@ def retrofit(
     Args:
         model: a causal language model of transformers whose attention goes through the attention interface.
         compressor: the class of the long-term memory, None for sinks + window alone.
-        window_size: most recent tokens kept without loss, sinks not counted.
-        num_sinks: first tokens kept without loss.
-        layers: indices of the layers to retrofit. Default: every full-attention layer; in a model that has none, every
-            layer whose own sliding window holds at least ``num_sinks + window_size`` tokens.
+        window_size: most recent tokens kept without loss, sinks not counted; for all layers, or a mapping from layer
+            indices.
+        num_sinks: first tokens kept without loss, likewise.
+        layers: indices of the layers to retrofit. Default: those of a mapping; else every full-attention layer; in a
+            model that has none, every layer whose own sliding window holds at least ``num_sinks + window_size`` tokens.
         sink_positions: see [`Window`][ahn_layers.Window].
         memory_positions: see [`MemoryStore`][ahn_layers.MemoryStore].
         eviction: what happens to a token that leaves the window, for all layers or by layer; each layer gets its own
@@ -55,8 +56,8 @@ def retrofit(
     Raises:
         TypeError: if ``model`` is not a transformers model, ``compressor`` is not a class, or ``eviction`` not an
             ``Eviction``.
-        ValueError: if the model is retrofitted already, has no suitable layer, or an eviction is given for a layer that
-            is not retrofitted. The model is unchanged.
+        ValueError: if the model is retrofitted already, has no suitable layer, an eviction is given for a layer that
+            is not retrofitted, or mappings and ``layers`` name different layers. The model is unchanged.
 
     Examples:
         >>> import torch
@@ -67,7 +68,7 @@ def retrofit(
         >>> model.generate(torch.arange(40)[None], max_new_tokens=3, do_sample=False).shape
         torch.Size([1, 43])
     """
-    window = Window(window_size, num_sinks, sink_positions)
+    window_of, layers = _windows(window_size, num_sinks, sink_positions, layers)
     if compressor is not None and not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
         raise TypeError(
             f"compressor={compressor!r}: expected a subclass of Compressor (the class, not an object), or None."
@@ -81,18 +82,19 @@ def retrofit(
     install.check_model(model)
     found = probe.probe_model(model)
     install.check_blocks(model, found.blocks)
-    chosen, skipped = install.choose(found.blocks, window, None if layers is None else list(layers))
+    chosen, skipped = install.choose(found.blocks, window_of, layers)
     policies = _by_layer(eviction, [block.layer_idx for block in chosen])
+    windows = {block.layer_idx: window_of(block.layer_idx) for block in chosen}
+    common = (memory_positions, compressor_options)
     stores = [
-        install.make_store(block, window, compressor, policies[block.layer_idx], memory_positions, compressor_options)
+        install.make_store(block, windows[block.layer_idx], compressor, policies[block.layer_idx], *common)
         for block in chosen
     ]
     record = Retrofitted(
-        window,
+        windows,
         None if compressor is None else compressor.__name__,
         memory_positions,
         compressor_options,
-        [block.layer_idx for block in chosen],
         skipped,
         found.owned(chosen),
         returns_cache=found.returns_cache,
@@ -100,6 +102,33 @@ def retrofit(
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)
     return model
+
+
+def _windows(
+    window_size: int | Mapping[int, int],
+    num_sinks: int | Mapping[int, int],
+    sink_positions: SinkPositions,
+    layers: Iterable[int] | None,
+) -> tuple[Callable[[int], Window], list[int] | None]:
+    """The window of each layer, each of them checked, and the layers that are asked for."""
+    given = {"window_size": window_size, "num_sinks": num_sinks}
+    by_layer = {name: dict(size) for name, size in given.items() if isinstance(size, Mapping)}
+    asked = None if layers is None else list(layers)
+    for name, sizes in by_layer.items():
+        asked = sorted(sizes) if asked is None else asked
+        if set(sizes) != set(asked):
+            raise ValueError(
+                f"{name} has sizes for the layers {sorted(sizes)}: expected one for each of {sorted(asked)}, which "
+                "layers or the other mapping names."
+            )
+
+    def window_of(layer: int) -> Window:
+        sizes = {name: by_layer[name][layer] if name in by_layer else size for name, size in given.items()}
+        return Window(**sizes, sink_positions=sink_positions)  # type: ignore[arg-type]
+
+    for layer in asked or (0,):
+        window_of(layer)
+    return window_of, asked
 
 
 def _check_evictions(eviction: Any) -> None:

@@ -1,14 +1,18 @@
 """A decode step in two kernels, where they serve it."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .compressor import Compressor
+from .eviction import FOLDED, LEFT_OUT, RANK, RIDES, Eviction, FoldAll
 from .ops.attention.attend import SoftmaxAttention
-from .ops.decode.step import decode_step, fits_step
+from .ops.decode.step import KeptSlots, StepRule, decode_step, fits_step
 from .positions import Positions
 from .state import MemoryState
-from .tokens import Tokens
+from .tokens import Later, Tokens, per_head
+
+_NAMES = {f"gates.{RIDES}priority": "priority", f"gates.{RANK}": "rank", f"gates.{LEFT_OUT}": "left_out"}
+"""What the kernel calls tensors that ``keep_best`` keeps."""
 
 
 def kernel_step(
@@ -17,6 +21,7 @@ def kernel_step(
     x: Float[Tensor, "b 1 n"] | None,
     state: MemoryState,
     compressor: Compressor | None,
+    eviction: Eviction,
     positions: Positions,
     attention: SoftmaxAttention,
 ) -> Float[Tensor, "b h 1 e"] | None:
@@ -30,32 +35,69 @@ def kernel_step(
         x: hidden states of the token.
         state: the state.
         compressor: the long-term memory.
+        eviction: what happens to the token that leaves the window.
         positions: what sinks and memory are shown of positions.
         attention: how the base model attends.
 
     Returns:
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
-    memory, window = state.memory, state.window
-    if not attention.is_plain or compressor is None or not compressor.rule_holds:
+    memory, window, slots = state.memory, state.window, state.slots
+    folds_all = isinstance(eviction, FoldAll)
+    if not attention.is_plain or (compressor is None and folds_all):
         return None
-    if not fits_step(q, state.slots.tensors, memory):
+    if compressor is not None and not (compressor.rule_holds and isinstance(memory, Tensor)):
         return None
-    assert x is not None and isinstance(memory, Tensor)
-    rule = compressor.rule(x)
-    assert rule is not None
+    ours = {name for name in slots.gates if not name.startswith(RIDES)}
+    gates = {name: u for name, u in slots.gates.items() if name in ours}
+    if not fits_step(q, [slots.k, slots.v, *gates.values()], memory, state.kept):
+        return None
+    rule = StepRule() if compressor is None else compressor.rule(x)  # type: ignore[arg-type]
+    if rule is None:
+        return None
     length, rank = None if state.length is None else state.length + 1, state.seen.unsqueeze(1)
+    kept = None
+    if not folds_all:
+        kept = _kept_slots(new, state, eviction, rank, positions)
+        if kept is None:
+            return None
+    assert not isinstance(memory, dict)
     asking = key = None
-    if positions.hidden:
-        asking, key = positions.for_memory(q, rank, state.slots.take(window.slot(rank)).k)
-    slots = state.slots
+    if positions.hidden and compressor is not None:
+        asking = positions.for_memory(q, rank)
+        if kept is None:  # else it is known in the kernel only
+            key = positions.for_memory(slots.take(window.slot(rank)).k, rank - window.window_size)
     out, reading = decode_step(
-        q, (new.k, new.v, new.gates), (slots.k, slots.v, slots.gates), state.seen, memory, rule,
-        num_sinks=window.num_sinks, scale=attention.scale, asking=asking, key=key,
+        q, (new.k, new.v, {name: new.gates[name] for name in gates}), (slots.k, slots.v, gates), state.seen, memory,
+        rule, num_sinks=window.num_sinks, scale=attention.scale, asking=asking, key=key, kept=kept,
         q_sinks=positions.facing_sinks(q, lambda: rank, length),
     )  # fmt: skip
     state.length = length
-    if rule.matrix is None:
-        left = (state.seen > window.capacity).view(-1, 1, 1, 1)
-        out = out + compressor.output(reading, x).masked_fill(~left, 0).to(out.dtype)
+    if rule.matrix is None and compressor is not None:
+        left = (state.seen > window.capacity).unsqueeze(1)
+        reads = left if kept is None else state.kept[FOLDED].unsqueeze(2)
+        out = out + compressor.output(reading, x).masked_fill(~per_head(reads, out), 0).to(out.dtype)  # type: ignore[arg-type]
     return out
+
+
+def _kept_slots(
+    new: Tokens, state: MemoryState, eviction: Eviction, rank: Int[Tensor, "b 1"], positions: Positions
+) -> KeptSlots | None:
+    """What an eviction keeps, for the kernel; None if it does not decide by a contest."""
+    window, held = state.window, state.kept
+    slot = window.slot(rank)
+    contest = eviction.contest(Later(lambda: state.slots.take(slot)))
+    if contest is None or held["k"].shape[2] == 0:
+        return None
+    named = {_NAMES.get(name, name.removeprefix("gates.")): u for name, u in held.items()}
+    scores = new_score = None
+    if contest.score is not None:
+        named["score"], scores = named.pop(contest.score), state.slots.gates[contest.score]
+        new_score = new.gates[contest.score]
+    if any(name.startswith(RIDES) for name in named):
+        return None  # something else rides beside the tokens
+    rotary = positions.rotary
+    inv_freq, start, interleaved = None, 0, False
+    if rotary is not None:
+        inv_freq, start, interleaved = rotary.inv_freq, rotary.start, rotary.interleaved
+    return KeptSlots(named, contest, scores, new_score, inv_freq, start, interleaved, positions.hidden)

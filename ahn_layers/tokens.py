@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 T = TypeVar("T")
@@ -35,12 +35,13 @@ class Tokens:
     Attributes:
         k: ``(B, G, T, D)``, rotated.
         v: ``(B, G, T, E)``.
-        gates: scalars per token by name, ``(B, num_states, T)`` each.
+        gates: by name, scalars ``(B, num_states, T)`` or vectors ``(B, num_states, T, C)``; an eviction's own may be
+            whole numbers.
     """
 
     k: Float[Tensor, "b g t d"]
     v: Float[Tensor, "b g t e"]
-    gates: dict[str, Float[Tensor, "b s t"]]
+    gates: dict[str, Shaped[Tensor, "b s t *c"]]
 
     def __len__(self) -> int:
         """How many tokens (columns) there are."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ahn_layers import FoldAll, HippocampalAttention, MemoryStore, full_attention, window_only
+from ahn_layers import FoldAll, HippocampalAttention, MemoryStore, SalientSlots, full_attention, window_only
+from ahn_layers.evictions.scores import UNTRAINED
 
 
 def arms_of(model: nn.Module) -> tuple[str, ...]:
@@ -31,30 +32,48 @@ def use_arm(model: nn.Module, arm: str, window: tuple[int, int] | None = None) -
     Args:
         model: a retrofitted model.
         arm: ``full``, ``window`` (sinks and window alone), ``compressor`` (no slots: every token that leaves the window
-            is folded), ``slots`` (no compressor: what the slots do not keep is lost) or ``memory`` (as it is).
+            is folded), ``slots`` (no compressor: what the slots do not keep is lost), ``memory`` (as it is), or one of
+            ``UNTRAINED``: ``slots`` with a score that needs no training.
         window: ``(window_size, num_sinks)`` of the memory, its own by default. The arms without slots get a longer one.
 
     Raises:
         ValueError: if there is no such arm, or the model has no memory.
     """
+
+    def unlearned(model: nn.Module) -> AbstractContextManager[None]:
+        return _changed(model, "eviction", lambda store: _scored(store, arm))
+
     kinds: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
         "full": full_attention,
         "window": window_only,
         "compressor": lambda model: _changed(model, "eviction", lambda _: FoldAll()),
         "slots": lambda model: _changed(model, "compressor", lambda _: None),
         "memory": lambda _: nullcontext(),
+        **dict.fromkeys(UNTRAINED, unlearned),
     }
     if arm not in kinds:
         raise ValueError(f"arm={arm!r}: expected one of {', '.join(kinds)}.")
-    size, sinks = window or own_window(model)
     longer = arm in ("window", "compressor")
 
     def resized(store: MemoryStore) -> Any:
+        size, sinks = window or (store.window.window_size, store.window.num_sinks)
         more = _slots(store) if longer else 0
         return replace(store.window, window_size=size + more, num_sinks=sinks)
 
-    with _changed(model, "window", resized), kinds[arm](model):
+    alone = _changed(model, "compressor", lambda _: None) if arm in UNTRAINED else nullcontext()
+    with _changed(model, "window", resized), alone, kinds[arm](model):
         yield
+
+
+def _scored(store: MemoryStore, score: str) -> SalientSlots:
+    """The slots of a memory, filled by a score that needs no training.
+
+    Raises:
+        ValueError: if it has no slots.
+    """
+    if not isinstance(store.eviction, SalientSlots):
+        raise ValueError(f"{score}: a score for slots, and this memory has none.")
+    return SalientSlots(store.eviction.num_slots, score=score, positions=store.eviction.positions)
 
 
 def positioned(model: nn.Module, sink_positions: Any) -> AbstractContextManager[None]:
@@ -89,14 +108,33 @@ def stores_of(model: nn.Module) -> list[MemoryStore]:
 
 
 def own_window(model: nn.Module) -> tuple[int, int]:
-    """``(window_size, num_sinks)`` of a retrofitted model."""
-    window = stores_of(model)[0].window
-    return window.window_size, window.num_sinks
+    """``(window_size, num_sinks)`` of a retrofitted model.
+
+    Raises:
+        ValueError: if its layers differ.
+    """
+    found = sorted({(store.window.window_size, store.window.num_sinks) for store in stores_of(model)})
+    if len(found) > 1:
+        raise ValueError(f"the layers have different windows, {found}: expected one for all. Name one by --capacities.")
+    return found[0]
 
 
 def slots_of(model: nn.Module) -> int:
     """Evicted tokens that each key/value head keeps, 0 without slots; the most in any layer."""
     return max(map(_slots, stores_of(model)))
+
+
+def set_slots(model: nn.Module, num_slots: int) -> None:
+    """Let each key/value head keep another number of evicted tokens; what was learned does not depend on it.
+
+    Raises:
+        ValueError: if the model has no slots.
+    """
+    policies: list[Any] = [store.eviction for store in stores_of(model) if hasattr(store.eviction, "num_slots")]
+    if not policies:
+        raise ValueError(f"--slots {num_slots}: this memory has no slots. Leave --slots out.")
+    for policy in policies:
+        policy.num_slots = num_slots
 
 
 def _slots(store: MemoryStore) -> int:

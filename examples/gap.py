@@ -5,7 +5,7 @@ Paired differences of losses, token by token, and the standard error of their me
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +70,12 @@ def difference(texts: list[Tensor]) -> Difference:
 
 
 def stretch_losses(
-    model: Any, pieces: list[Tensor], i: int, start: int, window: tuple[int, int] | None = None
+    model: Any,
+    pieces: list[Tensor],
+    i: int,
+    start: int,
+    window: tuple[int, int] | None = None,
+    arms: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Loss of each token of one stretch from ``start`` on, in every arm and with the memory of another text.
 
@@ -80,8 +85,9 @@ def stretch_losses(
         i: which one.
         start: first position that predicts.
         window: ``(window_size, num_sinks)`` of the memory, its own by default.
+        arms: which ones, those of the model by default.
     """
-    losses = {arm: _losses(model, arm, pieces[i], start, window) for arm in arms_of(model)}
+    losses = {arm: _losses(model, arm, pieces[i], start, window) for arm in arms or arms_of(model)}
     if len(pieces) > 1:
         with swapped_memories(model):
             pair = torch.cat((pieces[i], pieces[i - len(pieces) // 2]))
@@ -90,7 +96,13 @@ def stretch_losses(
 
 
 def span_losses(
-    model: Any, text: Tensor, length: int, rng: random.Random, window: tuple[int, int]
+    model: Any,
+    text: Tensor,
+    length: int,
+    rng: random.Random,
+    window: tuple[int, int],
+    begin: Sequence[int] = (),
+    arms: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Loss of each token but the first of a span that comes again after every arm's window has lost it, in every arm.
 
@@ -100,11 +112,14 @@ def span_losses(
         length: tokens of the stretch that ends with the span; it begins anywhere in the text.
         rng: source of randomness.
         window: ``(window_size, num_sinks)`` of the memory.
+        begin: the tokens that the stretch begins with.
+        arms: as for ``stretch_losses``.
     """
-    begin, kept = rng.randrange(len(text) - length + 1), length - SEGMENT
-    place = begin + rng.randint(window[1], kept - SEGMENT - sum(equal_window(model, window)))
-    ids = torch.cat((text[begin : begin + kept], text[place : place + SEGMENT])).long()[None]
-    return {arm: _losses(model, arm, ids, kept, window) for arm in arms_of(model)}
+    start, kept = rng.randrange(len(text) - length + 1), length - SEGMENT
+    place = start + rng.randint(window[1], kept - SEGMENT - sum(equal_window(model, window)))
+    first = torch.tensor(list(begin), dtype=text.dtype, device=text.device)
+    ids = torch.cat((first, text[start + len(begin) : start + kept], text[place : place + SEGMENT])).long()[None]
+    return {arm: _losses(model, arm, ids, kept, window) for arm in arms or arms_of(model)}
 
 
 def measure_spans(losses: list[dict[str, Tensor]]) -> dict[str, Any]:

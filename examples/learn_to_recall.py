@@ -10,7 +10,7 @@ as many tokens, and with the slots.
 
 Writes an adapter and a picture. With ``--ask ADAPTER`` it asks with a memory that is trained already; one comes with
 the repository: ``--ask examples/adapters/smollm2-135m-instruct-slots``. On a GPU, longer texts and more of them:
-``--length 4096 --batch 4 --score-steps 240 --steps 160``.
+``--length 4096 --batch 4 --score-steps 240 --steps 160``. ``--model gemma3`` teaches Gemma 3 270M, see ``gemma3.py``.
 """
 
 import argparse
@@ -25,19 +25,18 @@ from typing import Any
 import torch
 from _common import count, number, positive
 from matplotlib.figure import Figure
-from needles import make, score
+from needles import Example, make, score
 from planting import PlantedCrops
 from quickstart import load_text
 from smollm2 import load_causal_lm
+from stages import answer_groups, find_heads, learn_attention, mean, steps
 from texts import read_texts, tokenize
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ahn_layers import (
     Compressor,
     SalientSlots,
-    adapter_parameters,
     full_attention,
     load_adapter,
     memory_report,
@@ -48,10 +47,7 @@ from ahn_layers import (
 from ahn_layers.distillation import (
     distillation_loss,
     freeze_base,
-    learn_scores,
-    retrieval_heads,
     salient_slots,
-    set_rates,
     soft_slots,
     use_window,
 )
@@ -87,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(memory_report(model).splitlines()[-1])
     freeze_base(model)
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    options.begin = tokenizer("").input_ids  # of a model that wants a token before every text
 
     begun = time.perf_counter()
     recall = measure(model, encode, held_out, options, ("full attention", "window"))
@@ -125,68 +122,30 @@ def learn(
     model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, log: dict[str, list[float]]
 ) -> None:
     """The three stages; errors and losses on the way go to the log."""
-    named = dict(adapter_parameters(model))
-    scores = [p for name, p in named.items() if ".eviction." in name and "log_rate" not in name]
-    for bar, batch in steps(options.score_steps, "1. attention to come", scores, 2e-3, encode, documents, options, 0):
-        error = learn_scores(model, batch["input_ids"]).mean().item()
-        log["score_errors"].append(error)
-        bar.set_postfix(error=f"{sum(log['score_errors'][-20:]) / len(log['score_errors'][-20:]):.3f}")
 
-    found = []
-    for bar, batch in steps(
-        options.retrieval_steps, "2. where facts are looked up", [], 0, encode, documents, options, 1
-    ):
-        asked = [[(a.value, a.answer) for a in row] for row in batch["asked"]]
-        if any(asked):
-            found.append(retrieval_heads(model, batch["input_ids"], asked))
-            bar.set_postfix(best=f"{torch.stack(found).mean(dim=0).max().item():.2f}")
-    if found:
-        set_rates(model, torch.stack(found).mean(dim=0), share=options.share)
+    def crops(stage: int, count: int) -> PlantedCrops:
+        seed, facts = 3 * options.seed + stage, (options.facts[0], options.facts[1])
+        return PlantedCrops(
+            documents, options.length, count * options.batch, encode, facts=facts, begin=options.begin, seed=seed
+        )
+
+    how = {"batch": options.batch, "device": options.device, "workers": options.workers}
+    if options.score_steps:
+        log["score_errors"] += learn_attention(model, "1. attention to come", crops(0, options.score_steps), **how)
+    if options.retrieval_steps:
+        title, found = "2. where facts are looked up", crops(1, options.retrieval_steps)
+        find_heads(model, title, found, share=options.share, **how)
         save_adapter(model, options.output / "scores")
-
-    rates = [p for name, p in named.items() if "log_rate" in name]
-    others = [p for name, p in named.items() if ".eviction." not in name]
-    groups = [{"params": scores, "lr": 1e-3}, {"params": rates, "lr": 0.03, "weight_decay": 0.0}]
-    groups += [{"params": others, "lr": 2e-3}] if others else []
-    for bar, batch in steps(options.steps, "3. answers", groups, 1e-3, encode, documents, options, 2):
+    if not options.steps:
+        return
+    for bar, batch in steps("3. answers", crops(2, options.steps), groups=answer_groups(model), **how):
         with soft_slots(model):
             found_loss = distillation_loss(model, batch["input_ids"], answers=batch["answers"])
         found_loss.loss.backward()
         log["losses"].append(found_loss.loss.item())
-        bar.set_postfix(loss=f"{sum(log['losses'][-10:]) / len(log['losses'][-10:]):.3f}")
+        bar.set_postfix(loss=f"{mean(log['losses'][-10:]):.3f}")
         if len(log["losses"]) % 50 == 0:
             save_adapter(model, options.output)
-
-
-def steps(
-    number_of: int, title: str, parameters: Any, rate: float, encode: Any, documents: list[Tensor],
-    options: argparse.Namespace, seed: int,
-) -> Iterator[tuple[Any, dict[str, Any]]]:  # fmt: skip
-    """Batches, with a step of the optimiser after each, under a cosine schedule."""
-    if not number_of:
-        return
-    crops = PlantedCrops(documents, options.length, number_of * options.batch, encode, seed=3 * options.seed + seed)
-    loader = DataLoader(crops, options.batch, num_workers=options.workers, collate_fn=collate)
-    if parameters:
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-        highest = [group["lr"] for group in optimizer.param_groups]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, number_of + 1, pct_start=0.1)
-    bar = tqdm(loader, desc=title, unit=" steps")
-    for batch in bar:
-        yield bar, {name: u.to(options.device) if isinstance(u, Tensor) else u for name, u in batch.items()}
-        if parameters:
-            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors side by side, lists as they are."""
-    return {
-        name: torch.stack([item[name] for item in items]) if isinstance(u, Tensor) else [item[name] for item in items]
-        for name, u in items[0].items()
-    }
 
 
 @torch.no_grad()
@@ -194,25 +153,32 @@ def measure(
     model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, arms: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """Right answers to questions about facts that have left the window."""
-    capacity = options.window + options.sinks + options.slots
     found: dict[str, dict[str, int]] = {}
     bar = tqdm(total=len(arms) * len(ASKED) * options.questions, desc="questions", unit=" answers")
     for arm in arms:
         found[arm] = dict.fromkeys(ASKED, 0)
-        with attention_of(model, arm, capacity, options.sinks):
+        with attention_of(model, arm, options.window + options.sinks + options.slots, options.sinks):
             for task in ASKED:
                 rng = random.Random(options.seed)
                 for _ in range(options.questions):
-                    document = documents[rng.randrange(len(documents))]
-                    start = rng.randrange(max(1, len(document) - options.test_length))
-                    text = document[start : start + options.test_length].tolist()
-                    # everything that is hidden ends well before the last `capacity` tokens
-                    deepest = 1 - (capacity + 160) / options.test_length
-                    example = make(ASKED[task], encode, text, options.test_length, rng.uniform(0.05, deepest), rng)
+                    example = question(task, encode, documents, options, rng)
                     found[arm][task] += score(model, example, options.test_length)[0].correct
                     bar.update()
     bar.close()
     return found
+
+
+def question(
+    task: str, encode: Any, documents: list[Tensor], options: argparse.Namespace, rng: random.Random
+) -> Example:
+    """A text with something hidden in it that ends well before the tokens that are kept."""
+    capacity = options.window + options.sinks + options.slots
+    document = documents[rng.randrange(len(documents))]
+    start = rng.randrange(max(1, len(document) - options.test_length))
+    text = document[start : start + options.test_length].tolist()
+    deepest = 1 - (capacity + 160) / options.test_length
+    depth = rng.uniform(0.05, deepest)
+    return make(ASKED[task], encode, text, options.test_length, depth, rng, begin=options.begin)
 
 
 @contextmanager
@@ -271,7 +237,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
+    add("--model", help="folder, hub id or gemma3; default: SmolLM2-135M-Instruct")
     add("--text", type=Path, nargs="+", default=[], help="files or folders; default: the reference of Python")
     add("--held-out", type=number(0.9), default=0.3, help="share at the end of each text that judges (default: 0.3)")
     add("--window", type=positive, default=128, help="most recent tokens kept (default: 128)")
@@ -281,6 +247,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compressor", choices=sorted(Compressor.by_name), help="takes what is not kept; default: none, it is lost")
     add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
     add("--batch", type=positive, default=1, help="texts a step (default: 1)")
+    add(
+        "--facts",
+        type=positive,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="facts hidden in each text, asked for one to three times each; default, which has been tried: 6 14 (about "
+        "16 questions) in texts of up to 2,048 tokens, 2 6 (about 10) in longer ones",
+    )
     add("--score-steps", type=count, default=120, help="steps of the first stage (default: 120)")
     add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
     add("--steps", type=count, default=20, help="steps of the third stage (default: 20)")
@@ -298,6 +272,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     capacity = options.window + options.sinks + options.slots
     if options.test_length <= 1.1 * capacity + 200:
         parser.error(f"--test-length {options.test_length}: expected more than the {capacity} tokens kept, and 200")
+    options.facts = options.facts or ((6, 14) if options.length <= 2048 else (2, 6))
+    if options.facts[0] > options.facts[1]:
+        parser.error(f"--facts {options.facts[0]} {options.facts[1]}: expected the smaller number first")
     if options.length <= options.window + options.sinks + 256 + 100:
         parser.error(f"--length {options.length}: expected at least 357 more than --window and --sinks")
     return options

@@ -8,7 +8,7 @@ prints one such text: a stated value as ``[[1: value]]``, the answer to the ques
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,12 @@ class Planted:
         for asked in self.asked:
             found[slice(*asked.answer)] = True
         return found
+
+    def after(self, begin: list[int]) -> "Planted":
+        """The same behind other tokens."""
+        first, shift = torch.tensor(begin, dtype=self.tokens.dtype), len(begin)
+        moved = [Asked(*((a + shift, b + shift) for a, b in (u.value, u.answer))) for u in self.asked]
+        return replace(self, tokens=torch.cat((first, self.tokens)), asked=moved)
 
 
 @dataclass
@@ -232,6 +238,7 @@ class PlantedCrops(Dataset[dict[str, Any]]):
         facts: as in :func:`plant`.
         copies: as in :func:`plant`.
         nearest: as in :func:`plant`.
+        begin: tokens that every crop begins with, such as a model's token for the beginning of a text.
         seed: another seed, other crops and other facts.
 
     Raises:
@@ -248,10 +255,11 @@ class PlantedCrops(Dataset[dict[str, Any]]):
         facts: tuple[int, int] = (6, 14),
         copies: tuple[int, int] = (0, 4),
         nearest: int = 200,
+        begin: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
-        self.crops, self.encode = Crops(documents, length, count, seed=seed), encode
-        self.facts, self.copies, self.nearest, self.seed = facts, copies, nearest, seed
+        self.crops, self.encode = Crops(documents, length - len(begin), count, seed=seed), encode
+        self.facts, self.copies, self.nearest, self.begin, self.seed = facts, copies, nearest, list(begin), seed
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -264,7 +272,8 @@ class PlantedCrops(Dataset[dict[str, Any]]):
         """Crop number ``index`` with the places of its values and answers."""
         text = self.crops[index]["input_ids"]
         generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + index + 2**40)
-        return plant(text, self.encode, generator, facts=self.facts, copies=self.copies, nearest=self.nearest)
+        planted = plant(text, self.encode, generator, facts=self.facts, copies=self.copies, nearest=self.nearest)
+        return planted.after(self.begin)
 
 
 def marked(planted: Planted, decode: Callable[[list[int]], str]) -> str:

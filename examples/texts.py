@@ -146,9 +146,17 @@ class Crops(Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens}
 
 
-def stretches(documents: list[Tensor], length: int, count: int) -> list[dict[str, Tensor]]:
-    """Up to ``count`` stretches that do not overlap, spread evenly over the texts, to measure on."""
-    pieces = [u[i : i + length].long() for u in documents for i in range(0, len(u) - length + 1, length)]
+def stretches(documents: list[Tensor], length: int, count: int, begin: Sequence[int] = ()) -> list[dict[str, Tensor]]:
+    """Up to ``count`` stretches that do not overlap, spread evenly over the texts, to measure on.
+
+    Args:
+        documents: token ids.
+        length: tokens in each stretch.
+        count: how many.
+        begin: the tokens that each one begins with, such as a model's token for the beginning of a text.
+    """
+    size, first = length - len(begin), torch.tensor(list(begin), dtype=torch.long)
+    pieces = [torch.cat((first, u[i : i + size].long())) for u in documents for i in range(0, len(u) - size + 1, size)]
     if not pieces:
         raise ValueError(f"no text has {length} tokens in one piece.")
     chosen = torch.linspace(0, len(pieces) - 1, min(count, len(pieces))).round().long().tolist()

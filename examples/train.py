@@ -5,7 +5,9 @@
     accelerate launch --multi_gpu examples/train.py --text books/train --output my_adapter            # several GPUs
     accelerate launch --config_file fsdp.yaml examples/train.py --text books/train --output my_adapter    # FSDP2
 
-The base model is frozen. Ctrl-C finishes the step and writes a checkpoint; ``--resume`` goes on from the last one.
+The base model is frozen. With ``--slots`` the memory keeps evicted tokens, and learns which: ``--score-steps`` and
+``--retrieval-steps`` are the first stages of ``learn_to_recall.py``, the steps the last one. Ctrl-C finishes the step
+and writes a checkpoint; ``--resume`` goes on from the last one.
 """
 
 import argparse
@@ -18,22 +20,25 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from _common import add_memory_options, count, find_adapter, give_memory, number, positive
+from _common import find_adapter, give_memory
+from arms import slots_of
 from gap import Difference
+from planting import PlantedCrops
 from smollm2 import load_causal_lm, load_tokenizer
+from stages import STAGE, answer_groups, find_heads, learn_attention, parameters_of, tensors
 from texts import Crops, read_dataset, read_texts, stretches, tokenize
 from torch import Tensor
 from tqdm import tqdm
+from train_options import SINKS, WINDOW, check_dev_length, parse
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import ahn_layers
-from ahn_layers import adapter_parameters, memory_report
+from ahn_layers import SalientSlots, adapter_parameters, memory_report
 from ahn_layers.distillation import (
     DistillationTrainer,
     align_layers,
@@ -43,18 +48,16 @@ from ahn_layers.distillation import (
     use_window,
 )
 
-WINDOW, SINKS = 480, 32
-"""The window of the adapter. Each training step draws its own."""
-
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, measure, write the adapter; returns what is written to ``training.json``."""
-    options = parse(arguments)
+    options = parse(arguments, __doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     try:
         resume, adapter = last_checkpoint(options), find_adapter(options.start_from)
-        train, dev = load_data(load_tokenizer(options.model), options)
+        tokenizer = load_tokenizer(options.model)
+        documents, dev = load_data(tokenizer, options)
         model, _ = load_causal_lm(options.model, dtype)
         torch.manual_seed(options.seed)
         give_memory(
@@ -65,14 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             compressor=options.compressor,
             memory_positions=options.memory_positions,
             shared_state=options.shared_state or None,
+            eviction=SalientSlots(options.slots) if options.slots else None,
             default=(WINDOW, SINKS),
         )
-        check_dev_length(options, model.hippocampus.window.capacity)
+        options.slots = slots_of(model)
+        check_stages(options)
+        train = crops_of(documents, tokenizer, options)
+        check_dev_length(options, model.hippocampus.window.capacity + options.slots)
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"train: {error}") from None
     parameters = freeze_base(model)
     half = dtype in (torch.bfloat16, torch.float16)
-    if (device == "cuda" and half) if options.compile is None else options.compile:
+    if (device == "cuda" and half and not options.slots) if options.compile is None else options.compile:
         compile_layers(model)
     print(memory_report(model).splitlines()[-1])
 
@@ -80,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     start = time.time()
     if options.align_steps and not options.resume:
         align(model.to(trainer.args.device), train, options)
+    if options.slots:
+        prepare_slots(model.to(trainer.args.device), trainer, documents, tokenizer, options, resumed=resume is not None)
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.time() - start
     with torch.compiler.set_stance("force_eager"):  # other shapes: compiling them takes longer than they do
@@ -97,21 +106,69 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def load_data(tokenizer: Any, options: argparse.Namespace) -> tuple[Crops, list[dict[str, Tensor]]]:
-    """Random crops to train on, and stretches to measure on (none without ``--dev``)."""
+def load_data(tokenizer: Any, options: argparse.Namespace) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Texts to train on, and stretches to measure on (none without ``--dev``)."""
     held_out = read_texts(options.dev, options.column)
     if options.dataset:
         source = (options.dataset, options.config, options.split, options.column, options.streaming)
         texts: Iterable[str] = read_dataset(*source)
     else:
         texts = read_texts(options.text, options.column)
-    count = options.steps * options.batch * options.accumulate * world_size()
+    count = (options.steps * options.accumulate + options.score_steps) * options.batch * world_size()
     enough = count * options.length if options.streaming else float("inf")
     documents = tokenize(tokenizer, texts, "training text", enough)
-    train = Crops(documents, options.length, count, copies=options.copies, seed=options.seed)
     if not options.dev:
-        return train, []
-    return train, stretches(tokenize(tokenizer, held_out, "held-out text"), options.dev_length, options.dev_count)
+        return documents, []
+    held_out = tokenize(tokenizer, held_out, "held-out text")
+    return documents, stretches(held_out, options.dev_length, options.dev_count, tokenizer("").input_ids)
+
+
+def crops_of(
+    documents: list[Tensor], tokenizer: Any, options: argparse.Namespace, steps: int | None = None, stage: int = 0
+) -> Crops | PlantedCrops:
+    """Random crops to train on, for memories with slots with facts in them; others for each stage.
+
+    Args:
+        documents: the texts.
+        tokenizer: theirs.
+        options: the command line.
+        steps: how many they have to be enough for, those of the command line by default.
+        stage: 0 for the steps of the trainer.
+    """
+    count = (options.steps * options.accumulate if steps is None else steps) * options.batch * world_size()
+    if not options.slots:
+        return Crops(documents, options.length, count, copies=options.copies, seed=options.seed)
+    encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # noqa: E731
+    facts, begin, seed = tuple(options.facts), tokenizer("").input_ids, 3 * options.seed + stage
+    return PlantedCrops(documents, options.length, count, encode, facts=facts, begin=begin, seed=seed)
+
+
+def prepare_slots(
+    model: Any,
+    trainer: DistillationTrainer,
+    documents: list[Tensor],
+    tokenizer: Any,
+    options: argparse.Namespace,
+    *,
+    resumed: bool,
+) -> None:
+    """The first stages of a memory with slots, and what the trainer's steps change."""
+    if not resumed:
+        how: dict[str, Any] = {"batch": options.batch, "device": trainer.args.device}
+        if options.score_steps:
+            crops = crops_of(documents, tokenizer, options, options.score_steps, stage=1)
+            learn_attention(model, "attention to come", crops, folder=options.output / "checkpoints", **how)
+        if options.retrieval_steps:
+            crops = crops_of(documents, tokenizer, options, options.retrieval_steps, stage=2)
+            find_heads(model, "where facts are looked up", crops, share=options.share, **how)
+    idle = {"both": (), "scores": ("others",), "compressor": ("scores", "rates")}[options.teach]
+    for kind in idle:
+        for parameter in parameters_of(model)[kind]:
+            parameter.requires_grad_(False)
+    groups = answer_groups(model, decay=0.01, lr=options.lr)
+    if not groups:
+        raise SystemExit(f"train: --teach {options.teach}: this memory has nothing of the kind.")
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups})
 
 
 def last_checkpoint(options: argparse.Namespace) -> str | None:
@@ -120,17 +177,19 @@ def last_checkpoint(options: argparse.Namespace) -> str | None:
         return None
     folder = options.output / "checkpoints"
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None and (folder / STAGE).exists():  # of a first stage, which goes on by itself
+        return None
     if found is None:
         raise FileNotFoundError(f"--resume: no checkpoint in {folder}. Leave --resume out to begin.")
     return str(found)
 
 
-def check_dev_length(options: argparse.Namespace, capacity: int) -> None:
-    """Raise unless the texts of ``--dev`` go on beyond the window."""
-    if options.dev and options.dev_length < capacity + 2:
-        raise ValueError(
-            f"--dev-length {options.dev_length}: expected at least {capacity + 2}, since the window holds {capacity}."
-        )
+def check_stages(options: argparse.Namespace) -> None:
+    """Raise if there is a stage that this memory does not have."""
+    if options.align_steps and options.slots:
+        raise ValueError("--align-steps: not for memories with slots. Use --score-steps.")
+    if (options.score_steps or options.retrieval_steps or options.teach != "both") and not options.slots:
+        raise ValueError("--score-steps, --retrieval-steps, --teach: this memory has no slots. Give some by --slots.")
 
 
 def world_size() -> int:
@@ -139,7 +198,7 @@ def world_size() -> int:
 
 
 def make_trainer(
-    model: Any, train: Crops, dev: list[dict[str, Tensor]], options: argparse.Namespace, device: str
+    model: Any, train: Crops | PlantedCrops, dev: list[dict[str, Tensor]], options: argparse.Namespace, device: str
 ) -> DistillationTrainer:
     """The trainer with the paper's optimiser: AdamW, 10 % warm-up, cosine, weight decay 0.1."""
     kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # renamed in 5.24
@@ -173,6 +232,9 @@ def make_trainer(
         layer_weight=options.layer_loss,
         shortest=options.shortest,
         sinks=options.draw_sinks,
+        random_windows=not options.slots,
+        temperature=options.temperature if options.slots and options.teach != "compressor" else None,
+        data_collator=tensors,
         train_dataset=train,
         eval_dataset=dev or None,
     )
@@ -237,64 +299,6 @@ def describe(
         "metrics": metrics,
         "log": trainer.state.log_history,
     }
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
-    add("--text", type=Path, nargs="+", default=[], help="files (.txt, .md, .jsonl) or folders of them, to train on")
-    add("--dataset", help="hub id, folder or file (.jsonl, .json, .csv, .parquet) for datasets, instead of --text")
-    add("--config", help="configuration of the dataset, if it has several")
-    add("--split", default="train", help="split of the dataset")
-    add("--column", default="text", help="column of the dataset, or field of .jsonl files, that holds the text")
-    add("--streaming", action="store_true", help="read no more of the dataset than the steps need")
-    add("--dev", type=Path, nargs="+", default=[], help="files or folders, as for --text, to measure on")
-    add("--dev-length", type=positive, default=8192)
-    add("--dev-count", type=positive, default=8, help="stretches to measure on")
-    add_memory_options(parser, WINDOW, SINKS)
-    add("--shared-state", action="store_true", help="one state per key/value head")
-    add("--memory-positions", choices=["absolute", "none"], help="rotated keys in the memory (default), or not")
-    add("--start-from", help="adapter to go on from, with a new schedule, instead of an empty memory")
-    add("--steps", type=positive, default=200)
-    add("--align-steps", type=count, default=0, help="steps of the cheap first stage, layer by layer")
-    add("--length", type=positive, default=4096, help="tokens in each training sequence")
-    add("--batch", type=positive, default=8, help="sequences a step and process")
-    add("--accumulate", type=positive, default=1, help="batches a step")
-    add("--lr", type=number(10.0), default=2e-3)
-    add("--ce", type=number(1000.0), default=0.0, help="weight of the cross-entropy")
-    add("--layer-loss", type=number(1000.0), default=0.0, help="weight of the error of each layer's attention output")
-    add("--shortest", type=number(0.99), default=0.0, help="smallest capacity drawn, as a share of the length")
-    add("--draw-sinks", type=count, nargs="+", default=[4, 16, 32, 64, 128], help="numbers of sinks to draw from")
-    add("--copies", type=number(1.0), default=0.5, help="share of sequences with repeated spans")
-    add("--gradient-checkpointing", action="store_true")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the layers; default: in half precision on a GPU",
-    )
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--eval-every", type=count, default=0)
-    add("--save-every", type=positive, default=100)
-    add("--seed", type=count, default=0)
-    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--output", type=Path, required=True, help="folder for the adapter and its checkpoints")
-    options = parser.parse_args(arguments)
-    if bool(options.text) == bool(options.dataset):
-        parser.error("give one of --text and --dataset")
-    if not options.dataset and (options.config or options.streaming or options.split != "train"):
-        parser.error("--config, --split and --streaming are for --dataset")
-    if options.eval_every and not options.dev:
-        parser.error("--eval-every: give texts to measure on, by --dev")
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"--output {options.output}: a file, expected a folder")
-    try:
-        sinks = SINKS if options.sinks is None else options.sinks
-        check_dev_length(options, 1 if options.start_from else (options.window or WINDOW) + sinks)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
 
 
 if __name__ == "__main__":

@@ -10,41 +10,173 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, LinearAttention, Mamba2
+from ahn_layers import (
+    GLA,
+    KDA,
+    RWKV7,
+    AveragePooling,
+    Compressor,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaProduct,
+    LinearAttention,
+    Mamba2,
+    MaxPooling,
+    RetNet,
+    Titans,
+)
+from ahn_layers.compressor import map_state
 
 
-def recurrence(memory: Compressor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, x_j: Tensor, x_t: Tensor):
-    """One token folded and one query answered, per row: ``q (H, D)``, ``k (H, D)``, ``v (H, E)``, ``state (H, D, E)``.
+def normal(u: Tensor) -> Tensor:
+    """``u / sqrt(|u|^2 + 1e-6)``."""
+    return u / (u.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def outer(k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("hd,he->hde", k, v)
+
+
+def stored(state: Tensor, k: Tensor) -> Tensor:
+    return torch.einsum("hde,hd->he", state, k)
+
+
+def vectors(linear, x: Tensor) -> Tensor:
+    """What a projection through a few numbers per state gives, ``(H, D)``."""
+    numbers = (linear.down.weight @ x).view(len(linear.bias), 1, -1)
+    return (numbers @ linear.up + linear.bias)[:, 0]
+
+
+def fold(memory: Compressor, state, k: Tensor, v: Tensor, x: Tensor):
+    """One token into the state of a row: ``k (H, D)``, ``v (H, E)``, ``state (H, D, E)`` or what the memory keeps."""
+    kind = type(memory)
+    if kind in (AveragePooling, MaxPooling):
+        return [*state, (k, v)]
+    if kind is Mamba2:
+        dt = F.softplus(memory.dt_proj.weight @ x + memory.dt_proj.bias + memory.dt_bias)
+        unit = k / k.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return torch.exp(-dt * memory.A_log.exp())[:, None, None] * state + outer(unit, dt[:, None] * v)
+    if kind is GatedDeltaProduct:
+        g = -memory.A_log.exp() * F.softplus(memory.a_proj.weight @ x + memory.dt_bias)
+        state, beta = g.exp()[:, None, None] * state, 2 * torch.sigmoid(memory.b_proj.weight @ x).view(-1, 2)
+        second = [torch.einsum("hd,hde->he", u, w[:, 0]) for u, w in ((k, memory.more_keys), (v, memory.more_values))]
+        for i, (key, value) in enumerate(((k, v), second)):
+            reflection = torch.eye(k.shape[1], dtype=k.dtype) - beta[:, i, None, None] * outer(normal(key), normal(key))
+            state = reflection @ state + beta[:, i, None, None] * outer(normal(key), value)
+        return state
+    k = normal(k)
+    if kind is LinearAttention:
+        return state + outer(k, v)
+    if kind is RetNet:
+        gamma = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(len(k))], dtype=k.dtype)
+        return gamma[:, None, None] * state + outer(k, v)
+    if kind is GLA:
+        return torch.sigmoid(vectors(memory.a_proj, x)).pow(1 / 16)[..., None] * state + outer(k, v)
+    if kind is RWKV7:
+        w = torch.exp(-math.exp(-0.5) * torch.sigmoid(vectors(memory.w_proj, x)))
+        a = torch.sigmoid(vectors(memory.a_proj, x))
+        erased = normal(k * memory.k_erased[:, 0])
+        written = k * (1 + (a - 1) * memory.k_written[:, 0])
+        identity = torch.eye(k.shape[1], dtype=k.dtype)
+        transition = w[..., None] * identity - outer(a * erased, erased)  # as one matrix, from the left
+        return transition @ state + outer(written, v)
+    if kind is Titans:
+        matrix, momentum = state
+        alpha = torch.sigmoid(memory.a_proj.weight @ x + memory.dt_bias)[:, None, None]
+        eta = torch.sigmoid(memory.m_proj.weight @ x)[:, None, None]
+        theta = torch.sigmoid(memory.b_proj.weight @ x)[:, None, None]
+        slope = outer(k, stored(matrix, k) - v)  # of |S^T k - v|^2 / 2
+        momentum = eta * momentum - theta * slope
+        return (1 - alpha) * matrix + momentum, momentum
+    assert kind in (DeltaNet, GatedDeltaNet, KDA)
+    if kind is GatedDeltaNet:
+        g = -memory.A_log.exp() * F.softplus(memory.a_proj.weight @ x + memory.dt_bias)
+        state = g.exp()[:, None, None] * state
+    if kind is KDA:
+        state = torch.exp(-F.softplus(vectors(memory.a_proj, x)))[..., None] * state
+    beta = torch.sigmoid(memory.b_proj.weight @ x)
+    return state + outer(k, beta[:, None] * (v - stored(state, k)))
+
+
+def read(memory: Compressor, state, q: Tensor) -> Tensor:
+    """What each query ``(H, D)`` gets."""
+    size = math.sqrt(q.shape[-1])
+    if isinstance(memory, AveragePooling):
+        return read_pool(memory, state, q)
+    if isinstance(memory, Mamba2):
+        return stored(state, q / q.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+    state = state[0] if isinstance(memory, Titans) else state
+    return stored(state, normal(q) if isinstance(memory, LinearAttention) else normal(q) / size)
+
+
+def pools(memory: Compressor, tokens: list) -> list[tuple[Tensor, Tensor, int]]:
+    """Keys, values and number of tokens of every pool there has been."""
+    groups = [tokens[i : i + memory.rate] for i in range(0, len(tokens), memory.rate)]
+    pool = (lambda u: u.amax(0)) if isinstance(memory, MaxPooling) else (lambda u: u.mean(0))
+    return [(*(pool(torch.stack(u)) for u in zip(*group, strict=True)), len(group)) for group in groups]
+
+
+def read_pool(memory: Compressor, tokens: list, q: Tensor) -> Tensor:
+    found = pools(memory, tokens)
+    open_ones = [u for u in found if u[2] < memory.rate]
+    slots = [u for u in found if u[2] == memory.rate][-memory.num_slots :] + open_ones
+    keys, values = (torch.stack([u[i] for u in slots], dim=1) for i in (0, 1))
+    weights = (torch.einsum("hd,hnd->hn", q, keys) / math.sqrt(q.shape[-1])).softmax(-1)
+    return torch.einsum("hn,hne->he", weights, values)
+
+
+def first_state(memory: Compressor, q: Tensor, size: int):
+    """Before any token: of queries ``(H, T, D)`` and values of a size."""
+    empty = q.new_zeros(len(q), q.shape[-1], size)
+    if isinstance(memory, AveragePooling):
+        return []
+    return (empty, empty) if isinstance(memory, Titans) else empty
+
+
+def as_carried(memory: Compressor, state, like: Tensor, size: int):
+    """The state of a row in the tensors that the library carries."""
+    if isinstance(memory, Titans):
+        return dict(zip(("memory", "momentum"), state, strict=True))
+    if not isinstance(memory, AveragePooling):
+        return state
+    groups, repeats = memory.num_kv_heads, len(like) // memory.num_kv_heads
+    found = pools(memory, state)
+    full, rest = [u for u in found if u[2] == memory.rate][-memory.num_slots :], found and found[-1]
+    sizes = {"keys": like.shape[-1], "values": size}
+    held = {n: like.new_zeros(groups, memory.num_slots, width) for n, width in sizes.items()}
+    held |= {f"open_{n}": like.new_zeros(groups, width) for n, width in sizes.items()}
+    opened = rest[2] % memory.rate if rest else 0
+    for i, name in enumerate(sizes):
+        for place, u in enumerate(full, memory.num_slots - len(full)):
+            held[name][:, place] = u[i][::repeats]
+        if opened:
+            held[f"open_{name}"] = rest[i][::repeats] * (1 if isinstance(memory, MaxPooling) else opened)
+    count = {"filled": len(full), "opened": opened}
+    return held | {name: torch.full((groups,), n, dtype=like.dtype) for name, n in count.items()}
+
+
+def recurrence(memory: Compressor, state, q: Tensor, k: Tensor, v: Tensor, x_j: Tensor, x_t: Tensor):
+    """One token folded and one query answered, per row: ``q (H, D)``, ``k (H, D)``, ``v (H, E)``.
 
     Written from the equations, with the parameters taken from the module; one state per query head.
     """
-    head_dim = q.shape[-1]
-    normalise = lambda u: u / (u.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    state = fold(memory, state, k, v, x_j)
+    r = read(memory, state, q)
     if isinstance(memory, Mamba2):
-        unit = lambda u: u / u.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        dt = F.softplus(memory.dt_proj.weight @ x_j + memory.dt_proj.bias + memory.dt_bias)
-        decay = torch.exp(-dt * memory.A_log.exp())
-        state = decay[:, None, None] * state + torch.einsum("hd,he->hde", unit(k), dt[:, None] * v)
-        r = torch.einsum("hde,hd->he", state, unit(q))
         y = (r * F.silu(memory.g_proj.weight @ x_t + memory.g_proj.bias)[:, None]).flatten()
         y = (y / (y.square().mean() + 1e-5).sqrt() * memory.norm.weight).view_as(r)
         return state, torch.einsum("he,hef->hf", y, memory.o_proj.weight)
-    k, q = normalise(k), normalise(q)
-    if isinstance(memory, LinearAttention):
-        state = state + torch.einsum("hd,he->hde", k, v)
-        r = torch.einsum("hde,hd->he", state, q)
-        r = r / (r.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return state, torch.einsum("he,hef->hf", r, memory.o_proj.weight)
-    assert isinstance(memory, DeltaNet | GatedDeltaNet)
-    if isinstance(memory, GatedDeltaNet):
-        g = -memory.A_log.exp() * F.softplus(memory.a_proj.weight @ x_j + memory.dt_bias)
-        state = g.exp()[:, None, None] * state
-    beta = torch.sigmoid(memory.b_proj.weight @ x_j)
-    error = v - torch.einsum("hde,hd->he", state, k)
-    state = state + torch.einsum("hd,he->hde", k, beta[:, None] * error)
-    r = torch.einsum("hde,hd->he", state, q / math.sqrt(head_dim))
-    r = r / (r.square().mean(-1, keepdim=True) + 1e-5).sqrt() * memory.o_norm.weight
-    return state, torch.einsum("he,hef->hf", r * F.silu(memory.g_proj.weight @ x_t)[:, None], memory.o_proj.weight)
+    r = r / (r.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    if not isinstance(memory, LinearAttention):
+        r = r * memory.o_norm.weight * F.silu(memory.g_proj.weight @ x_t)[:, None]
+    return state, torch.einsum("he,hef->hf", r, memory.o_proj.weight)
+
+
+def stacked(states: list):
+    """Rows side by side."""
+    if isinstance(states[0], dict):
+        return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    return torch.stack(states)
 
 
 def memory_store(
@@ -58,7 +190,9 @@ def memory_store(
     valid: Tensor | None = None,
     null_logits: Tensor | None = None,
 ):
-    """Outputs ``(B, H, T, E)`` and final states ``(B, H, D, E)``; each softmax also takes in a head's null logit.
+    """Outputs ``(B, H, T, E)`` and final states as the library carries them, ``(B, H, D, E)`` for one matrix.
+
+    Each softmax also takes in a head's null logit, if there are any.
 
     A query where ``valid`` is False sees what the last real token saw; its output is zero if there was none.
     """
@@ -68,7 +202,7 @@ def memory_store(
     out, states = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), []
     for b in range(batch):
         tokens = valid[b].nonzero().flatten().tolist()
-        state = before = q.new_zeros(heads, q.shape[-1], v.shape[-1])
+        state = before = first_state(memory, q[b], v.shape[-1])
         for t in range(length):
             p = sum(j <= t for j in tokens) - 1
             if p < 0:
@@ -85,8 +219,8 @@ def memory_store(
                 state, added = recurrence(memory, before, q[b, :, t], k[b, :, j], v[b, :, j], x[b, j], x[b, t])
                 y = y + added
             out[b, :, t] = y
-        states.append(state)
-    return out, torch.stack(states)
+        states.append(as_carried(memory, state, q[b, :, 0], v.shape[-1]))
+    return out, stacked(states)
 
 
 def best_slots(
@@ -106,10 +240,11 @@ def best_slots(
     """
     batch, heads, length, _ = q.shape
     groups = k.shape[1]
-    repeats, shared = heads // groups, memory.shared_state
+    repeats, shared = heads // groups, memory.num_states == groups
     valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    states = q.new_zeros(batch, groups if shared else heads, q.shape[-1], v.shape[-1])
+    states = memory.init_state(batch, q.new_zeros(()))
+    named = states if isinstance(states, dict) else {"": states}
     gates = memory.gates(x)
     for b in range(batch):
         tokens, row = valid[b].nonzero().flatten().tolist(), slice(b, b + 1)
@@ -127,13 +262,16 @@ def best_slots(
                     gone = min(kept[g], key=lambda j, g=g: float(k[b, g, j].norm()))
                     kept[g].remove(gone)
                     one = {name: gate[row, :, gone] for name, gate in gates.items()}
-                    every = [u[row, :, gone].repeat_interleave(states.shape[1] // groups, 1) for u in (k, v)]
+                    every = [u[row, :, gone].repeat_interleave(memory.num_states // groups, 1) for u in (k, v)]
                     mine = slice(g, g + 1) if shared else readers
-                    states[b, mine] = memory.fold(states[row].clone(), *every, **one)[0, mine]
+                    folded = memory.fold(map_state(lambda u, row=row: u[row].clone(), states), *every, **one)
+                    for name, u in (folded if isinstance(folded, dict) else {"": folded}).items():
+                        named[name][b, mine] = u[0, mine]
                     ever[readers] = True
                 seen = window + kept[g]
                 logits = q[b, readers, t] @ k[b, g, seen].T / math.sqrt(q.shape[-1])
                 out[b, readers, t] = logits.softmax(-1) @ v[b, g, seen]
-            added = memory.output(memory.read(states[row], q[row, :, t]).unsqueeze(2), x[row, t : t + 1])
+            held = map_state(lambda u, row=row: u[row], states)
+            added = memory.output(memory.read(held, q[row, :, t]).unsqueeze(2), x[row, t : t + 1])
             out[b, :, t] += added[0, :, 0] * ever[:, None]
     return out, states

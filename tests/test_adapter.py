@@ -168,7 +168,7 @@ BAD_FOLDERS = {
         lambda f: edit(f, memory_positions="none"),
         "has memory_positions='none', the model has 'absolute'",
     ),
-    "version": (lambda f: edit(f, format_version=3), "adapter format version 3, this library reads 1 to 2"),
+    "version": (lambda f: edit(f, format_version=4), "adapter format version 4, this library reads 1 to 3"),
     "compressor": (lambda f: edit(f, compressor="Elephant"), "unknown compressor 'Elephant'"),
     "other compressor": (lambda f: edit(f, compressor="Mamba2"), "the adapter has compressor='Mamba2'"),
     "options": (lambda f: edit(f, compressor_options={"shared_state": True}), "the adapter has compressor_options"),

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def decay_parameters(
@@ -22,3 +22,22 @@ def decay_parameters(
     a = torch.empty(num_states).uniform_(1, 16)
     step = torch.empty(num_states).uniform_(math.log(shortest), math.log(longest)).exp()
     return nn.Parameter(a.log()), nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus, inverted
+
+
+def spread_decays(
+    num_states: int, size: int, *, factor: float = 1.0, shortest: float = 1e-3, longest: float = 1.0
+) -> Tensor:
+    """Biases ``b`` with ``softplus(b) / factor`` log-uniform in a range: a decay for every channel.
+
+    Args:
+        num_states: rows.
+        size: channels.
+        factor: see above.
+        shortest: the slowest decay: half of it is left after ``log(2) / shortest`` tokens.
+        longest: the fastest one.
+
+    Returns:
+        ``(num_states, size)``.
+    """
+    step = factor * torch.empty(num_states, size).uniform_(math.log(shortest), math.log(longest)).exp()
+    return step + torch.log(-torch.expm1(-step))  # softplus, inverted

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..missing import needs_transformers
 from .alignment import align_layers
+from .budgets import Budgets
+from .calibration import calibrate
 from .compiling import compile_layers
 from .copying import repeat_spans
 from .loss import sliced_loss
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     from .trainer import DistillationTrainer
 
 __all__ = [
+    "Budgets",
     "DistillationLoss",
     "DistillationTrainer",
     "align_layers",
     "arm_losses",
+    "calibrate",
     "compile_layers",
     "distillation_loss",
     "freeze_base",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..retrofit import full_attention, memory_attention
-from .passes import common_capacity, relative_error
+from .passes import least_capacity, relative_error
 
 
 def align_layers(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tensor, " layers"]:
@@ -29,9 +29,9 @@ def align_layers(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
         The relative error of each layer, without gradient.
 
     Raises:
-        ValueError: if the model is not retrofitted, its layers differ in their window, or the text is not longer.
+        ValueError: if the model is not retrofitted, or the text is not longer.
     """
-    start = common_capacity(model)
+    start = least_capacity(model)
     if input_ids.shape[1] <= start:
         raise ValueError(f"sequences of {input_ids.shape[1]} tokens, window of {start}: expected longer sequences.")
     errors: list[Tensor] = []

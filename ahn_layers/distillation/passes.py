@@ -71,7 +71,8 @@ def distillation_loss(
 ) -> DistillationLoss:
     """Compare the model with its memory to the same model with full attention (arXiv 2510.07318, section 3.3).
 
-    Averaged over the positions beyond the window's capacity, where the two differ. The teacher runs without gradient.
+    Averaged over the positions beyond the capacity of the window, the smallest one if they differ: there the memory
+    makes a difference. The teacher runs without gradient.
 
     Args:
         model: a retrofitted transformers model, bare or wrapped (DistributedDataParallel, FSDP2).
@@ -88,10 +89,10 @@ def distillation_loss(
         The loss with gradient, and its parts without.
 
     Raises:
-        ValueError: if the model is not retrofitted, its layers differ in their window, the text is not longer, or
-            ``answers`` is not a boolean mask of the tokens.
+        ValueError: if the model is not retrofitted, the text is not longer, or ``answers`` is not a boolean mask of the
+            tokens.
     """
-    start = common_capacity(model)
+    start = least_capacity(model)
     if input_ids.shape[1] <= start:
         raise ValueError(
             f"sequences of {input_ids.shape[1]} tokens and a window that holds {start}: expected longer ones, there is "
@@ -157,7 +158,7 @@ def arm_losses(
     Raises:
         KeyError: if there is no such arm.
     """
-    start = common_capacity(model) if start is None else start
+    start = least_capacity(model) if start is None else start
     head, labels = output_head(model), input_ids[:, start + 1 :].flatten()
     modes: dict[str, Callable[[], Any]] = {
         "full": lambda: full_attention(model),
@@ -188,12 +189,16 @@ def relative_error(u: Float[Tensor, "b t n"], goal: Float[Tensor, "b t n"]) -> F
     return (u.to(precise) - goal).square().mean() / goal.square().mean().clamp(min=1e-12)
 
 
-def common_capacity(model: nn.Module) -> int:
-    """The capacity of the model's windows, which must be one."""
-    found = {m.memory.window.capacity for m in model.modules() if isinstance(m, HippocampalAttention)}
-    if len(found) != 1:
-        raise ValueError(f"windows of the capacities {sorted(found)}: expected retrofitted layers of one capacity.")
-    return found.pop()
+def least_capacity(model: nn.Module) -> int:
+    """The smallest capacity of the model's windows: beyond it, memory and full attention differ.
+
+    Raises:
+        ValueError: if the model is not retrofitted.
+    """
+    found = [m.memory.window.capacity for m in model.modules() if isinstance(m, HippocampalAttention)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no HippocampalAttention: call retrofit(model, ...) first.")
+    return min(found)
 
 
 def run_hidden(

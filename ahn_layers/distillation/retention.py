@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..evictions import SalientSlots
-from .passes import common_capacity
+from .budgets import FORGET, KEEP, rates_of
 from .watching import Attended, watch_full_attention
 
 _BLOCK = 512
@@ -64,19 +64,19 @@ def learn_scores(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
 
     Args:
         model: a retrofitted transformers model whose base is frozen.
-        input_ids: token ids without padding, at least 256 more than the capacity of the window.
+        input_ids: token ids without padding, at least 256 more than the capacity of the largest window.
 
     Returns:
         The error (smooth L1) of each layer, without gradient.
 
     Raises:
-        ValueError: if there is no learned score, the layers differ in their window, or the text is too short.
+        ValueError: if there is no learned score, or the text is too short.
     """
     salient_slots(model)
-    least, count = common_capacity(model) + _YOUNG, input_ids.shape[1]
+    windows = [block.store.window for block in model.modules() if isinstance(block, HippocampalAttention)]
+    least, count = max(window.capacity for window in windows) + _YOUNG, input_ids.shape[1]
     if count <= least:
         raise ValueError(f"sequences of {count} tokens: expected more than {least}, the window's capacity and 256.")
-    windows = [block.store.window for block in model.modules() if isinstance(block, HippocampalAttention)]
     errors: list[Tensor] = []
 
     def look(seen: Attended) -> None:
@@ -151,8 +151,8 @@ def set_rates(
     retrieval: Float[Tensor, "layers g"],
     *,
     share: float = 0.25,
-    keep: float = 1e-5,
-    forget: float = 0.05,
+    keep: float = KEEP,
+    forget: float = FORGET,
 ) -> None:
     """Choose the rates at which priorities age, by what the heads do.
 
@@ -172,12 +172,9 @@ def set_rates(
         raise ValueError(
             f"retrieval has shape {tuple(retrieval.shape)}: expected {len(sizes)} layers of {sizes} heads."
         )
-    count = max(1, round(share * retrieval.numel()))
-    chosen = retrieval >= retrieval.flatten().topk(count).values[-1]
-    for policy, heads in zip(policies, chosen, strict=True):
+    for policy, rates in zip(policies, rates_of(retrieval, share, keep, forget), strict=True):
         assert policy.learned is not None
-        rate = torch.where(heads, keep, forget)
-        policy.learned.log_rate.copy_(rate.log())
+        policy.learned.log_rate.copy_(torch.tensor(rates).log())
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..adapter import load_adapter, save_adapter
-from .passes import arm_losses, common_capacity, distillation_loss, freeze_base, gap_closed
+from .passes import arm_losses, distillation_loss, freeze_base, gap_closed, least_capacity
 from .retention import soft_slots
-from .windows import SINKS, sample_window, use_window
+from .windows import SINKS, longer_windows, sample_window, use_window
 
 
 class DistillationTrainer(Trainer):
@@ -26,10 +26,10 @@ class DistillationTrainer(Trainer):
     the memory's weights (an adapter), the optimiser and the position in the data; ``train(resume_from_checkpoint=...)``
     goes on exactly where they were written. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns.
 
-    ``evaluate`` reports the loss of three arms on the tokens beyond the window: ``eval_full``, ``eval_window``,
-    ``eval_memory``, and ``eval_gap_closed`` (see [`gap_closed`][ahn_layers.distillation.gap_closed]). That share means
-    something where the gap ``eval_window - eval_full`` is several times its standard error over the sequences,
-    ``eval_gap_error``.
+    ``evaluate`` reports the loss of three arms on the tokens beyond the window (and the slots, if there are any):
+    ``eval_full``, ``eval_window``, with as many tokens as window and slots together, ``eval_memory``, and
+    ``eval_gap_closed`` (see [`gap_closed`][ahn_layers.distillation.gap_closed]). That share means something where the
+    gap ``eval_window - eval_full`` is several times its standard error over the sequences, ``eval_gap_error``.
 
     Args:
         model: a retrofitted model.
@@ -117,10 +117,15 @@ class DistillationTrainer(Trainer):
         """
         was_training = self.model.training
         model = self.model_wrapped.eval()
+        with longer_windows(model):
+            start = least_capacity(model)
         rows = [torch.zeros(0, 4, dtype=torch.float64, device=self.args.device)]
         for batch in self.get_eval_dataloader(eval_dataset):
             ids = batch["input_ids"].to(self.args.device)
-            losses = arm_losses(model, ids, start=common_capacity(model), slice_size=self.slice_size)
+            how = {"start": start, "slice_size": self.slice_size}
+            losses = arm_losses(model, ids, arms=["full", "memory"], **how)
+            with longer_windows(model):
+                losses |= arm_losses(model, ids, arms=["window"], **how)
             sums = [losses[arm].double().sum(dim=1) for arm in ("full", "window", "memory")]
             sums.append(torch.full_like(sums[0], losses["full"].shape[1]))
             # of all processes, without the sequences that only make their numbers even
@@ -130,8 +135,8 @@ class DistillationTrainer(Trainer):
         totals = sequences.sum(dim=0)
         if not totals[3]:
             raise ValueError(
-                f"no sequence goes on for two tokens beyond the capacity of {common_capacity(model)} tokens: there is "
-                "nothing to compare. Evaluate on longer sequences, or retrofit with a smaller window."
+                f"no sequence goes on for two tokens beyond the capacity of {start} tokens: there is nothing to "
+                "compare. Evaluate on longer sequences, or retrofit with a smaller window."
             )
         full, window, memory = (totals[:3] / totals[3]).tolist()
         values = {"full": full, "window": window, "memory": memory, "gap_closed": gap_closed(full, window, memory)}

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from ..attention import HippocampalAttention
+from ..evictions import SalientSlots
 from ..memory import MemoryStore
+from ..window import Window
 
 CAPACITIES = tuple(32 << i for i in range(9))
 """Capacities to draw from, 32 to 8192 (arXiv 2510.07318)."""
@@ -85,12 +87,30 @@ def use_window(model: nn.Module, window_size: int, num_sinks: int = 0) -> Iterat
     stores = [store for block in blocks for store in block.memory.modules() if isinstance(store, MemoryStore)]
     if not stores:
         raise ValueError(f"{type(model).__name__} has no HippocampalAttention: call retrofit(model, ...) first.")
+    with give_windows(
+        stores, [replace(store.window, window_size=window_size, num_sinks=num_sinks) for store in stores]
+    ):
+        yield
+
+
+@contextmanager
+def give_windows(stores: Sequence[MemoryStore], windows: Sequence[Window]) -> Iterator[None]:
+    """Within this context, each memory has another window."""
     before = [store.window for store in stores]
-    after = [replace(window, window_size=window_size, num_sinks=num_sinks) for window in before]
-    for store, window in zip(stores, after, strict=True):
+    for store, window in zip(stores, windows, strict=True):
         store.window = window
     try:
         yield
     finally:
         for store, window in zip(stores, before, strict=True):
             store.window = window
+
+
+@contextmanager
+def longer_windows(model: nn.Module) -> Iterator[None]:
+    """Within this context, each window is longer by the slots of its memory: the window alone at equal capacity."""
+    stores = [module.store for module in model.modules() if isinstance(module, HippocampalAttention)]
+    more = [store.eviction.num_slots if isinstance(store.eviction, SalientSlots) else 0 for store in stores]
+    sizes = [store.window.window_size + slots for store, slots in zip(stores, more, strict=True)]
+    with give_windows(stores, [replace(u.window, window_size=size) for u, size in zip(stores, sizes, strict=True)]):
+        yield

@@ -1,5 +1,6 @@
 """A few evicted tokens kept without loss, chosen by a score; the others are folded."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -8,14 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
-from ..ops.attention.attend import Between, Soft
+from ..ops.attention.between import Between, Soft
+from ..ops.decode.step import Contest
 from ..tokens import Later, Leaving, Tokens
-from .scores import SCORES, LearnedScore
+from .scores import SCORES, UNTRAINED, LearnedScore, key_difference
 
 SlotPositions = Literal["compact", "absolute"]
 """At which distances kept tokens are shown."""
-PRIORITY, RANK = f"{RIDES}priority", f"{RIDES}rank"
-"""Beside each kept token: its priority, and its number among the real tokens of its row."""
+SCORE, PRIORITY = f"{RIDES}score", f"{RIDES}priority"
+"""Beside each token its score, if it is learned; beside each kept one its priority."""
+KEY_SUM = "key_sum"
+"""Among what is kept for the score ``"key_difference"``: the sum of the directions of all keys that left the window."""
 
 
 class SalientSlots(Eviction):
@@ -36,9 +40,11 @@ class SalientSlots(Eviction):
     Args:
         num_slots: tokens that each key/value head keeps.
         score: ``"learned"``, or a score that needs no training: ``"recent"`` (all tokens alike), ``"key_norm"`` (small
-            keys first, arXiv 2406.11430), ``"value_norm"`` (large values first, arXiv 2406.12335).
-        rate: priority that each further token of the text is worth more than the one before it. A learned score has
-            rates of its own, one for each key/value head, and ignores this one.
+            keys first, arXiv 2406.11430), ``"value_norm"`` (large values first, arXiv 2406.12335),
+            ``"key_difference"`` (keys unlike the ones before them first, arXiv 2504.15364).
+        rate: priority that each further token of the text is worth more than the one before it; for all key/value
+            heads, or one for each. A learned score has rates of its own: they begin with this one where it is above 0,
+            else with 1, and training changes them.
         score_size: hidden units of a learned score.
         positions: ``"compact"`` as said above, where the model's rotation is known; ``"absolute"`` shows kept tokens at
             their true distances.
@@ -62,14 +68,12 @@ class SalientSlots(Eviction):
         torch.Size([1, 2, 8, 8])
     """
 
-    free_options = ("num_slots",)
-
     def __init__(
         self,
         num_slots: int,
         *,
         score: str = "learned",
-        rate: float = 0.0,
+        rate: float | Sequence[float] = 0.0,
         score_size: int = 64,
         positions: SlotPositions = "compact",
     ) -> None:
@@ -77,14 +81,16 @@ class SalientSlots(Eviction):
         for name, value, least in (("num_slots", num_slots, 0), ("score_size", score_size, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
-        if score not in (*SCORES, "learned"):
-            raise ValueError(f"score={score!r}: expected 'learned' or one of {sorted(SCORES)}.")
-        if not 0 <= rate < float("inf"):
-            raise ValueError(f"rate={rate!r}: expected a number of at least 0.")
+        if score not in (*UNTRAINED, "learned"):
+            raise ValueError(f"score={score!r}: expected 'learned' or one of {sorted(UNTRAINED)}.")
+        rates = [rate] if isinstance(rate, int | float) else list(rate)
+        if not rates or not all(0 <= one < float("inf") for one in rates):
+            raise ValueError(f"rate={rate!r}: expected a number of at least 0, or one for each key/value head.")
         if positions not in get_args(SlotPositions):
             raise ValueError(f"positions={positions!r}: expected one of {get_args(SlotPositions)}.")
-        self.num_slots, self.score, self.rate, self.score_size = num_slots, score, rate, score_size
-        self.positions = positions
+        self.num_slots, self.score, self.score_size, self.positions = num_slots, score, score_size, positions
+        self.rate = rates[0] if isinstance(rate, int | float) else rates
+        self.free_options = ("num_slots", "rate") if score == "learned" else ("num_slots",)
         self.learned: LearnedScore | None = None
         self.temperature: float | None = None
 
@@ -93,18 +99,28 @@ class SalientSlots(Eviction):
 
         Args:
             **sizes: ``hidden_size``, ``num_kv_heads`` and ``value_dim``; others are not needed.
+
+        Raises:
+            ValueError: if there are rates for another number of key/value heads.
         """
-        copied = SalientSlots(**self.options())
+        copied, heads = SalientSlots(**self.options()), sizes["num_kv_heads"]
+        if isinstance(self.rate, list) and len(self.rate) != heads:
+            raise ValueError(f"rate={self.rate!r}: expected one number, or {heads}, one for each key/value head.")
         if self.score == "learned":
-            copied.learned = LearnedScore(
-                sizes["hidden_size"], sizes["num_kv_heads"], sizes["value_dim"], self.score_size
-            )
+            copied.learned = LearnedScore(sizes["hidden_size"], heads, sizes["value_dim"], self.score_size)
+            rates = torch.tensor(self.rate).expand(heads)
+            with torch.no_grad():
+                copied.learned.log_rate.copy_(torch.where(rates > 0, rates, 1.0).log())
         return copied
 
     @property
     def reads_hidden(self) -> bool:
         """A learned score does."""
         return self.score == "learned"
+
+    @property
+    def _sums_keys(self) -> bool:
+        return self.score == "key_difference"
 
     def __str__(self) -> str:
         """Slots and score, in one line."""
@@ -129,29 +145,53 @@ class SalientSlots(Eviction):
             )
         return {"score": self.learned(x, v)}
 
-    def priority(self, tokens: Tokens, rank: Int[Tensor, "*b t"]) -> Float[Tensor, "b g t"]:
+    def priority(
+        self, tokens: Tokens, rank: Int[Tensor, "*b t"], score: Float[Tensor, "b g t"] | None = None
+    ) -> Float[Tensor, "b g t"]:
         """Score plus rate times rank.
 
         Args:
             tokens: the tokens.
             rank: their numbers among the real tokens of their rows.
+            score: theirs, where it does not come from the tokens alone.
         """
         if self.learned is None:
-            score, rate = SCORES[self.score](tokens), torch.tensor(self.rate, device=tokens.k.device)
+            score = SCORES[self.score](tokens) if score is None else score
+            rate = torch.tensor(self.rate, device=tokens.k.device)
+            rate = rate if rate.ndim == 0 else rate.unsqueeze(1)
         else:
-            score, rate = tokens.gates[f"{RIDES}score"], self.learned.rate.unsqueeze(1)
+            score, rate = tokens.gates[SCORE], self.learned.rate.unsqueeze(1)
         return score + rate.to(score.dtype) * (rank if rank.ndim == 1 else rank.unsqueeze(1)).to(score.dtype)
+
+    def contest(self, leaving: Later[Tokens]) -> Contest | None:
+        """By the priority.
+
+        There is no kernel for a soft choice, for a score that looks at earlier tokens, for given rates by head, and for
+        a subclass that chooses otherwise.
+        """
+        ours = type(self).push is SalientSlots.push and type(self).priority is SalientSlots.priority
+        if self.temperature is not None or self._sums_keys or not ours:
+            return None
+        if self.learned is not None:
+            return Contest(score=SCORE, log_rate=self.learned.log_rate)
+        if isinstance(self.rate, list):
+            return None
+        return Contest(given=SCORES[self.score](leaving()).float(), rate=self.rate)
 
     def init_kept(self, like: Tokens) -> Kept:
         """Empty slots."""
         like = like.columns(0, 0)
         none = like.k.new_zeros(like.k.shape[:3], dtype=torch.promote_types(like.k.dtype, torch.float32))
-        like = _with(like, none, torch.zeros(0, dtype=torch.long, device=none.device))
-        return empty_slots(like, self.num_slots, compact=self.positions == "compact")
+        like = _with(like, none)
+        slots = empty_slots(like, self.num_slots, compact=self.positions == "compact")
+        return slots | ({KEY_SUM: none.new_zeros(*like.k.shape[:2], like.k.shape[3])} if self._sums_keys else {})
 
     def push(self, kept: Kept, leaving: Leaving) -> tuple[Between | None, Leaving, Kept]:
         """Each token that leaves the window competes with those in the slots; the loser is folded."""
-        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank), leaving.rank)
+        score, more = None, {}
+        if self._sums_keys:
+            score, more[KEY_SUM] = key_difference(kept[KEY_SUM], leaving)
+        tokens = _with(leaving.tokens, self.priority(leaving.tokens, leaving.rank, score))
         seen, leaving, after = keep_best(
             kept, replace(leaving, made=Later(lambda: tokens)), lambda u: u.gates[PRIORITY]
         )
@@ -160,10 +200,9 @@ class SalientSlots(Eviction):
             # empty slots never become visible
             first = seen.first.masked_fill(seen.last == 0, Between.ALWAYS)
             seen = replace(seen, first=first, soft=Soft(priority, self.temperature))
-        return seen, leaving, after
+        return seen, leaving, after | more
 
 
-def _with(tokens: Tokens, priority: Float[Tensor, "b g t"], rank: Int[Tensor, "*b t"]) -> Tokens:
-    """The tokens with their priorities and ranks beside them."""
-    rank = (rank if rank.ndim == 1 else rank.unsqueeze(1)).expand(priority.shape)
-    return replace(tokens, gates=tokens.gates | {PRIORITY: priority, RANK: rank})
+def _with(tokens: Tokens, priority: Float[Tensor, "b g t"]) -> Tokens:
+    """The tokens with their priorities beside them."""
+    return replace(tokens, gates=tokens.gates | {PRIORITY: priority})

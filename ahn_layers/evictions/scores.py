@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..layers import narrower, project
-from ..tokens import Tokens
+from ..ops.triton_forms import in_triton
+from ..tokens import Leaving, Tokens, per_head
 
 Score = Callable[[Tokens], Float[Tensor, "b g t"]]
 
@@ -32,7 +33,31 @@ def value_norm(tokens: Tokens) -> Float[Tensor, "b g t"]:
 
 
 SCORES: dict[str, Score] = {"recent": recent, "key_norm": key_norm, "value_norm": value_norm}
-"""Scores of a token that need no training."""
+"""Scores of a token that need no training, from the token alone."""
+UNTRAINED = (*SCORES, "key_difference")
+"""All scores that need no training."""
+
+
+def key_difference(
+    key_sum: Float[Tensor, "b g d"], leaving: Leaving
+) -> tuple[Float[Tensor, "b g t"], Float[Tensor, "b g d"]]:
+    """Keys unlike those before them first (KeyDiff, arXiv 2504.15364, made causal).
+
+    ``-cos(k_j, u_S + ... + u_j)`` with the directions ``u`` of the keys that have left the window until then. KeyDiff
+    compares with the mean of the whole prompt, which depends on where the prompt ends.
+
+    Args:
+        key_sum: sum of the directions of all keys that left in earlier calls.
+        leaving: the tokens that leave.
+
+    Returns:
+        The scores, and the sum after them.
+    """
+    direction = F.normalize(leaving.tokens.k.to(key_sum.dtype), dim=-1)
+    if leaving.where is not None:
+        direction = direction.masked_fill(~per_head(leaving.where, direction), 0)
+    running = key_sum.unsqueeze(2) + direction.cumsum(dim=2)
+    return -(direction * F.normalize(running, dim=-1)).sum(dim=-1), running[:, :, -1]
 
 
 class LearnedScore(nn.Module):
@@ -73,9 +98,21 @@ class LearnedScore(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:
         """The scores, in float32 at least."""
+        plain = x.dtype != torch.float64 and all(type(u) is nn.Linear for u in (self.up, self.up_v, self.direct))
+        if x.shape[1] == 1 and plain and in_triton(x, v, self.down):
+            return self._of_one(x, v)
         x, v = (F.rms_norm(u, (u.shape[-1],)) for u in (x, v))
         inner = F.silu(linear(self.up, x).unsqueeze(1) + linear(self.up_v, v))
         return (_precise(inner) * _precise(self.down).unsqueeze(1)).sum(dim=-1) + project(self.direct, x)
+
+    def _of_one(self, x: Float[Tensor, "b 1 n"], v: Float[Tensor, "b g 1 e"]) -> Float[Tensor, "b g 1"]:
+        """The same for a decode step: two products with ``x`` as it is, beside the layer's own, and one kernel."""
+        from ..ops.slots import triton_score
+
+        products = [F.linear(*narrower(x, layer.weight)) for layer in (self.up, self.direct)]
+        return triton_score.score(
+            x, v, *products, self.up.bias, self.direct.bias, self.up_v.weight, self.down, torch.finfo(x.dtype).eps
+        )
 
 
 def linear(layer: nn.Linear, u: Tensor) -> Tensor:

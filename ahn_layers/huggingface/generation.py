@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache import HippocampalCache, fill
@@ -31,6 +32,9 @@ GPU_PREFILL_CHUNK = 8192
 """The same on a GPU, which wants more work in each launch."""
 SHORTEST_CHUNK = 256
 """Tokens of each row that are read at a time at least, however many rows there are."""
+
+WORTH_RECORDING = 32
+"""New tokens for which a step is compiled and recorded unasked."""
 
 PER_TOKEN = ("attention_mask", "position_ids")
 """Arguments of ``generate`` with a column for each token of the prompt."""
@@ -78,12 +82,14 @@ class PrepareCache(ModelMethod):
         if _are_off(blocks):
             return prepare(generation_config, model_kwargs, *args, **kwargs)
         settle(model_kwargs.get(CACHE))
-        chunk = generation_config.prefill_chunk_size
+        chunk, asked = generation_config.prefill_chunk_size, generation_config.cache_implementation
         generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
+        if _gains_from_fixed_addresses(model, blocks, generation_config, model_kwargs, mode):
+            generation_config.cache_implementation = "static"
         try:
             result = prepare(generation_config, model_kwargs, *args, **kwargs)
         finally:
-            generation_config.prefill_chunk_size = chunk
+            generation_config.prefill_chunk_size, generation_config.cache_implementation = chunk, asked
         cache = model_kwargs.get(CACHE)
         if cache is None:
             return result
@@ -332,6 +338,29 @@ def _reconcile_early(cache: Cache, input_ids: Tensor, kwargs: dict[str, Any]) ->
     real = reconcile(cache, mask, len(mask), count)
     if real is not None:
         note_padding(cache, real, past)
+
+
+def _gains_from_fixed_addresses(
+    model: Any, blocks: list[DecoderAttention], options: Any, model_kwargs: dict[str, Any], mode: Any
+) -> bool:
+    """Whether the cache is made a static one unasked: on a GPU, where a step then is one CUDA graph.
+
+    A bounded cache has its size from the start, so nothing is lost by it but taking tokens back; so not where that is
+    needed, nor where the caller gets the cache, or says how to compile, or that nothing be compiled.
+    """
+    mask = model_kwargs.get("attention_mask")
+    new = 0 if mask is None else (options.max_length or 0) - mask.shape[-1]
+    return (
+        model_kwargs.get(CACHE) is None
+        and options.cache_implementation is None
+        and options.use_cache is not False
+        and not (options.disable_compile or options.return_dict_in_generate or options.is_assistant)
+        and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        and new >= WORTH_RECORDING
+        and model.get_compiled_call.serves(options.compile_config)
+        and len(blocks) == model.config.get_text_config(decoder=True).num_hidden_layers
+        and getattr(getattr(model, "hf_quantizer", None), "is_compileable", True)
+    )
 
 
 def _are_off(blocks: list[DecoderAttention]) -> bool:

@@ -1,5 +1,6 @@
 """The steps of a retrofit: check the model, choose its layers, make the stores, replace the blocks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,9 +57,14 @@ def check_blocks(model: Any, blocks: list[AttentionBlock]) -> None:
 
 
 def choose(
-    blocks: list[AttentionBlock], window: Window, layers: list[int] | None
+    blocks: list[AttentionBlock], window_of: Callable[[int], Window], layers: list[int] | None
 ) -> tuple[list[AttentionBlock], dict[str, str]]:
     """The blocks to retrofit, and why each of the others is left alone.
+
+    Args:
+        blocks: all that were found.
+        window_of: the window that a layer would get.
+        layers: those that were asked for, None for the default.
 
     Raises:
         ValueError: if there are none, or a layer that was asked for is unsuitable.
@@ -81,10 +87,10 @@ def choose(
         reasons |= {b.name: "not among the layers asked for" for b in suitable if b.layer_idx not in layers}
         suitable = [block for block in suitable if block.layer_idx in layers]
     for block in suitable:
-        if block.native_window is not None and block.native_window < window.capacity:
+        capacity = window_of(block.layer_idx).capacity
+        if block.native_window is not None and block.native_window < capacity:
             reasons[block.name] = (
-                f"its own sliding window of {block.native_window} is smaller than num_sinks + window_size = "
-                f"{window.capacity}"
+                f"its own sliding window of {block.native_window} is smaller than num_sinks + window_size = {capacity}"
             )
     chosen = [block for block in suitable if block.name not in reasons]
     _check_sharing(blocks, chosen)

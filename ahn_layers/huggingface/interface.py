@@ -144,7 +144,10 @@ def _note(native: Tensor, kwargs: dict[str, Any], plain: bool) -> Tensor:
     if not torch.compiler.is_compiling():
         offset = kwargs["q_offset"]
         native = native.contiguous() if isinstance(offset, Tensor) else native  # as generate would, into another object
-        native.first_column = int(offset)  # type: ignore[attr-defined]  # a static cache has columns to come
+        first = int(offset) - int(kwargs["kv_offset"])
+        if first + kwargs["q_length"] > native.shape[-1]:  # not every new token has a column
+            return native
+        native.first_column = first  # type: ignore[attr-defined]  # a static cache has columns to come
     if plain:
         native.is_causal_and_padding = True  # type: ignore[attr-defined]
     return native

@@ -11,7 +11,9 @@ _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 def save(layer: Any) -> Any:
     """What ``put_back`` needs."""
-    attributes: dict[str, Any] = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+    attributes: dict[str, Any] = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()
+    }
     if type(layer) is DynamicLayer and layer.is_initialized:  # which appends: its old tensors need not be held
         attributes["length"] = attributes.pop("keys").shape[-2]
         del attributes["values"]

@@ -9,11 +9,12 @@ from torch import Tensor
 from ..compressor import Compressor, State, map_state
 from ..memory import MemoryStore
 from ..ops.decode.step import follow
+from ..rank_one import DiagonalPlusRankOne
 from ..recurrent import Recurrent
 from ..tokens import per_head
 from ..window import Window
 
-_B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
+_B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 41  # more tokens than a chunk of the scans here
 
 
 def check_compressor(compressor: type[Compressor], **options: Any) -> None:
@@ -60,16 +61,19 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
 
 def _check_gates(memory: Compressor, x: Tensor) -> None:
     gates = memory.gates(x)
-    taken = list(inspect.signature(memory.fold).parameters)[3:]
+    where, taken = "fold", list(inspect.signature(memory.fold).parameters)[3:]
     if isinstance(memory, Recurrent) and memory.declared:
-        taken = memory.recurrence().gates
+        where, taken = "recurrence", memory.recurrence().gates
+    if isinstance(memory, DiagonalPlusRankOne) and type(memory).fold is DiagonalPlusRankOne.fold:
+        where, taken = "transition", list(inspect.signature(memory.transition).parameters)[2:]
     assert sorted(gates) == sorted(taken), (
-        f"gates(x) returns {sorted(gates)}, fold takes {sorted(taken)} after state, k, v: use the same names in both."
+        f"gates(x) returns {sorted(gates)}, {where} takes {sorted(taken)}: use the same names in both."
     )
     for name, gate in gates.items():
         expected = (_B, memory.num_states, _T)
-        assert gate.shape == expected, (
-            f"gates(x)[{name!r}] has shape {tuple(gate.shape)}, expected (batch, num_states, tokens) = {expected}."
+        assert gate.shape[:3] == expected and gate.ndim in (3, 4), (
+            f"gates(x)[{name!r}] has shape {tuple(gate.shape)}, expected (batch, num_states, tokens) = {expected}, or "
+            "that with the size of a vector after it."
         )
 
 
@@ -199,4 +203,4 @@ def _fold(memory: Compressor, state: State, k: Tensor, v: Tensor, gates: dict[st
 
 
 def _named(state: State) -> list[tuple[str, Tensor]]:
-    return [("", state)] if isinstance(state, Tensor) else [(f"[{name!r}]", u) for name, u in state.items()]
+    return [("", state)] if isinstance(state, Tensor) else [(f"[{name!r}]", state[name]) for name in sorted(state)]

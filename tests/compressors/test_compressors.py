@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ahn_layers import Compressor, GatedDeltaNet, check_compressor, outer
+from ahn_layers import RWKV7, AveragePooling, Compressor, GatedDeltaNet, Recurrence, check_compressor, outer
 
 from ..methods import COMPRESSORS
 
@@ -138,3 +138,31 @@ def test_impossible_sizes_are_refused(sizes, message):
 def test_fold_has_to_be_written():
     with pytest.raises(TypeError, match="fold"):
         Compressor(8, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"momentum": "m"}, "momentum with delta=False: expected delta=True"),
+        ({"more_keys": torch.ones(2, 1, 4, 4)}, "expected both or neither"),
+        ({"more_keys": 1, "more_values": 1, "delta": True}, "expected a strength with one number per write"),
+    ],
+)
+def test_recurrences_that_are_not_computed_are_refused(fields, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        Recurrence(**fields)
+
+
+@pytest.mark.parametrize("options", [{"rate": 0}, {"num_slots": 0}], ids=str)
+def test_pools_have_a_size(options):
+    with pytest.raises(ValueError, match="=0: expected a positive number"):
+        AveragePooling(8, 2, 4, **options)
+
+
+def test_gates_of_a_transition_have_its_names(unchecked):
+    class Misnamed(RWKV7):
+        def gates(self, x):
+            return {"decay": super().gates(x)["w"]}
+
+    with pytest.raises(AssertionError, match=r"gates\(x\) returns \['decay'\], transition takes \['a', 'w'\]"):
+        check_compressor(Misnamed)

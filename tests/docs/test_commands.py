@@ -237,7 +237,11 @@ def options_in_the_text(page):
 def test_options_in_the_text_exist(page, parse):
     """They are options of the scripts that the page speaks of."""
     known = {"--strict", "--multi_gpu", "--num_processes", "--config_file"}  # mkdocs, accelerate
-    required = {"evaluate.py": ["--adapter", "a", "--output", "o"], "train.py": ["--text", "a", "--output", "o"]}
+    required = {
+        "compare_compressors.py": ["--output", "o"],
+        "evaluate.py": ["--adapter", "a", "--output", "o"],
+        "train.py": ["--text", "a", "--output", "o"],
+    }
     for path in SCRIPTS:
         if path.name in markdown(page):
             parser = parse(f"examples/{path.name}", required.get(path.name, []))

@@ -8,6 +8,7 @@ import torch
 from ahn_layers import (
     Eviction,
     FoldAll,
+    GatedDeltaNet,
     HippocampalCache,
     MemoryState,
     MemoryStore,
@@ -22,7 +23,7 @@ from ahn_layers.fingerprint import memory_identity
 from ahn_layers.ops.slots.top_slots import running_top
 
 from .. import oracle
-from ..methods import COMPRESSORS, EVICTIONS, BiggestKeys
+from ..methods import COMPRESSORS, EVICTIONS, OPTIONS, BiggestKeys
 from ..models import generate, logits, retrofitted, tokens
 
 B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 26
@@ -31,7 +32,7 @@ SINKS, WINDOW = 2, 5
 
 def make(compressor=COMPRESSORS[0], eviction=None, **options):
     """A store in float64 whose memory contributes, and tokens for it."""
-    memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, **options).double()
+    memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, **OPTIONS.get(compressor, {}) | options).double()
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -59,9 +60,10 @@ def test_the_contract(eviction):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("num_slots", [0, 1, 4, T])
 @pytest.mark.parametrize("shared_state", [False, True])
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize(
+    "compressor, num_slots", [*((u, 1) for u in COMPRESSORS), *((GatedDeltaNet, n) for n in (0, 4, T))]
+)
 def test_any_cutting_equals_the_oracle(compressor, shared_state, num_slots, padded):
     store, inputs = make(compressor, BiggestKeys(num_slots), shared_state=shared_state)
     valid = torch.rand(B, T) < 0.7 if padded else None
@@ -111,7 +113,7 @@ def test_the_running_choice_equals_one_made_token_by_token(slots, chunk, monkeyp
     priority[priority == 8], priority[priority == 7] = float("nan"), float("-inf")
     where = torch.rand(rows, heads, count) < 0.7
     held, filled = torch.zeros(rows, heads, slots).double(), torch.zeros(rows, heads, dtype=torch.long)
-    lost_at, loser, kept, filled = running_top(held, filled, priority, where)
+    lost_at, loser, kept, filled = _top(held, filled, priority, where)
     for b in range(rows):
         for h in range(heads):
             mine, value = [], priority[b, h].nan_to_num(nan=float("-inf"), neginf=float("-inf"))
@@ -139,9 +141,9 @@ def test_one_arrival_equals_the_first_of_two(slots):
         held[held == 0] = float("-inf")
         new[new == 5], new[new == 6] = float("nan"), float("inf")
         where = torch.rand(2, 3, 1) < 0.7
-        lost_at, loser, kept, now = running_top(held, filled, new, where)
+        lost_at, loser, kept, now = _top(held, filled, new, where)
         nothing = torch.zeros_like(where)
-        expected = running_top(held, filled, torch.cat((new, new), dim=2), torch.cat((where, nothing), dim=2))
+        expected = _top(held, filled, torch.cat((new, new), dim=2), torch.cat((where, nothing), dim=2))
         assert torch.equal(now, expected[3])
         assert torch.equal(loser[..., 0], expected[1][..., 0].clamp(max=slots + 1))
         assert torch.equal(lost_at, expected[0][:, :, : slots + 1].clamp(max=1))
@@ -224,10 +226,16 @@ def test_mistakes_are_named(unchecked):
         keep_best(empty_slots(state.slots, 2), _leaving(state.slots), lambda t: t.k.norm(dim=(1, 3)))
 
 
+def _top(held, filled, arriving, where):
+    """Tokens in the order in which they came."""
+    priority = torch.cat((held, arriving), dim=2)
+    return running_top(priority, torch.arange(priority.shape[2]).expand(priority.shape), filled, where)
+
+
 def _leaving(slots):
     from ahn_layers.tokens import Leaving
 
-    return Leaving.of(0, slots, None)
+    return Leaving.of(0, slots, None, torch.arange(len(slots)))
 
 
 def test_files_of_states_from_before_evictions_load(tmp_path):

@@ -20,13 +20,13 @@ from ahn_layers import (
 )
 from ahn_layers.distillation import use_window
 
-from ..methods import COMPRESSORS, BiggestKeys
+from ..methods import KINDS, BiggestKeys
 from ..models import FAMILIES, base, generate, logits, retrofitted, tokens
 
 B, H, G, D, N, T = 2, 4, 2, 8, 10, 40
 SINKS, WINDOW = 2, 5
 FREQUENCIES = 10.0 ** -torch.arange(0, 2, 0.5, dtype=torch.float64)
-SCORES = ("learned", "recent", "key_norm", "value_norm")
+SCORES = ("learned", "recent", "key_norm", "value_norm", "key_difference")
 
 
 def rotate(u, position):
@@ -54,7 +54,12 @@ def token_by_token(eviction, q, k, v, x):
         score = gates["score"] + eviction.learned.rate[:, None] * rank
     else:
         score = {"recent": torch.zeros(B, G, T), "key_norm": -k.norm(dim=-1), "value_norm": v.norm(dim=-1)}
-        score = score[eviction.score] + eviction.rate * rank
+        score["key_difference"] = -torch.ones(B, G, T).double()
+        for p in range(SINKS, T):
+            unit = [u / u.norm(dim=-1, keepdim=True) for u in rotate(k, rank)[:, :, SINKS : p + 1].unbind(2)]
+            score["key_difference"][:, :, p] = -torch.cosine_similarity(unit[-1], sum(unit), dim=-1)
+        rates = torch.tensor(eviction.rate, dtype=torch.float64).expand(G)[:, None]
+        score = score[eviction.score] + rates * rank
     for b in range(B):
         for g in range(G):
             mine, refused, left_out = [], 0, {}
@@ -91,7 +96,8 @@ def token_by_token(eviction, q, k, v, x):
 @pytest.mark.parametrize("num_slots", [0, 1, 6])
 @pytest.mark.parametrize("score", SCORES)
 def test_token_by_token_and_under_any_cutting(score, num_slots, positions):
-    eviction = policy(num_slots, score=score, positions=positions, rate=0.0 if score == "key_norm" else 0.05)
+    rate = {"key_norm": 0.0, "value_norm": [0.02, 0.2]}.get(score, 0.05)
+    eviction = policy(num_slots, score=score, positions=positions, rate=rate)
     store = MemoryStore(Window(WINDOW, SINKS), None, Rotary(FREQUENCIES, 1000), eviction=eviction)
     q, k, v = (torch.randn(B, heads, T, D, dtype=torch.float64) for heads in (H, G, G))
     x = torch.randn(B, T, N, dtype=torch.float64)
@@ -120,7 +126,7 @@ def test_untrained_slots_are_a_longer_window():
     assert "untrained score: a longer window" in memory_report(model)
 
 
-@pytest.mark.parametrize("compressor", [None, *COMPRESSORS])
+@pytest.mark.parametrize("compressor", [None, *KINDS])
 def test_slots_and_every_compressor(compressor):
     model, ids = retrofitted(compressor=compressor, eviction=SalientSlots(5)), tokens(2, 50)
     whole = logits(model, ids)
@@ -197,6 +203,8 @@ def test_bytes_are_reported_and_constant():
         ({"num_slots": 2, "score": "size"}, "score='size': expected 'learned' or one of"),
         ({"num_slots": 2, "rate": -1.0}, "rate=-1.0"),
         ({"num_slots": 2, "rate": float("nan")}, "rate=nan"),
+        ({"num_slots": 2, "rate": []}, r"rate=\[\]: expected a number of at least 0, or one for each key/value head"),
+        ({"num_slots": 2, "rate": [0.1, -1.0]}, r"rate=\[0.1, -1.0\]"),
         ({"num_slots": 2, "score_size": 0}, "score_size=0"),
         ({"num_slots": 2, "positions": "near"}, "positions='near'"),
     ],
@@ -205,6 +213,37 @@ def test_bytes_are_reported_and_constant():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         SalientSlots(**options)
+
+
+@pytest.mark.parametrize("score", ["learned", "recent"])
+def test_rates_by_head(score, tmp_path):
+    eviction = SalientSlots(5, score=score, rate=(0.5, 0.0))
+    with pytest.raises(ValueError, match=r"rate=\[0.5, 0.0\]: expected one number, or 3, one for each"):
+        eviction.for_layer(hidden_size=8, num_kv_heads=3, value_dim=4)
+    assert eviction.options()["rate"] == [0.5, 0.0]
+    own = eviction.for_layer(hidden_size=8, num_kv_heads=2, value_dim=4)
+    if score == "learned":  # a rate of 0 would not know which of two equal tokens is newer
+        torch.testing.assert_close(own.learned.rate.detach(), torch.tensor([0.5, 1.0]))
+    model = retrofitted(compressor=GatedDeltaNet, eviction=eviction)
+    save_adapter(model, tmp_path)
+    ids = tokens(1, 40)
+    assert torch.equal(logits(load_adapter(base(), tmp_path), ids), logits(model, ids))
+    other = retrofit(base(), GatedDeltaNet, window_size=6, num_sinks=2, eviction=SalientSlots(5, score=score))
+    if score == "learned":  # the weights say the rates
+        assert torch.equal(logits(load_adapter(other, tmp_path), ids), logits(model, ids))
+    else:
+        with pytest.raises(ValueError, match="the adapter has evictions="):
+            load_adapter(other, tmp_path)
+
+
+def test_the_sum_of_keys_knows_no_padding():
+    model, ids = retrofitted(eviction=SalientSlots(5, score="key_difference")), tokens(2, 40)
+    padded = torch.cat((torch.zeros(2, 7, dtype=torch.long), ids), dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :7] = 0
+    alone = generate(model, ids, 8)[:, 40:]
+    assert torch.equal(generate(model, padded, 8, attention_mask=mask)[:, 47:], alone)
+    assert torch.equal(generate(model, ids, 8, cache_implementation="static")[:, 40:], alone)
 
 
 def test_a_learned_score_has_to_know_its_layer():

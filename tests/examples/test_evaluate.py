@@ -32,6 +32,7 @@ import arms  # noqa: E402
 import evaluate  # noqa: E402
 import gap  # noqa: E402
 import needles  # noqa: E402
+import quickstart  # noqa: E402
 import texts  # noqa: E402
 import train  # noqa: E402
 
@@ -158,9 +159,13 @@ def test_the_interval_of_wilson(right, of, low, high):
     ("position", "end", "place"),
     [
         (0, 8, "sink"),
-        (0, 9, "evicted, up to 2,048 back"),
+        (0, 9, "edge of the sinks"),
+        (7, 990, "edge of the sinks"),
+        (8, 9, "evicted, up to 2,048 back"),
         (464, 474, "evicted, up to 512 back"),
         (940, 960, "evicted, up to 512 back"),
+        (960, 976, "evicted, up to 512 back"),
+        (960, 977, "edge of the window"),
         (300, 310, "evicted, up to 2,048 back"),
         (975, 990, "edge of the window"),
         (976, 990, "window"),
@@ -169,6 +174,38 @@ def test_the_interval_of_wilson(right, of, low, high):
 def test_places(position, end, place):
     assert needles.Needle(position, end, [1]).place(1000, 24, 8) == place
     assert needles.Needle(20, 30, [1]).place(100_000, 24, 8) == "evicted, further back"
+    assert needles.Needle(5, 12, [1]).place(32, 24, 8) == "window"  # all of it in sinks and window
+    assert needles.Needle(5, 12, [1]).place(33, 24, 8) == "edge of the sinks"
+
+
+@pytest.mark.parametrize("task", sorted(needles.TASKS.keys() - {"RULER common words", "RULER frequent words"}))
+@pytest.mark.parametrize("depth", [0.0, 0.7, 1.0])
+def test_needles_that_are_all_evicted(task, depth):
+    encode = tokenizer().encode
+    haystack = encode("lorem ipsum dolor sit amet " * 60)
+    for seed in range(5):
+        rng = random.Random(seed)
+        example = needles.make(task, encode, haystack, 1400, depth, rng, evicted=(150, 8), begin=[1, 2])
+        assert example.prompt[:2] == [1, 2] and len(example.prompt) == 1400
+        places = {needle.place(1400, 150, 8) for needle in example.needles}
+        # sentences that fill a text begin where they begin
+        most = {"edge of the sinks", "sink"} if task in needles.HAYSTACKS and depth == 0.0 else set()
+        assert {place for place in places - most if not place.startswith("evicted")} == set()
+        with pytest.raises(ValueError, match="does not fit"):
+            needles.make(task, encode, haystack, 300, depth, rng, evicted=(290, 8))
+
+
+def test_prompts_side_by_side_are_scored_as_alone():
+    model, encode = small(), tokenizer().encode
+    haystack = encode("lorem ipsum dolor sit amet " * 20)
+    tasks = ("pass key", "RULER multi-value", "facts")
+    examples = [needles.make(task, encode, haystack, 300, 0.4, random.Random(1)) for task in tasks]
+    for own, example in zip(needles.score_all(model, examples, 70), examples, strict=True):
+        for together, alone in zip(own, needles.score(model, example, 300), strict=True):
+            assert together.loss == pytest.approx(alone.loss, rel=1e-4) and together.answer == alone.answer
+    examples[0].prompt.pop()
+    with pytest.raises(ValueError, match=r"prompts of \[299, 300\] tokens"):
+        needles.score_all(model, examples, 70)
 
 
 def test_a_needle_can_be_put_into_the_window():
@@ -311,6 +348,25 @@ def test_an_arm_puts_everything_back(arm):
     assert torch.equal(logits_of(model, ids), expected)
 
 
+def test_slots_by_scores_without_training():
+    ids = torch.randint(1, 256, (1, 120))
+    for score in ("value_norm", "key_difference"):
+        own = retrofit(base(), None, window_size=24, num_sinks=8, eviction=SalientSlots(16, score=score))
+        model = small(eviction=SalientSlots(16))
+        with arms.use_arm(model, score):
+            torch.testing.assert_close(logits_of(model, ids), logits_of(own, ids))
+        with pytest.raises(ValueError, match="a score for slots"), arms.use_arm(small(), score):
+            pass
+
+
+def test_layers_keep_windows_of_their_own():
+    model = retrofit(base(), None, window_size={0: 24, 1: 12}, num_sinks=8)
+    with arms.use_arm(model, "window"):
+        assert [store.window.window_size for store in arms.stores_of(model)] == [24, 12]
+    with pytest.raises(ValueError, match="the layers have different windows"):
+        arms.own_window(model)
+
+
 def test_layers_may_have_different_numbers_of_slots():
     model = small(eviction={0: SalientSlots(16), 1: SalientSlots(4)})
     with arms.use_arm(model, "window"):
@@ -326,7 +382,7 @@ def test_bytes_of_the_arms():
     model, ids = small(eviction=SalientSlots(16)), torch.randint(1, 256, (1, 201))
     for arm in arms.arms_of(model):
         with arms.use_arm(model, arm):
-            reading, _ = evaluate.read(model, ids, 50, arm)
+            reading, _ = quickstart.read(model, ids, 50, arm)
         assert arms.arm_bytes(model, arm, (24, 8), 200) == reading.cache_bytes[-1], arm
 
 
@@ -394,6 +450,25 @@ def test_evaluate_compares_slots_at_equal_capacity(adapter, names, folders, tmp_
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_needles_that_are_all_evicted_have_a_row_of_their_own(folders, tmp_path):
+    results = evaluate.main([
+        "--model", str(folders / "base"), "--adapter", str(folders / "slots"), "--text", str(folders / "text.txt"),
+        "--tokens", "0", "--stretches", "0", "--needles", "5", "--batch", "3", "--evicted", "--needle-length", "420",
+        "--slots", "8", "--tasks", "pass key", "RULER frequent words", "--device", "cpu", "--dtype", "float32",
+        "--scores", "key_norm", "key_difference", "--output", str(tmp_path),
+    ])  # fmt: skip
+    arms = ["full", "window", "compressor", "slots", "memory", "key_norm", "key_difference"]
+    assert list(results["needles"]["RULER frequent words"]["the whole text"]["interval"]) == arms
+    by_arm = results["bytes"]["24+8"]
+    assert by_arm["key_norm"]["bytes"] < by_arm["slots"]["bytes"] < by_arm["memory"]["bytes"]
+    assert results["bytes"]["24+8"]["memory"]["tokens"] == 24 + 8 + 8
+    results = results["needles"]
+    assert list(results["RULER frequent words"]) == ["the whole text"]
+    places = results["pass key"]
+    assert list(places)[-1] == "evicted, at any distance" and all(name.startswith("evicted") for name in places)
+    assert places["evicted, at any distance"]["n"] == 5 == sum(u["n"] for u in places.values()) - 5
+
+
 def losses_with_a_gap(gap, noise, texts=2, tokens=512):
     """Losses by arm of texts in which full attention is better by ``gap``, and the memory closes half of it."""
     found = []
@@ -454,6 +529,9 @@ def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
     (["--text", "nowhere.txt"], "nowhere.txt"),
     (["--output", __file__], "File exists"),
     (["--tasks", "RULER"], "invalid choice"),
+    (["--slots", "9"], "--slots 9: this memory has no slots"),
+    (["--scores", "recent"], "--scores: this memory has no slots"),
+    (["--stretches", "0", "--evicted", "--needle-length", "150"], "--needle-length 150: expected at least 160"),
 ])  # fmt: skip
 def test_a_wrong_option_fails_before_anything_is_measured(given, message, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "streaming", lambda *_: pytest.fail("the first part ran"))
@@ -562,7 +640,9 @@ def test_streaming_reads_what_the_steps_need(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "read_dataset", stream)
     words = ["--dataset", "a", "--config", "b", "--split", "c", "--column", "d", "--output", str(tmp_path)]
     sizes = ["--steps", "3", "--batch", "2", "--accumulate", "2", "--length", "64"]
-    crops, _ = train.load_data(tokenizer(), train.parse([*words, *sizes, "--streaming"]))
+    options = train.parse([*words, *sizes, "--streaming"])
+    documents, _ = train.load_data(tokenizer(), options)
+    crops = train.crops_of(documents, tokenizer(), options)
     assert asked == [("a", "b", "c", "d", True)] and len(crops) == 12
     assert sum(map(len, crops.documents)) >= 12 * 64 and len(read) < 200
     train.load_data(tokenizer(), train.parse([*words, *sizes]))

@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import (
 
 from . import media
 from .checks import Case, one_pass
-from .special import ALL_ALIKE
 from .shrink import initialise, tiny_config
+from .special import ALL_ALIKE
 
 
 def all_names(kind: str | None = None) -> list[str]:

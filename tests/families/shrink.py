@@ -31,7 +31,7 @@ _RULES: list[tuple[str, int]] = [
     (r"qk_rope_head_dim", 8),
     (r"qk_head_dim", 24),
     (r"rotary_dim|rope_head_dim", 8),
-    (r"(.*_)?head_dim|d_head|dim_head|attention_head_size|kv_channels|d_kv|query_pre_attn_scalar|.*mamba_d_head", HEAD_DIM),
+    (r"(.*_)?head_dim|d_head|dim_head|attention_head_size|kv_channels|d_kv|query_pre_attn_scalar", HEAD_DIM),
     (r"mamba_headdim", 2 * HEAD_DIM),
     (r"num_key_value_heads|num_kv_heads|.*_key_value_heads|num_query_groups|linear_num_key_heads", KV_HEADS),
     (r"(.*_)?(num_)?attention_heads|n_heads?|num_heads|.*_num_heads|.*_n_heads|linear_num_value_heads", HEADS),
@@ -39,7 +39,8 @@ _RULES: list[tuple[str, int]] = [
     (r".*_hidden_size|embed(ding)?_dim|emb_dim|embed_dim|embedding_size|.*_embedding_size|word_embed_proj_dim", HIDDEN),
     (r"out_hidden_size|output_dim|projection_dim|.*_embed_dim|adapter_(in|out)_dim|adapter_input_size", HIDDEN),
     (r"lru_width|mamba_d_ssm|pooler_output_size|vision_output_dim|projector_(in|out)put_dim|moe_latent_size", HIDDEN),
-    (r"num_hidden_layers|n_layers?|layers|num_layers|depth|num_blocks|(encoder|decoder)_layers|.*num_layers_per_stack", 2),
+    (r"num_hidden_layers|n_layers?|layers|num_layers|depth|num_blocks|(encoder|decoder)_layers", 2),
+    (r".*num_layers_per_stack", 2),
     (r"num_(encoder|decoder)_layers|n_recurrent_layers|conf_num_hidden_layers|decoder_num_layers", 2),
     (r"num_local_experts|(moe_)?num_experts|n_routed_experts|zero_expert_num", 4),
     (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts|.*experts_per_token", 2),
@@ -100,7 +101,7 @@ def _shrunk(config: PreTrainedConfig, path: str) -> dict[str, Any]:
             made[name].setdefault("model_type", value.model_type)
         elif name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
             made[name] = [1]
-        elif isinstance(value, dict) and ("mrope_section" in value or (name == "rope_parameters" and _rotates_in_3d(config))):
+        elif name == "rope_parameters" and isinstance(value, dict) and _rotates_in_3d(value, config):
             size = 8 if latent else HEAD_DIM
             made[name] = value | {"mrope_section": _sections(int(size * value.get("partial_rotary_factor", 1)) // 2)}
         elif isinstance(value, (list, tuple)) and depth and len(value) == depth and depth > 1:
@@ -133,8 +134,10 @@ def _shrunk(config: PreTrainedConfig, path: str) -> dict[str, Any]:
     return {aliases.get(name, name): value for name, value in made.items()}
 
 
-def _rotates_in_3d(config: PreTrainedConfig) -> bool:
-    """Whether the model's code knows sections of channels for time, height and width."""
+def _rotates_in_3d(parameters: dict[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether the config or the model's code knows sections of channels for time, height and width."""
+    if "mrope_section" in parameters:
+        return True
     path = Path(sys.modules[type(config).__module__].__file__ or "")
     code = path.with_name(path.name.replace("configuration", "modeling"))
     return code.exists() and "mrope_section" in code.read_text()

@@ -28,7 +28,7 @@ from ahn_layers.huggingface.cache_layers import MemoryLayer
 from ahn_layers.huggingface.recording import MAX_ROLLBACK
 from ahn_layers.huggingface.static_layer import StaticMemoryLayer
 
-from ..methods import COMPRESSORS
+from ..methods import KINDS
 from ..models import CAPACITY, FAMILIES, base, generate, logits, positions, retrofitted, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_a_row_that_does_not_exist_is_an_error(model):
 # --- files
 
 
-@pytest.mark.parametrize("compressor", [*COMPRESSORS, None])
+@pytest.mark.parametrize("compressor", [*KINDS, None])
 @every_length
 def test_saved_and_resumed_bit_for_bit(length, compressor, tmp_path):
     model = retrofitted(compressor=compressor)
@@ -320,7 +320,7 @@ def test_taken_back_is_never_read(model, length, count):
     close(go_on(model, cache), go_on(model, fresh))
 
 
-@pytest.mark.parametrize("compressor", [*COMPRESSORS, None])
+@pytest.mark.parametrize("compressor", [*KINDS, None])
 def test_a_part_of_a_draft_is_taken_back(compressor):
     model, cache, text = retrofitted(compressor=compressor), HippocampalCache(), tokens(1, LONG + 20)
     cache.activate_past_recording()
@@ -534,7 +534,7 @@ def test_an_empty_cache_is_a_cache(model, tmp_path):
         assert torch.equal(go_on(model, cache, rows=2), go_on(model, HippocampalCache(), rows=2))
 
 
-@pytest.mark.parametrize("compressor", [*COMPRESSORS, None])
+@pytest.mark.parametrize("compressor", [*KINDS, None])
 def test_bytes_are_constant_once_the_window_is_full(compressor):
     model, cache = retrofitted(compressor=compressor), HippocampalCache()
     sizes, stored = [], []
@@ -550,7 +550,7 @@ def test_bytes_are_constant_once_the_window_is_full(compressor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("compressor", [*COMPRESSORS, None])
+@pytest.mark.parametrize("compressor", [*KINDS, None])
 def test_the_report_says_the_bytes_of_the_cache(compressor, dtype):
     model = retrofitted(dtype=dtype, compressor=compressor)
     rows = re.findall(r"^(total|model\S+) .* ([\d,]+)$", memory_report(model), re.MULTILINE)

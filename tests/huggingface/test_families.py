@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from ahn_layers import GatedDeltaNet, HippocampalAttention, full_attention, restore, retrofit, window_only
-from ahn_layers.compressor import Compressor
 from ahn_layers.record import find_retrofitted
 
-from ..methods import NAMES
+from ..methods import COMPRESSORS
 from ..models import (
     CAPACITY,
     FAMILIES,
@@ -104,9 +103,9 @@ def test_generate_is_greedy_by_hand(name):
     assert not torch.equal(forgetful, expected), "the memory says nothing in this test"
 
 
-@pytest.mark.parametrize("compressor", NAMES)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_every_compressor(compressor):
-    model = retrofitted(compressor=Compressor.by_name[compressor])
+    model = retrofitted(compressor=compressor)
     ids = tokens(2, LONG)
     expected = logits(model, ids)
     for cuts in CUTS.values():

@@ -101,6 +101,7 @@ class Keeping(torch.nn.Module):
     """A child of an attention block that is given the block's mask too."""
 
     def forward(self, x, mask):
+        self.kept = mask
         return x
 
 

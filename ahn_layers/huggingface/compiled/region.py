@@ -1,6 +1,7 @@
 """The layers of a model as one piece of code: what tells them apart is hidden, so that it is compiled once."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +56,8 @@ def compiled_region(**options: Any) -> Callable[..., Any]:
         **options: of ``torch.compile``.
     """
     # torch.compile counts what it made of a piece of code: each model has its own piece
-    function = FunctionType(run_plainly.__code__.replace(), run_plainly.__globals__)
+    plain = inspect.unwrap(run_plainly)
+    function = FunctionType(plain.__code__.replace(), plain.__globals__)
     compiled: Callable[..., Any] | None = torch.compile(function, **options)
 
     def run(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -5,14 +5,13 @@ Dimensions: b batch, h query heads, g key/value heads, t queries, s sinks, c key
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..decode.step import slot_attention
-from ..slots.soft_slots import soft_visibility
+from .between import Between
 from .window_attention import masked_attention, together, window_attention
 
 Pair = tuple[Tensor, Tensor]
@@ -57,82 +56,6 @@ class InSlots:
     seen: Int[Tensor, " b"]
     full: bool
     num_sinks: int
-
-
-class Turn(NamedTuple):
-    """How many positions nearer tokens are shown than they are: query minus key.
-
-    Attributes:
-        keys: of each key, ``(b, g, c)``.
-        queries: of each query, for the keys of each key/value head, ``(b, g, t)``.
-    """
-
-    keys: Int[Tensor, "b g c"]
-    queries: Int[Tensor, "b g t"]
-
-
-class Soft(NamedTuple):
-    """The choice of the kept tokens, softened for training (see ``soft_visibility``).
-
-    Attributes:
-        priority: of each key, with gradient, ``(b, g, c)``.
-        temperature: in units of the priority.
-    """
-
-    priority: Float[Tensor, "b g c"]
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Between:
-    """Keys that are seen for a while, in every key/value head its own: query ``i`` sees those with first <= i < last.
-
-    Attributes:
-        k: keys.
-        v: values.
-        first: the first query of the call that sees each key.
-        last: the first one that sees it no more.
-        most: at most so many are seen by a query; one more may come with each query.
-        turn: at which positions keys and queries are shown to each other; None for their true ones.
-        soft: in training, every key stays visible to a degree.
-    """
-
-    k: Float[Tensor, "b g c d"]
-    v: Float[Tensor, "b g c e"]
-    first: Int[Tensor, "b g c"]
-    last: Int[Tensor, "b g c"]
-    most: int
-    turn: Turn | None = None
-    soft: Soft | None = None
-
-    ALWAYS: ClassVar[int] = 1 << 40
-    """After every query."""
-
-    def of(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values that some of these queries see, and which query sees which, ``(b, g, stop - start, n)``.
-
-        The latter is True or False, or what is added to the logits if the choice is soft.
-        """
-        k, v, first, last = self.k, self.v, self.first, self.last
-        if self.soft is not None:
-            return self._softly(self.soft, start, stop)
-        size = self.most + stop - start
-        if size < k.shape[2]:
-            alive = (first < stop) & (last > start)
-            index = (~alive).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :size]
-            first, last = first.gather(2, index), last.gather(2, index)
-            k, v = (u.gather(2, index[..., None].expand(*index.shape, u.shape[3])) for u in (k, v))
-        query = torch.arange(start, stop, device=k.device).unsqueeze(1)
-        return k, v, (first.unsqueeze(2) <= query) & (query < last.unsqueeze(2))
-
-    def _softly(self, soft: Soft, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best candidates, twice as many as there are slots and some more, with their visibilities."""
-        value = soft.priority.detach().masked_fill(self.first >= stop, float("-inf"))
-        index = value.topk(min(value.shape[2], 2 * self.most + stop - start), dim=2).indices
-        k, v = (u.gather(2, index[..., None].expand(*index.shape, u.shape[3])) for u in (self.k, self.v))
-        priority, first = soft.priority.gather(2, index), self.first.gather(2, index)
-        queries = torch.arange(start, stop, device=k.device)
-        return k, v, soft_visibility(priority, first, queries, self.most, soft.temperature)
 
 
 @dataclass(frozen=True)
@@ -211,10 +134,10 @@ class SoftmaxAttention:
             q_kept: queries to use against what an eviction keeps.
         """
         seen, *others = (part for part in (parts[0], later, *parts[1:]) if part is not None)
-        beside = [part.of for part in others if isinstance(part, Between)]
+        beside = [part for part in others if isinstance(part, Between)]
         if isinstance(seen, InSlots):
             if beside:
-                return self.over_slots(q, seen, [of(0, 1) for of in beside], q_sinks, q_kept)
+                return self.over_slots(q, seen, [part.of(0, 1) for part in beside], q_sinks, q_kept)
             k, v = seen.slots()
             return slot_attention(
                 q, k, v, seen.seen, full=seen.full, scale=self.scale, softcap=self.softcap, q_sinks=q_sinks,
@@ -227,8 +150,8 @@ class SoftmaxAttention:
         sink_k, sink_v = sinks or (None, None)
         return window_attention(
             q, sink_k, sink_v, k, v, seen.rank(), window_size=seen.window_size, num_sinks=seen.num_sinks,
-            scale=self.scale, softcap=self.softcap, q_sinks=q_sinks, first_rank=seen.first_rank,
-            beside=beside, q_kept=q_kept, null_logits=self.null_logits,
+            scale=self.scale, softcap=self.softcap, q_sinks=q_sinks, beside=beside, q_kept=q_kept,
+            first_rank=seen.first_rank if later is None else None, null_logits=self.null_logits,
         )  # fmt: skip
 
     def over_slots(

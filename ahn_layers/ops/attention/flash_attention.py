@@ -9,6 +9,7 @@ softmax.
 Dimensions as in ``window_attention``.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..triton_forms import in_triton
+from .between import Between
 
 Part = tuple[Tensor, Tensor, Tensor, int | None]
 """Queries, keys, values, ``(b, t, h, d)`` each; how many tokens back a query sees, itself included, None for all."""
@@ -25,6 +27,19 @@ def supports(q: Tensor, v: Tensor) -> bool:
     """Whether the fused kernels can take these tensors."""
     size = q.shape[-1]
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and size == v.shape[-1] <= 256 and size % 8 == 0
+
+
+def supports_beside(part: Between) -> bool:
+    """Whether there is a kernel for these keys: not in training."""
+    return part.soft is None and not torch.is_grad_enabled() and in_triton(part.k, part.v)
+
+
+def attend_beside(q: Float[Tensor, "b h t d"], part: Between, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention to keys that are seen for a while, ``(b, t, h, d)``, and its log-sum-exp, ``(b, h, t)``."""
+    from . import triton_between
+
+    index, count = part.in_chunks(q.shape[2], triton_between.CHUNK)
+    return triton_between.attend(q, part.k, part.v, part.first, part.last, index, count, scale)
 
 
 def flash_window_attention(
@@ -39,6 +54,7 @@ def flash_window_attention(
     head: int,
     own: int,
     scale: float,
+    beside: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Float[Tensor, "b h t d"]:
     """Every query sees the sinks up to itself, and of the other tokens the last ``window_size`` up to its own.
 
@@ -53,20 +69,30 @@ def flash_window_attention(
         head: how many of the queries are sinks themselves, the first ones.
         own: how many columns of the context are sinks, the first ones.
         scale: logit factor.
+        beside: attention to further keys and its log-sum-exp, as ``attend_beside`` returns them.
     """
     columns = q.shape[2] + window_size - 1  # no query sees further back
     if sink_k is not None and sink_v is not None and not head:
         own, k, v = 0, *(u[:, :, own:][:, :, -columns:] for u in (context_k, context_v))
         if _in_pieces(q, k, window_size):
             facing = q if q_sinks is None else q_sinks
-            return _attend_in_pieces(q, facing, sink_k, sink_v, k, v, scale, window_size)
+            return _with(beside, _attend_in_pieces(q, facing, sink_k, sink_v, k, v, scale, window_size))
         context_k, context_v = k, v
     begins = sink_k is None and q_sinks is None and context_k.shape[2] == q.shape[2]
     if begins and _in_pieces(q, context_k[:, :, own:], window_size):
-        return _cudnn(q, context_k, context_v, True, scale)[0].transpose(1, 2)
+        return _with(beside, _cudnn(q, context_k, context_v, True, scale))
     tensors = [None if u is None else u.transpose(1, 2) for u in (q, q_sinks, sink_k, sink_v, context_k, context_v)]
-    out: Tensor = _JointAttention.apply(_Cut(window_size, head, own, scale), *tensors)
+    cut = _Cut(window_size, head, own, scale)
+    if beside:
+        return _with(beside, _joint(cut, *tensors)[0])  # type: ignore[arg-type]
+    out: Tensor = _JointAttention.apply(cut, *tensors)
     return out.transpose(1, 2)
+
+
+def _with(beside: Sequence[tuple[Tensor, Tensor]], attended: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention over the window, ``(b, t, h, d)``, and over what is beside it, ``(b, h, t, d)``."""
+    outs, lses = zip(attended, *beside, strict=True)
+    return join(outs, lses)[0].transpose(1, 2)
 
 
 def _in_pieces(q: Tensor, context_k: Tensor, window_size: int) -> bool:
@@ -101,7 +127,7 @@ def _attend_in_pieces(
     context_v: Tensor,
     scale: float,
     window_size: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Window attention as up to four attentions: what all queries see, what they see causally, what leaves, the sinks.
 
     Column ``j`` of the context leaves a full window before query ``j``: turned around, this is causal too.
@@ -120,7 +146,7 @@ def _attend_in_pieces(
     if sink_k.shape[2]:
         parts.append(_cudnn(q_sinks, sink_k, sink_v, False, scale))
     outs, lses = zip(*parts, strict=True)
-    return join(outs, lses, backwards=backwards)[0].transpose(1, 2)
+    return join(outs, lses, backwards=backwards)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -169,16 +195,9 @@ class _JointAttention(torch.autograd.Function):
         v: Tensor,
     ) -> Tensor:
         ctx.cut, ctx.turned, ctx.inside = cut, q_sinks is not None, sink_k is None
-        tensors = (q, q if q_sinks is None else q_sinks, *_sinks(cut, sink_k, sink_v, k, v), k, v)
-        outs, lses, extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)
-        split = 1 if cut.head else 0
-        pieces = [(outs[0], lses[0])] if split else []
-        if len(outs) > split:
-            pieces.append(join(outs[split:], lses[split:]))
-        ctx.save_for_backward(
-            *tensors, *(u for extra in extras for u in extra), *(u for piece in pieces for u in piece)
-        )
-        return pieces[0][0] if len(pieces) == 1 else torch.cat([out for out, _ in pieces], dim=1)
+        (out, _), saved = _joint(cut, q, q_sinks, sink_k, sink_v, k, v)
+        ctx.save_for_backward(*saved)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -214,6 +233,22 @@ class _JointAttention(torch.autograd.Function):
             for i, u in ((1, k), (2, v))
         )
         return None, torch.cat(dq, dim=1) if len(dq) > 1 else dq[0], turned, *sinks, dk, dv
+
+
+def _joint(
+    cut: _Cut, q: Tensor, q_sinks: Tensor | None, sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    """The joint attention with its log-sum-exp, and what the backward pass needs."""
+    tensors = (q, q if q_sinks is None else q_sinks, *_sinks(cut, sink_k, sink_v, k, v), k, v)
+    outs, lses, extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)
+    split = 1 if cut.head else 0
+    pieces = [(outs[0], lses[0])] if split else []
+    if len(outs) > split:
+        pieces.append(join(outs[split:], lses[split:]))
+    saved = (*tensors, *(u for extra in extras for u in extra), *(u for piece in pieces for u in piece))
+    if len(pieces) == 1:
+        return pieces[0], saved
+    return (torch.cat([out for out, _ in pieces], dim=1), torch.cat([lse for _, lse in pieces], dim=2)), saved
 
 
 def _sinks(cut: _Cut, sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Dimensions: b batch, h query heads, g key/value heads, t queries, s sinks, c context columns, d key size, e value size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import flash_attention
+from .between import Between
 
 _BLOCK_SCORES = 1 << 27
 """Upper bound on the scores ``b * h * block * keys`` of one query block (512 MiB in float32, if materialised)."""
@@ -128,7 +129,7 @@ def window_attention(
     softcap: float | None = None,
     q_sinks: Float[Tensor, "b h far d"] | None = None,
     first_rank: int | None = None,
-    beside: Sequence[Callable[[int, int], tuple[Tensor, Tensor, Tensor]]] = (),
+    beside: Sequence[Between] = (),
     q_kept: Float[Tensor, "b h t d"] | None = None,
     null_logits: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h t e"]:
@@ -153,8 +154,7 @@ def window_attention(
         softcap: see ``masked_attention``.
         q_sinks: queries to use against the sinks, for the last ``far`` queries.
         first_rank: rank of the first query, if it is the same in every row and known.
-        beside: what else is in the softmax: for queries ``start`` to ``stop``, keys, values, and which query sees
-            which ``(b, g, stop - start, n)``.
+        beside: what else is in the softmax.
         q_kept: queries to use against the last of what is beside, instead of ``q``.
         null_logits: see ``masked_attention``.
 
@@ -164,7 +164,8 @@ def window_attention(
     past = context_k.shape[2] - q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = softcap is not None or null_logits is not None
-    if first_rank is not None and not beside and not plain and flash_attention.supports(q, context_v):
+    fused = not plain and flash_attention.supports(q, context_v)
+    if first_rank is not None and fused and all(map(flash_attention.supports_beside, beside)):
         far = 0 if q_sinks is None else q_sinks.shape[2]
         facing = None if q_sinks is None else torch.cat((q[:, :, : q.shape[2] - far], q_sinks), dim=2)
         if sink_k is not None and sink_v is not None:
@@ -180,6 +181,7 @@ def window_attention(
             head=min(q.shape[2], max(0, num_sinks - first_rank)),
             own=min(context_k.shape[2], max(0, num_sinks - (first_rank - past))),
             scale=scale,
+            beside=[flash_attention.attend_beside(q if q_kept is None else q_kept, part, scale) for part in beside],
         )
     if sink_k is None or sink_v is None:
         sink_k, sink_v = context_k[:, :, :num_sinks], context_v[:, :, :num_sinks]
@@ -222,7 +224,7 @@ def _blockwise(
     context_v: Tensor,
     rank: Tensor,
     q_sinks: Tensor | None = None,
-    beside: Sequence[Callable[[int, int], tuple[Tensor, Tensor, Tensor]]] = (),
+    beside: Sequence[Between] = (),
     q_kept: Tensor | None = None,
     *,
     window_size: int,
@@ -247,7 +249,7 @@ def _blockwise(
         seen = (keys >= num_sinks) & (keys <= queries) & (keys > queries - window_size)
         visible = torch.cat((sink_rank <= queries, seen), dim=-1)
         visible = visible.view(-1, 1, *visible.shape[-2:])
-        others = [of(start, stop) for of in beside]
+        others = [part.of(start, stop) for part in beside]
         if others:
             visible = together(visible.expand(len(q), context_k.shape[1], -1, -1), *(u[2] for u in others))
         return masked_attention(

@@ -1,6 +1,8 @@
 """One decode step: attention of one query over the slots, and one token folded and read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -65,12 +67,29 @@ def delta_step(
     return state + k.unsqueeze(-1) * (beta.unsqueeze(-1) * (v - stored)).unsqueeze(-2)
 
 
+def log_decay(
+    decay: str | None, rate: Float[Tensor, " s"] | None, gates: Mapping[Any, Tensor], like: Float[Tensor, "b s"]
+) -> Float[Tensor, "b s"] | Float[Tensor, "b s d"] | None:
+    """The log decay of one token: its gate times a rate, or either alone; None for none.
+
+    Args:
+        decay: name of the gate.
+        rate: see above.
+        gates: those of the token, ``(B, S)`` or ``(B, S, D)``.
+        like: a tensor with the shape of a scalar gate, and its dtype.
+    """
+    if decay is None:
+        return None if rate is None else rate.to(like.dtype).expand_as(like)
+    g = gates[decay]
+    return g if rate is None else g * rate.to(g.dtype).view(-1, *[1] * (g.ndim - 2))
+
+
 def fold_and_read(
     state: Float[Tensor, "b s d e"],
     q: Float[Tensor, "b h d"],
     k: Float[Tensor, "b s d"],
     v: Float[Tensor, "b s e"],
-    g: Float[Tensor, "b s"] | None = None,
+    g: Float[Tensor, "b s"] | Float[Tensor, "b s d"] | None = None,
     beta: Float[Tensor, "b s"] | None = None,
 ) -> tuple[Float[Tensor, "b h e"], Float[Tensor, "b s d e"]]:
     """``S <- exp(g) S``, then ``S + k v^T`` or, with ``beta``, ``S + k (beta (v - S^T k))^T``; read ``S^T q``.
@@ -80,18 +99,19 @@ def fold_and_read(
         q: queries; those of one group share a state.
         k: the folded keys.
         v: the folded values.
-        g: log decay, None for no decay.
+        g: log decay, one per state or one per channel of the key; None for no decay.
         beta: write strength of the delta rule, None to add.
 
     Returns:
         What each query reads, and the state after.
     """
-    if state.dtype == torch.float32 and in_triton(state, q, k, v, g, beta):
+    by_channel = g is not None and g.ndim == 3
+    if state.dtype == torch.float32 and not by_channel and in_triton(state, q, k, v, g, beta):
         from . import triton_decode
 
         return triton_decode.fold_and_read(state, q, k, v, g, beta)
     if g is not None:
-        state = state * g.exp()[..., None, None]
+        state = state * (g if by_channel else g.unsqueeze(-1)).exp().unsqueeze(-1)
     state = state + k.unsqueeze(-1) * v.unsqueeze(-2) if beta is None else delta_step(state, k, v, beta)
     return (q.unflatten(1, (state.shape[1], -1)) @ state).flatten(1, 2), state
 
@@ -105,8 +125,8 @@ class StepRule:
     ``(rms(r) * weight * silu(gate)) matrix``.
 
     Attributes:
-        decay: the write gate that is the log decay; None for no decay.
-        rate: its factor, ``(S,)``; None for one.
+        decay: the write gate that is the log decay, of a state or of each channel of its keys; None for no decay.
+        rate: its factor, ``(S,)``; None for one. Without ``decay`` it is the log decay of every token.
         strength: the write gate that is the factor of what is written; None for one.
         delta: whether what is stored already is subtracted.
         read_scale: factor of the normalised queries.
@@ -129,18 +149,89 @@ class StepRule:
     norm_eps: float = 1e-5
 
 
-def fits_step(q: Tensor, slots: list[Tensor], memory: object) -> bool:
+@dataclass(frozen=True)
+class Contest:
+    """How the token that leaves the window and those in slots compete: ``priority = score + rate * rank``.
+
+    In each key/value head the one of least priority is lost, among equal ones the youngest.
+
+    Attributes:
+        score: the gate of the tokens in the window that is their score; None if it is ``given``.
+        given: the score of the token that leaves, ``(B, G, 1)`` float32.
+        log_rate: the logarithm of the rate, ``(G,)``; None for ``rate``.
+        rate: see there.
+    """
+
+    score: str | None = None
+    given: Tensor | None = None
+    log_rate: Tensor | None = None
+    rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class KeptSlots:
+    """What an eviction keeps, as the kernel of a decode step changes it.
+
+    Attributes:
+        tensors: contiguous; the first three without a token dimension, the others by slot: ``filled``, ``folded`` and
+            ``refused`` (see ``eviction.keep_best``; the last one if distances leave tokens out), ``k``, ``v``,
+            ``priority``, ``rank``, ``left_out`` (likewise), ``score`` (if there are ``scores``), and the write gates.
+        contest: who stays.
+        scores: of the tokens in the window, ``(B, G, C)`` float32, if they ride there.
+        new_score: of the new token, likewise.
+        inv_freq: the frequencies of the rotation, None if it is not known.
+        start: the first rotated channel.
+        interleaved: how channels are paired.
+        hidden: whether keys are folded without their rotation.
+    """
+
+    tensors: dict[str, Tensor]
+    contest: Contest
+    scores: Tensor | None
+    new_score: Tensor | None
+    inv_freq: Tensor | None
+    start: int
+    interleaved: bool
+    hidden: bool
+
+    def arguments(self, gates: list[str]) -> tuple[object, ...]:
+        """As the kernel takes them, the write gates in this order."""
+        compact = "refused" in self.tensors
+        names = ["k", "v", "filled", "folded", "priority", "rank", *(["left_out", "refused"] if compact else [])]
+        kept = [self.tensors[name] for name in names]
+        if self.scores is not None:
+            kept += [self.tensors["score"], self.scores]
+        kept += [self.tensors[name] for name in gates]
+        score = self.contest.given if self.scores is None else self.new_score
+        return (
+            kept, score, self.contest.log_rate, self.contest.rate, self.scores is not None, compact, self.hidden,
+            self.inv_freq if compact or self.hidden else None, self.start, self.interleaved,
+        )  # fmt: skip
+
+
+_NOTHING_KEPT: tuple[object, ...] = ([], None, None, 0.0, False, False, False, None, 0, False)
+
+
+def fits_step(q: Tensor, slots: list[Tensor], memory: object, kept: dict[str, Tensor] | None = None) -> bool:
     """Whether ``decode_step`` runs in kernels for such tensors.
 
     Args:
         q: queries.
-        slots: keys, values and gates by slot.
-        memory: the state.
+        slots: keys, values and write gates by slot.
+        memory: the state, None for none.
+        kept: what is kept beside the window.
     """
-    sizes = max(q.shape[-1], slots[1].shape[-1]) <= 256 and len(slots) <= 4
+    sizes = max(q.shape[-1], slots[1].shape[-1]) <= 256 and len(slots) <= 4 and all(u.ndim == 3 for u in slots[2:])
     dtypes = q.dtype != torch.float64 and len({u.dtype for u in (q, *slots)}) == 1
     state = isinstance(memory, Tensor) and memory.dtype == torch.float32 and memory.is_contiguous()
-    return sizes and dtypes and state and in_triton(q, *slots)
+    held = list((kept or {}).values())
+    return (
+        sizes
+        and dtypes
+        and (state or (memory is None and bool(held)))
+        and all(u.is_contiguous() for u in held)
+        and in_triton(q, *slots, *held)
+    )
 
 
 def decode_step(
@@ -148,7 +239,7 @@ def decode_step(
     new: tuple[Float[Tensor, "b g 1 d"], Float[Tensor, "b g 1 e"], dict[str, Float[Tensor, "b s 1"]]],
     slots: tuple[Float[Tensor, "b g c d"], Float[Tensor, "b g c e"], dict[str, Float[Tensor, "b s c"]]],
     seen: Int[Tensor, " b"],
-    memory: Float[Tensor, "b s d e"],
+    memory: Float[Tensor, "b s d e"] | None,
     rule: StepRule,
     *,
     num_sinks: int,
@@ -156,6 +247,7 @@ def decode_step(
     q_sinks: Float[Tensor, "b h 1 d"] | None = None,
     asking: Float[Tensor, "b h 1 d"] | None = None,
     key: Float[Tensor, "b g 1 d"] | None = None,
+    kept: KeptSlots | None = None,
 ) -> tuple[Float[Tensor, "b h 1 e"], Float[Tensor, "b h 1 e"]]:
     """In place: the token that leaves is folded, the new one takes its slot and is counted; then attend and read.
 
@@ -166,13 +258,14 @@ def decode_step(
         new: key, value and write gates of the new token.
         slots: keys, values and gates by slot, in the order of ``Window``.
         seen: tokens seen before, in each row; with ``c`` of them or more, one leaves.
-        memory: the state, float32.
+        memory: the state, float32; None for none.
         rule: how it is folded and read.
         num_sinks: leading slots that are never overwritten.
         scale: logit factor, default ``d ** -0.5``.
         q_sinks: queries to use against the sinks.
         asking: the queries as they read the memory, if they differ.
         key: of the token that leaves, if it is folded under another one than it has in its slot.
+        kept: the slots that the token that leaves competes for, None for none.
 
     Returns:
         The attention, with what the memory adds if the rule says how, and the reading, zero where no token left.
@@ -187,6 +280,7 @@ def decode_step(
         q, turned, k, v, [arriving[name] for name in gates], k_slots, v_slots, list(gates.values()), seen,
         num_sinks, facing, scale, memory, asking, key, places[rule.decay], places[rule.strength], rule.rate,
         rule.delta, rule.eps, rule.read_scale, rule.weight, rule.gate, rule.matrix, rule.norm_eps,
+        *(_NOTHING_KEPT if kept is None else kept.arguments(list(gates))),
     )  # fmt: skip
 
 
@@ -196,7 +290,7 @@ def follow(
     q: Float[Tensor, "b h 1 d"],
     k: Float[Tensor, "b g 1 d"],
     v: Float[Tensor, "b g 1 e"],
-    gates: dict[str, Float[Tensor, "b s 1"]],
+    gates: dict[str, Float[Tensor, "b s 1 *_"]],
 ) -> tuple[Float[Tensor, "b h 1 e"] | None, Float[Tensor, "b h 1 e"], Float[Tensor, "b s d e"]]:
     """One token folded and one query answered by a rule: what the kernel of a decode step does, in plain PyTorch.
 
@@ -207,7 +301,7 @@ def follow(
     gate = {name: u.squeeze(2).to(dtype) for name, u in gates.items()}
     key = l2_normalize(k.squeeze(2).to(dtype), rule.eps).repeat_interleave(repeats, dim=1)
     value = v.squeeze(2).to(dtype).repeat_interleave(repeats, dim=1)
-    g = None if rule.decay is None else gate[rule.decay] * (1 if rule.rate is None else rule.rate.to(dtype))
+    g = log_decay(rule.decay, rule.rate, gate, memory[:, :, 0, 0])
     strength = torch.ones_like(key[..., 0]) if rule.strength is None else gate[rule.strength]
     if not rule.delta:
         value = strength.unsqueeze(-1) * value

@@ -22,12 +22,15 @@ _SHARED = 1 << 13
 
 @triton.jit
 def _attend(
-    q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, out_ptr, row, part, parts, live, skipped, num_sinks, scale,
+    q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, out_ptr, row, part, at, live, skipped, num_sinks, scale,
     part_size, q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the queries of one group to one part of the first ``live`` slots, without the skipped one."""
+    """Attention of the queries of one group to one part of the first ``live`` slots, without the skipped one.
+
+    ``at`` is where among all parts it is written.
+    """
     b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
     r, d, e = tl.arange(0, R_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD)
     inside = (r[:, None] < R) & (d[None, :] < D)
@@ -62,7 +65,7 @@ def _attend(
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         largest = now
-    at = (row.to(tl.int64) * parts + part) * R + r
+    at = at * R + r
     tl.store(max_ptr + at, largest, mask=r < R)
     tl.store(sum_ptr + at, total, mask=r < R)
     tl.store(out_ptr + at[:, None] * E + e[None, :], out, mask=(r[:, None] < R) & (e[None, :] < E))
@@ -78,9 +81,9 @@ def _attend_to_part(
     row = tl.program_id(0) // parts
     live = tl.minimum(slots, tl.maximum(tl.load(seen_ptr + row // G), 1)).to(tl.int32)
     _attend(
-        q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, out_ptr, row,
-        tl.program_id(0) % parts, parts, live, -1, num_sinks, scale, part_size, q_b, q_h, t_b, t_h,
-        k_b, k_g, k_c, v_b, v_g, v_c, G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
+        q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, out_ptr, row, tl.program_id(0) % parts,
+        tl.program_id(0).to(tl.int64), live, -1, num_sinks, scale, part_size,
+        q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c, G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
     )  # fmt: skip
 
 

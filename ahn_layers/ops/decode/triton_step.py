@@ -15,97 +15,103 @@ from torch import Tensor
 
 from ..triton_forms import early_launch, on_its_gpu
 from .triton_decode import _attend, _join, parts_of
+from .triton_fold import _fold_tile, _slot
+from .triton_kept import _attend_to_kept, _compete, _move, _priority, _sortable
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
+_KEPT_BLOCK, _KEPT_PARTS = 16, 32
+"""Kept tokens that a program loads at a time, and parts that they are cut in."""
 _FINISH_TILE, _FINISH_WARPS = 16, 1
 """Channels of the output that a program of the second launch makes, and its warps."""
-
-
-@triton.jit
-def _slot(seen, slots, num_sinks):
-    """Where the token of this rank goes, as ``Window.slot``."""
-    return tl.where(seen < num_sinks, seen, num_sinks + (seen - num_sinks) % (slots - num_sinks))
-
-
-@triton.jit
-def _normal(u, eps, scale):
-    """``scale * u / sqrt(sum(u^2) + eps)`` of a vector."""
-    return u * (scale * tl.rsqrt(tl.sum(u * u, 0) + eps))
 
 
 @triton.jit
 def _attend_and_fold(
     q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, now_ptr, max_ptr, sum_ptr, part_ptr,
     asking_ptr, key_ptr, decay_ptr, rate_ptr, strength_ptr, memory_ptr, reading_ptr,
-    slots, num_sinks, facing, scale, part_size, parts, attending, eps, read_scale,
-    q_b, q_h, t_b, t_h, a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c,
+    kept_k_ptr, kept_v_ptr, kept_decay_ptr, kept_strength_ptr, filled_ptr, folded_ptr, priority_ptr, kept_rank_ptr,
+    left_ptr, refused_ptr, score_ptr, log_rate_ptr, freq_ptr, place_ptr, lost_ptr,
+    slots, num_sinks, facing, scale, part_size, parts, all_parts, attending, kept_size, kept_parts, keeping,
+    first_channel, pairs, slot_rate, eps, read_scale,
+    q_b, q_h, t_b, t_h, a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c, c_b, c_g, c_c,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr,
     KEYED: tl.constexpr, DECAYS: tl.constexpr, RATED: tl.constexpr, WEIGHED: tl.constexpr, DELTA: tl.constexpr,
-    EARLY: tl.constexpr,
+    SIZE: tl.constexpr, KEPT_BLOCK: tl.constexpr, COMPARED: tl.constexpr, LEARNED: tl.constexpr,
+    COMPACT: tl.constexpr, HIDDEN: tl.constexpr, INTERLEAVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < attending:
-        row, part = program // parts, program % parts
+        row, part = (program // parts).to(tl.int64), program % parts
         seen = tl.load(seen_ptr + row // G)
         if (row % G == 0) & (part == 0):
             tl.store(now_ptr + row // G, seen + 1)
         _attend(
-            q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, part_ptr, row, part, parts,
+            q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, part_ptr, row, part, row * all_parts + part,
             tl.minimum(slots, seen).to(tl.int32), _slot(seen, slots, num_sinks).to(tl.int32), facing, scale, part_size,
             q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c, G, R, R_PAD, D, D_PAD, E, E_PAD, BLOCK, TURNED,
         )  # fmt: skip
     else:
-        tiles: tl.constexpr = (E + TILE - 1) // TILE
-        at = ((program - attending) // tiles).to(tl.int64)
-        b, s = at // S, at % S
-        d, e = tl.arange(0, D_PAD), (program - attending) % tiles * TILE + tl.arange(0, TILE)
-        reads: tl.constexpr = G * R // S
-        read_at = reading_ptr + at * reads * E + e
-        seen = tl.load(seen_ptr + b)
-        if seen >= slots:  # a token leaves
-            slot, g = _slot(seen, slots, num_sinks), s * G // S
-            inside = (d[:, None] < D) & (e[None, :] < E)
-            state_at = memory_ptr + at * D * E + d[:, None] * E + e[None, :]
-            state = tl.load(state_at, mask=inside, other=0.0)
-            key_at = k_ptr + b * k_b + g * k_g + slot * k_c
-            if KEYED:
-                key_at = key_ptr + (b * G + g) * D
-            k = _normal(tl.load(key_at + d, mask=d < D, other=0.0).to(tl.float32), eps, 1.0)
-            v = tl.load(v_ptr + b * v_b + g * v_g + slot * v_c + e, mask=e < E, other=0.0).to(tl.float32)
-            if DECAYS:
-                decay = tl.load(decay_ptr + b * d_b + s * d_s + slot * d_c).to(tl.float32)
-                if RATED:
-                    decay *= tl.load(rate_ptr + s).to(tl.float32)
-                state = state * tl.exp(decay)
-            if DELTA:
-                v -= tl.sum(state * k[:, None], 0)
-            if WEIGHED:
-                v *= tl.load(strength_ptr + b * s_b + s * s_s + slot * s_c).to(tl.float32)
-            state += k[:, None] * v[None, :]
-            tl.store(state_at, state, mask=inside)
-            for r in range(reads):
-                h = s * reads + r
-                q = tl.load(asking_ptr + b * a_b + h * a_h + d, mask=d < D, other=0.0).to(tl.float32)
-                read = tl.sum(state * _normal(q, eps, read_scale)[:, None], 0)
-                tl.store(read_at + r * E, read, mask=e < E)
+        at = program - attending
+        folds = at >= keeping
+        if folds:
+            tiles: tl.constexpr = (E + TILE - 1) // TILE
+            tile = (at - keeping) % tiles
+            index = ((at - keeping) // tiles).to(tl.int64)
+            b, s = index // S, index % S
+            row = b * G + s * G // S
         else:
-            for r in range(reads):
-                tl.store(read_at + r * E, tl.zeros((TILE,), tl.float32), mask=e < E)
+            tile = at % kept_parts
+            row = (at // kept_parts).to(tl.int64)
+            b, s = row // G, row % G
+        seen = tl.load(seen_ptr + b)
+        slot, rank, leaves = _slot(seen, slots, num_sinks), seen - (slots - num_sinks), seen >= slots
+        lost, reads, g = tl.where(leaves, SIZE, -1), leaves, row % G
+        if SIZE > 0:
+            score_at = score_ptr + b * c_b + g * c_g + slot * c_c
+            own = _sortable(_priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED), rank)
+            filled = tl.load(filled_ptr + row)
+            place, lost = _compete(priority_ptr, kept_rank_ptr, filled, own, leaves, row, SIZE, COMPARED)
+            reads = (lost >= 0) | (tl.load(folded_ptr + row) != 0)
+        if folds:
+            _fold_tile(
+                asking_ptr, k_ptr, v_ptr, decay_ptr, strength_ptr, kept_k_ptr, kept_v_ptr, kept_decay_ptr,
+                kept_strength_ptr, kept_rank_ptr, freq_ptr, key_ptr, rate_ptr, memory_ptr, reading_ptr,
+                b, s, tile, slot, rank, lost, reads, first_channel, pairs, eps, read_scale,
+                a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c, G, R, D, D_PAD, E, S, TILE,
+                KEYED, DECAYS, RATED, WEIGHED, DELTA, SIZE, HIDDEN, INTERLEAVED,
+            )  # fmt: skip
+        elif SIZE > 0:
+            refused = tl.full((), 0, tl.int64)
+            if COMPACT:
+                refused = tl.load(refused_ptr + row)
+            if tile == 0:
+                tl.store(place_ptr + row, place)
+                tl.store(lost_ptr + row, lost)
+            _attend_to_kept(
+                q_ptr, kept_k_ptr, kept_v_ptr, left_ptr, k_ptr + b * k_b + g * k_g + slot * k_c,
+                v_ptr + b * v_b + g * v_g + slot * v_c, freq_ptr, max_ptr, sum_ptr, part_ptr, row, tile,
+                row * all_parts + parts + tile, filled, place, refused, refused + tl.where(lost == SIZE, 1, 0),
+                first_channel, pairs, scale, kept_size, q_b, q_h,
+                G, R, R_PAD, D, D_PAD, E, E_PAD, KEPT_BLOCK, SIZE, COMPACT, INTERLEAVED,
+            )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     q_ptr, k_ptr, v_ptr, k_slots_ptr, v_slots_ptr, seen_ptr, now_ptr, max_ptr, sum_ptr, part_ptr,
     reading_ptr, weight_ptr, gate_ptr, matrix_ptr, out_ptr, new0_ptr, new1_ptr, gates0_ptr, gates1_ptr,
-    slots, num_sinks, scale, parts, eps, q_b, q_h, k_b, k_g, v_b, v_g, ks_b, ks_g, ks_c, vs_b, vs_g, vs_c,
-    n0_b, n0_s, n1_b, n1_s, g0_b, g0_s, g0_c, g1_b, g1_s, g1_c,
+    kept_k_ptr, kept_v_ptr, kept0_ptr, kept1_ptr, filled_ptr, folded_ptr, priority_ptr, kept_rank_ptr, left_ptr,
+    refused_ptr, kept_score_ptr, score_ptr, new_score_ptr, log_rate_ptr, place_ptr, lost_ptr,
+    slots, num_sinks, scale, parts, slot_rate, eps, q_b, q_h, k_b, k_g, v_b, v_g, ks_b, ks_g, ks_c, vs_b, vs_g, vs_c,
+    n0_b, n0_s, n1_b, n1_s, g0_b, g0_s, g0_c, g1_b, g1_s, g1_c, ns_b, ns_g, c_b, c_g, c_c,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, GATES: tl.constexpr, S: tl.constexpr,
-    RECALLS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
+    RECALLS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, SIZE: tl.constexpr, LEARNED: tl.constexpr,
+    SCORED: tl.constexpr, COMPACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -134,28 +140,65 @@ def _finish(
     if RECALLS:
         out += tl.sum(matrix * (r * tl.rsqrt(tl.sum(r * r, 0) / E + eps))[:, None], 0)
     tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
-    slot = _slot(now - 1, slots, num_sinks)
+    slot, row = _slot(now - 1, slots, num_sinks), b * (H // R) + g
+    place = tl.full((), -1, tl.int32)
+    if SIZE > 0:
+        place = tl.load(place_ptr + row)
+    moves = place >= 0
     if h % R == 0:
-        tl.store(v_slots_ptr + b * vs_b + g * vs_g + slot * vs_c + e, v, mask=e < E)
+        value_at = v_slots_ptr + b * vs_b + g * vs_g + slot * vs_c + e
+        if SIZE > 0:
+            _move(value_at, kept_v_ptr + (row * SIZE + place) * E + e, e < tl.where(moves, E, 0))
+        tl.store(value_at, v, mask=e < E)
         if tile == 0:
-            tl.store(k_slots_ptr + b * ks_b + g * ks_g + slot * ks_c + d, k, mask=d < D)
+            key_at = k_slots_ptr + b * ks_b + g * ks_g + slot * ks_c + d
+            if SIZE > 0:
+                _move(key_at, kept_k_ptr + (row * SIZE + place) * D + d, d < tl.where(moves, D, 0))
+                score_at, rank = score_ptr + b * c_b + g * c_g + slot * c_c, now - 1 - (slots - num_sinks)
+                lost, to = tl.load(lost_ptr + row), row * SIZE + place
+                priority = _priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED)
+                tl.store(priority_ptr + to, priority, mask=moves)
+                tl.store(kept_rank_ptr + to, rank, mask=moves)
+                tl.store(filled_ptr + row, tl.load(filled_ptr + row) + tl.where(moves & (lost < 0), 1, 0))
+                tl.store(folded_ptr + row, tl.full((), 1, tl.int1), mask=lost >= 0)
+                if COMPACT:
+                    refused = tl.load(refused_ptr + row)
+                    tl.store(left_ptr + to, refused, mask=moves)
+                    tl.store(refused_ptr + row, refused + tl.where(lost == SIZE, 1, 0))
+                if SCORED:
+                    _move(score_at, kept_score_ptr + to, moves)
+                    tl.store(score_at, tl.load(new_score_ptr + b * ns_b + g * ns_g))
+            tl.store(key_at, k, mask=d < D)
     if tile == 0:
         if h == 0:
             tl.store(seen_ptr + b, now)
         if h < S:
+            if SIZE > 0:
+                place = tl.load(place_ptr + b * (H // R) + h * (H // R) // S)
+            to = (b * S + h) * SIZE + place
             if GATES > 0:
-                tl.store(gates0_ptr + b * g0_b + h * g0_s + slot * g0_c, tl.load(new0_ptr + b * n0_b + h * n0_s))
+                at = gates0_ptr + b * g0_b + h * g0_s + slot * g0_c
+                if SIZE > 0:
+                    _move(at, kept0_ptr + to, place >= 0)
+                tl.store(at, tl.load(new0_ptr + b * n0_b + h * n0_s))
             if GATES > 1:
-                tl.store(gates1_ptr + b * g1_b + h * g1_s + slot * g1_c, tl.load(new1_ptr + b * n1_b + h * n1_s))
+                at = gates1_ptr + b * g1_b + h * g1_s + slot * g1_c
+                if SIZE > 0:
+                    _move(at, kept1_ptr + to, place >= 0)
+                tl.store(at, tl.load(new1_ptr + b * n1_b + h * n1_s))
 
 
-@torch.library.custom_op("ahn_layers::decode_step", mutates_args=("k_slots", "v_slots", "gates", "seen", "memory"))
+@torch.library.custom_op(
+    "ahn_layers::decode_step", mutates_args=("k_slots", "v_slots", "gates", "seen", "memory", "kept")
+)
 @on_its_gpu
 def decode_step(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, new_gates: list[Tensor], k_slots: Tensor, v_slots: Tensor,
-    gates: list[Tensor], seen: Tensor, num_sinks: int, facing: int, scale: float, memory: Tensor, asking: Tensor | None,
-    key: Tensor | None, decay: int, strength: int, rate: Tensor | None, delta: bool, eps: float, read_scale: float,
-    weight: Tensor | None, gate: Tensor | None, matrix: Tensor | None, norm_eps: float,
+    gates: list[Tensor], seen: Tensor, num_sinks: int, facing: int, scale: float, memory: Tensor | None,
+    asking: Tensor | None, key: Tensor | None, decay: int, strength: int, rate: Tensor | None, delta: bool, eps: float,
+    read_scale: float, weight: Tensor | None, gate: Tensor | None, matrix: Tensor | None, norm_eps: float,
+    kept: list[Tensor], score: Tensor | None, log_rate: Tensor | None, slot_rate: float, scored: bool, compact: bool,
+    hidden: bool, freq: Tensor | None, first_channel: int, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``ops.decode.step.decode_step``.
 
@@ -172,7 +215,7 @@ def decode_step(
         num_sinks: leading slots that are never overwritten.
         facing: 0 if ``turned`` is ``q`` itself.
         scale: logit factor.
-        memory: ``(B, S, D, E)`` float32, contiguous.
+        memory: ``(B, S, D, E)`` float32, contiguous; None for none.
         asking: ``(B, H, 1, D)``, None if it is ``q``.
         key: ``(B, G, 1, D)``, None if it is the one in the slot.
         decay: which gate is the log decay, -1 for none.
@@ -185,37 +228,73 @@ def decode_step(
         gate: ``(B, H)``.
         matrix: ``(H, E, E)``.
         norm_eps: in the normalisation of the reading.
+        kept: what is kept, contiguous: keys ``(B, G, N, D)``, values, filled and folded ``(B, G)``, priorities, ranks;
+            if ``compact``, the numbers left out and refused; if ``scored``, scores and those in the window; gates.
+        score: of the new token if ``scored``, else of the one that leaves, ``(B, G, 1)`` float32.
+        log_rate: ``(G,)``; None for ``slot_rate``.
+        slot_rate: what a further token of the text is worth more.
+        scored: whether scores ride in the window.
+        compact: whether kept tokens are shown nearer than they are.
+        hidden: whether the memory is told nothing of positions.
+        freq: the frequencies of the rotation, if one of the two needs them.
+        first_channel: the first rotated channel.
+        interleaved: how channels are paired.
     """
-    (b, h), (groups, slots, e), states = q.shape[:2], v_slots.shape[1:], memory.shape[1]
+    (b, h), (groups, slots, e) = q.shape[:2], v_slots.shape[1:]
+    states = 1 if memory is None else memory.shape[1]
     given = (q, turned, q if asking is None else asking, k, v)
     q, turned, asking, k, v = (u if u.stride(-1) == 1 else u.contiguous() for u in given)
     key, rate, weight, gate, matrix = (None if u is None else u.contiguous() for u in (key, rate, weight, gate, matrix))
-    assert k_slots.stride(3) == v_slots.stride(3) == 1 and memory.is_contiguous()
+    assert k_slots.stride(3) == v_slots.stride(3) == 1 and (memory is None or memory.is_contiguous())
     options, size, parts = parts_of(q, k_slots, v_slots)
     repeats, tile = h // groups, min(_TILE, triton.next_power_of_2(e))
-    largest, total = q.new_empty(2, b * groups, parts, repeats, dtype=torch.float32)
-    partial = q.new_empty(b * groups, parts, repeats, e, dtype=torch.float32)
+    number, rows, rest = kept[0].shape[2] if kept else 0, b * groups, list(kept)
+    none = seen  # stands for what there is not
+    kept_k, kept_v, filled, folded, priority, ranks = rest[:6] if kept else (none,) * 6
+    left_out, refused = rest[6:8] if compact else (none, none)
+    kept_score, scores = rest[-2 - len(gates) :][:2] if scored else (none, none if score is None else score)
+    kept_gates = [*(rest[len(rest) - len(gates) :] if kept else gates), none, none]
+    kept_size = max(_KEPT_BLOCK, triton.next_power_of_2(triton.cdiv(number, _KEPT_PARTS)))
+    kept_parts = triton.cdiv(number, kept_size)
+    all_parts = parts + kept_parts
+    largest, total = q.new_empty(2, rows, all_parts, repeats, dtype=torch.float32)
+    partial = q.new_empty(rows, all_parts, repeats, e, dtype=torch.float32)
+    place, lost = seen.new_empty(2, rows, dtype=torch.int32)
     reading, out, now = q.new_empty(b, h, 1, e, dtype=torch.float32), q.new_empty(b, h, 1, e), torch.empty_like(seen)
     early = early_launch(q)
-    attending, held = b * groups * parts, [*gates, *[k_slots[..., 0]] * (2 - len(gates))]
+    attending, keeping, held = rows * parts, rows * kept_parts, [*gates, *[k_slots[..., 0]] * (2 - len(gates))]
+    folding = 0 if memory is None else b * states * triton.cdiv(e, tile)
     new = [*new_gates, *[k[..., 0]] * (2 - len(gates))]
-    _attend_and_fold[(attending + b * states * triton.cdiv(e, tile),)](
+    score_strides = (0, 0, 0) if score is None else (*scores.stride()[:2], scores.stride(2) if scored else 0)
+    shared = {"SIZE": number, "LEARNED": log_rate is not None, "COMPACT": compact}
+    turning = q if freq is None else freq
+    learned = q if log_rate is None else log_rate
+    _attend_and_fold[(attending + keeping + folding,)](
         q, turned, k_slots, v_slots, seen, now, largest, total, partial, asking, q if key is None else key,
-        held[decay], q if rate is None else rate, held[strength], memory, reading, slots, num_sinks, facing, scale,
-        size, parts, attending, eps, read_scale, *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2],
-        *k_slots.stride()[:3], *v_slots.stride()[:3], *held[decay].stride(), *held[strength].stride(),
+        held[decay], q if rate is None else rate, held[strength], reading if memory is None else memory, reading,
+        kept_k, kept_v, kept_gates[decay], kept_gates[strength], filled, folded, priority, ranks, left_out, refused,
+        scores, learned, turning, place, lost,
+        slots, num_sinks, facing, scale, size, parts, all_parts, attending, kept_size, max(kept_parts, 1), keeping,
+        first_channel, 0 if freq is None else len(freq), slot_rate, eps, read_scale,
+        *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2],
+        *k_slots.stride()[:3], *v_slots.stride()[:3], *held[decay].stride(), *held[strength].stride(), *score_strides,
         TURNED=facing > 0, S=states, TILE=tile, KEYED=key is not None, DECAYS=decay >= 0, RATED=rate is not None,
-        WEIGHED=strength >= 0, DELTA=delta, EARLY=early["EARLY"], **options,
+        WEIGHED=strength >= 0, DELTA=delta, KEPT_BLOCK=_KEPT_BLOCK,
+        COMPARED=min(1024, triton.next_power_of_2(max(number, 1))),
+        HIDDEN=hidden, INTERLEAVED=interleaved, EARLY=early["EARLY"], **shared, **options,
     )  # fmt: skip
     _finish[(b * h, triton.cdiv(e, _FINISH_TILE))](
         q, k, v, k_slots, v_slots, seen, now, largest, total, partial, reading, reading if weight is None else weight,
         reading if gate is None else gate, reading if matrix is None else matrix, out, *new, *held,
-        slots, num_sinks, scale, parts, norm_eps, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        kept_k, kept_v, *kept_gates[:2], filled, folded, priority, ranks, left_out, refused, kept_score, scores,
+        q if score is None else score, learned, place, lost,
+        slots, num_sinks, scale, all_parts, slot_rate, norm_eps, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *k_slots.stride()[:3], *v_slots.stride()[:3], *new[0].stride()[:2], *new[1].stride()[:2],
-        *held[0].stride(), *held[1].stride(), H=h, R=repeats, D=options["D"], D_PAD=options["D_PAD"], E=e,
-        E_PAD=options["E_PAD"], TILE=_FINISH_TILE, PARTS=min(128, triton.next_power_of_2(parts)), GATES=len(gates),
-        S=states, RECALLS=matrix is not None, SCALED=weight is not None, GATED=gate is not None,
-        num_warps=_FINISH_WARPS, **early,
+        *held[0].stride(), *held[1].stride(), *((0, 0) if score is None else score.stride()[:2]), *score_strides,
+        H=h, R=repeats, D=options["D"], D_PAD=options["D_PAD"], E=e,
+        E_PAD=options["E_PAD"], TILE=_FINISH_TILE, PARTS=min(128, triton.next_power_of_2(all_parts)), GATES=len(gates),
+        S=states, RECALLS=matrix is not None, SCALED=weight is not None, GATED=gate is not None, SCORED=scored,
+        num_warps=_FINISH_WARPS, **shared, **early,
     )  # fmt: skip
     return out, reading
 

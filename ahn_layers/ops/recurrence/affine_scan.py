@@ -10,27 +10,29 @@ from torch import Tensor
 
 def states_between(
     state: Float[Tensor, "b s d e"],
-    carry: Float[Tensor, "b s n"],
+    carry: Float[Tensor, "b s n _"],
     tail: Float[Tensor, "b s n d c"],
     u: Float[Tensor, "b s n c e"],
-    w: Float[Tensor, "b s n c d"],
+    w: Float[Tensor, "b s n c d"] | None,
 ) -> tuple[Float[Tensor, "b s n d e"], Float[Tensor, "b s d e"]]:
     """``S_n = carry_n S_{n-1} + tail_n (u_n - w_n S_{n-1})``: the state before each chunk, and after the last.
 
     Args:
         state: the state before the first chunk.
-        carry: decay over each chunk.
+        carry: decay over each chunk, one for all channels or one for each.
         tail: keys of each chunk, decayed to its end, transposed.
         u: what the chunk would write into an empty state.
-        w: what the state takes off that.
+        w: what the state takes off that; None for nothing.
     """
     if state.is_cuda:  # few large products: launches cost more than arithmetic
         identity = torch.eye(tail.shape[3], dtype=state.dtype, device=state.device)
-        return compose(state, carry[..., None, None] * identity - tail @ w, tail @ u)
+        linear = carry.unsqueeze(-1) * identity
+        return compose(state, linear if w is None else linear - tail @ w, tail @ u)
     before = []
     for n in range(u.shape[2]):
         before.append(state)
-        state = carry[:, :, n, None, None] * state + tail[:, :, n] @ (u[:, :, n] - w[:, :, n] @ state)
+        written = u[:, :, n] if w is None else u[:, :, n] - w[:, :, n] @ state
+        state = carry[:, :, n].unsqueeze(-1) * state + tail[:, :, n] @ written
     return torch.stack(before, dim=2), state
 
 

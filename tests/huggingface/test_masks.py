@@ -8,6 +8,7 @@ from ahn_layers import GatedDeltaNet, retrofit
 
 from ..models import (
     CAPACITY,
+    INDEXED,
     SINKS,
     SIZES,
     WINDOW,
@@ -21,11 +22,6 @@ from ..models import (
 )
 
 LONG = 5 * CAPACITY
-INDEXED = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1, "num_key_value_heads": 4, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16,
-}  # fmt: skip
 SPARSE = {
     "num_local_experts": 2, "num_experts_per_tok": 1, "dense_intermediate_size": 16, "shared_intermediate_size": 16,
     "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],

@@ -71,6 +71,8 @@ def _with_media(model: Any, modality: str) -> Case:
     known = set(inspect.signature(model.forward).parameters)
     types = {name: {token: value} for name, value in (("mm_token_type_ids", media.MODALITIES[modality]),
              ("token_type_ids", 1)) if name in known and token is not None}  # fmt: skip
+    if "image_embeds_position_mask" in known and modality == "image":
+        token, types = 105, {"image_embeds_position_mask": {105: 1}}
     if model.config.model_type in ALL_ALIKE:
         types.pop("token_type_ids", None)
     for given in media.candidates(model, modality):

@@ -75,6 +75,7 @@ def _images(config: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
     grid = torch.tensor([[1, side, side]])
     sizes = torch.tensor([[size, size]])
     extras = {
+        "qformer_input_ids": torch.tensor([[5, 6, 7]]), "qformer_attention_mask": torch.ones(1, 3, dtype=torch.long),
         "image_grid_thw": grid, "image_grid_hw": grid[:, 1:], "image_sizes": sizes, "spatial_shapes": grid[:, 1:],
         "target_sizes": grid[:, 1:], "image_merge_sizes": torch.tensor([merge]), "num_local_patches": torch.tensor([0]),
         "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
@@ -120,7 +121,7 @@ def _sounds(config: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
     mels = [_first(audio, (name,), 0) for name in ("num_mel_bins", "n_mel_bins", "feature_size", "input_feat_size",
                                                    "input_dim", "input_size", "mel_bins")]  # fmt: skip
     longest = 2 * _first(audio, ("max_source_positions",), 32)
-    for bins, frames in itertools.product([u for u in dict.fromkeys(mels) if u] or [16], (64, 32, longest, 160)):
+    for bins, frames in itertools.product([u for u in dict.fromkeys(mels) if u] or [16], (64, 32, longest, 160, 200)):
         for features in (torch.randn(1, bins, frames), torch.randn(1, frames, bins)):
             for kind in (torch.long, torch.bool):
                 mask = torch.ones(1, frames, dtype=kind)

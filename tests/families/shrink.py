@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .special import EXTRA
 
@@ -54,7 +54,8 @@ _RULES: list[tuple[str, int]] = [
     (r".*chunk_size", 8),
     (r"(mamba_d_|ssm_)?state(_size)?|mamba_n_state", 16),
     (r"num_mel_bins|n_mel_bins|feature_size|input_feat_size", 16),
-    (r".*conv_channels|.*out_channel|num_filters|base_channels|latent_channels|.*_out_channels", 16),
+    (r".*conv_channels|.*out_channel|num_filters|.*_out_channels", 16),
+    (r"base_channels|latent_channels", 32),
     (r"num_query_tokens|.*n_latents|.*num_latents|latent_query_num|mm_tokens_per_image|image_seq_length", 4),
 ]  # fmt: skip
 _COMPILED = [(re.compile(pattern), size) for pattern, size in _RULES]
@@ -87,6 +88,9 @@ def _merged(changes: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def _shrunk(config: PreTrainedConfig, path: str) -> dict[str, Any]:
     """What to pass to the config's class."""
     values = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+    for name, cls in type(config).sub_configs.items():
+        if values.get(name, 0) is None and cls is not AutoConfig:
+            values[name] = cls()
     depth = next((v for k, v in values.items() if k in ("num_hidden_layers", "n_layer") and isinstance(v, int)), None)
     is_text = bool(_TEXT.fullmatch(path)) and "vocab_size" in values
     places = _layers_of_every_kind(values, depth, 3 if is_text else 2) if depth else []

@@ -7,6 +7,7 @@ SHARING = ["sliding_attention", "full_attention", "sliding_attention", "full_att
 HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 MAMBA = {"mamba_d_head": 32}
 
+PINPOINTS = {"image_grid_pinpoints": [[32, 32], [32, 64], [64, 32]]}
 DECODER = {"is_decoder": True}
 EXTRA: dict[str, dict[str, Any]] = {
     "bert": DECODER,
@@ -47,6 +48,18 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
+    "llava_next": PINPOINTS,
+    "llava_next_video": PINPOINTS,
+    "llava_onevision": PINPOINTS,
+    "vipllava": {"vision_feature_layers": [-2, -1], "vision_feature_layer": [-2, -1]},
+    "llama4": {"vision_config": {"intermediate_size": 256}},
+    "blip-2": {"image_token_index": 105},
+    "instructblip": {"image_token_index": 105},
+    "instructblipvideo": {"video_token_index": 105},
+    "aria": {"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 110, "vision_end_token_id": 111},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 110, "vision_end_token_id": 111},
     "qwen2_5_omni": {"thinker_config": {"vision_start_token_id": 110}},

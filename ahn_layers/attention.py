@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .memory import MemoryStore
@@ -145,7 +145,9 @@ class Attend:
         *,
         scale: float | None = None,
         softcap: float | None = None,
+        null_logits: Float[Tensor, " h"] | None = None,
         dense: Callable[..., Tensor] | None = None,
+        ahead: Int[Tensor, "b t"] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b h t e"]:
         """Attend through the store.
@@ -154,9 +156,11 @@ class Attend:
             q: queries.
             k: keys.
             v: values.
-            scale: see ``SoftmaxAttention``, as for ``softcap`` and ``dense``.
+            scale: see ``SoftmaxAttention``, as for those that follow.
             softcap: see there.
+            null_logits: see there.
             dense: see there.
+            ahead: see there.
             **options: of [`MemoryStore.forward`][ahn_layers.MemoryStore.forward].
 
         Raises:
@@ -168,7 +172,8 @@ class Attend:
                 "tokens into the memory. Wrap each attention of the block on its own."
             )
         self.called = True
-        return self.run(q, k, v, attention=SoftmaxAttention(scale, softcap, dense), **options)
+        attention = SoftmaxAttention(scale, softcap, dense, null_logits, ahead)
+        return self.run(q, k, v, attention=attention, **options)
 
     def check(self) -> None:
         """Raise a RuntimeError if the block is done and never called."""

@@ -199,6 +199,6 @@ def check_whole(state: MemoryState, eviction: Eviction) -> None:
         past = "an unknown number of" if state.length is None else f"{state.length}"
         raise ValueError(
             f"{type(eviction).__name__} with a soft choice (soft_slots) goes on after {past} tokens, more than the "
-            f"{state.window.capacity} of sinks and window: it would not see those that were lost. Pass whole texts from "
-            "their beginning, without padding inside, or leave soft_slots."
+            f"{state.window.capacity} of sinks and window: it would not see those that were lost. Pass whole texts "
+            "from their beginning, without padding inside, or leave soft_slots."
         )

@@ -230,12 +230,14 @@ class MemoryStore(nn.Module):
         ends = ends_of_padding(valid, state.seen)
         for a, b in pairwise((0, *ends, len(new))) if ends else ():
             part = None if x is None else x[:, a:b]
-            out, state = self.take_in(q[:, :, a:b], new.columns(a, b), part, state, valid[:, a:b], attention)
+            how = attention.columns(a, b)
+            out, state = self.take_in(q[:, :, a:b], new.columns(a, b), part, state, valid[:, a:b], how)
             outs.append(out)
         if outs:
             return torch.cat(outs, dim=2), state
         ordered = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        out, state = self.push(take(q, order), new.take(order), ordered, state, valid.gather(1, order), attention)
+        how = attention.reordered(order)
+        out, state = self.push(take(q, order), new.take(order), ordered, state, valid.gather(1, order), how)
         out = take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0)
         return attend_at_end(out, q, x, state, valid, attention, self.recalling, self.eviction, self.positions), state
 
@@ -265,7 +267,8 @@ class MemoryStore(nn.Module):
         ((q, readers),) = share_columns((q, leaving.first, len(new)))
         recalled, memory = recall(self.recalling, state.memory, readers, x, leaving, seen.rank, self.positions)
         q_kept, others = self.positions.facing_kept(queries, others)
-        out = attention(q, [seen, others], self.positions.facing_sinks(q, seen.rank, held.length), q_kept)
+        facing, later = self.positions.facing_sinks(q, seen.rank, held.length), attention.later(new.k, new.v)
+        out = attention(q, [seen, others], facing, q_kept, later)
         out = self._idle(out) if recalled is None else add_to_tail(out, recalled.to(out.dtype))
         if single and valid is not None:
             out = out.masked_fill((held.seen == 0).view(-1, 1, 1, 1), 0)

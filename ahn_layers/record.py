@@ -24,6 +24,7 @@ class Retrofitted:
         skipped: why the other attention blocks were left alone, by name.
         owned: whose masks are ours: ``full``, ``local``, ``full+local`` or ``none``.
         mode: what all retrofitted layers do at present, in every thread.
+        returns_cache: whether the model hands back the cache that it filled.
     """
 
     windows: dict[int, Window]
@@ -33,6 +34,7 @@ class Retrofitted:
     skipped: dict[str, str] = field(default_factory=dict)
     owned: str = "none"
     mode: Mode = "memory"
+    returns_cache: bool = True
 
     @property
     def layers(self) -> list[int]:

@@ -81,6 +81,7 @@ def retrofit(
 
     install.check_model(model)
     found = probe.probe_model(model)
+    install.check_blocks(model, found.blocks)
     chosen, skipped = install.choose(found.blocks, window_of, layers)
     policies = _by_layer(eviction, [block.layer_idx for block in chosen])
     windows = {block.layer_idx: window_of(block.layer_idx) for block in chosen}
@@ -96,6 +97,7 @@ def retrofit(
         compressor_options,
         skipped,
         found.owned(chosen),
+        returns_cache=found.returns_cache,
     )
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)

@@ -44,7 +44,7 @@ def kernel_step(
     """
     memory, window, slots = state.memory, state.window, state.slots
     folds_all = isinstance(eviction, FoldAll)
-    if attention.softcap is not None or (compressor is None and folds_all):
+    if not attention.is_plain or (compressor is None and folds_all):
         return None
     if compressor is not None and not (compressor.rule_holds and isinstance(memory, Tensor)):
         return None

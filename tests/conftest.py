@@ -30,6 +30,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+    if "every_type" not in config.getoption("markexpr"):
+        asked = [item for item in items if not item.get_closest_marker("every_type")]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("every_type")])
+        items[:] = asked
     seen: set[tuple[str, str]] = set()
     kept, dropped = [], []
     for item in items:

@@ -39,6 +39,7 @@ class Family:
         layers: the layers that get a memory, by default.
         sinks: how they stay within the trained distance; queries are turned back wherever that can be done.
         mixes: whether layers that were left alone see neighbouring tokens: there a pad in the middle is not nothing.
+        recurs: whether it has a recurrence of its own, which nothing is too far away for.
         latent: whether its own cache holds what keys are computed from: with it, they are rounded differently.
         attention: the implementation to load it with.
         dtype: in which equality is tested; some families compute in float32, whatever the dtype of their weights.
@@ -51,6 +52,7 @@ class Family:
     sinks: str = "turned back"
     mixes: bool = False
     latent: bool = False
+    recurs: bool = False
     attention: str = "sdpa"
     dtype: torch.dtype = torch.float64
 
@@ -61,6 +63,11 @@ class Family:
 
 
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+INDEXED = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1, "num_key_value_heads": 4, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16,
+}  # fmt: skip
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 # fmt: off
 FAMILIES = {
@@ -107,6 +114,25 @@ FAMILIES = {
     "lfm2": Family(
         "lfm2", "convolutions between", {"layer_types": ["conv", "full_attention", "conv"]}, (1,), mixes=True
     ),
+    "gpt_oss": Family(
+        "gpt_oss", "learned sink logits, own windows", EXPERTS | {"sliding_window": NARROW, "layer_types": ALTERNATING},
+        (1,), mixes=True, attention="eager", dtype=torch.float32,
+    ),
+    "gemma3n": Family(
+        "gemma3n_text", "layers that share keys and values",
+        {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": NARROW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4,
+            "activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        (1, 3), mixes=True, dtype=torch.float32,
+    ),
+    "falcon_h1": Family(
+        "falcon_h1", "a recurrence in every layer",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+        mixes=True, recurs=True, dtype=torch.float32,
+    ),
     "gpt2": Family("gpt2", "learned positions", sinks="true distance"),
     "opt": Family("opt", "learned positions", {"ffn_dim": 48, "word_embed_proj_dim": 32}, sinks="true distance"),
 }
@@ -115,10 +141,9 @@ LACKING = {"gpt2": ("intermediate_size", "num_key_value_heads", "head_dim")}
 """Sizes that a config does not have."""
 
 REFUSED = {
-    "gpt_oss": Family("gpt_oss", "learned sink logits are not supported", EXPERTS, attention="eager"),
     "diffllama": Family("diffllama", "calls the attention function 2 times in one forward"),
     "doge": Family("doge", "changes the mask"),
-    "falcon_h1": Family("falcon_h1", "is a 'hybrid' layer", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    "deepseek_v32": Family("deepseek_v32", "is a 'indexed_attention' layer", INDEXED),
     "bloom": Family("bloom", "does not use the attention interface", {"n_head": 4}, attention="eager"),
 }
 """Families that cannot be retrofitted; their trait is what the error says."""

@@ -189,8 +189,12 @@ def memory_store(
     v: Tensor,
     x: Tensor,
     valid: Tensor | None = None,
+    null_logits: Tensor | None = None,
+    ahead: Tensor | None = None,
 ):
     """Outputs ``(B, H, T, E)`` and final states as the library carries them, ``(B, H, D, E)`` for one matrix.
+
+    Each softmax also takes in a head's null logit, if there are any; queries see tokens up to the column ``ahead``.
 
     A query where ``valid`` is False sees what the last real token saw; its output is zero if there was none.
     """
@@ -206,8 +210,12 @@ def memory_store(
             if p < 0:
                 continue
             seen = [j for i, j in enumerate(tokens[: p + 1]) if i < num_sinks or i > p - window_size]
+            seen += [] if ahead is None else [j for j in tokens if t < j <= ahead[b, t]]
             logits = torch.einsum("hd,hjd->hj", q[b, :, t], k[b][:, seen]) / math.sqrt(q.shape[-1])
-            y = torch.einsum("hj,hje->he", logits.softmax(-1), v[b][:, seen])
+            weights = logits.exp()
+            total = weights.sum(-1, keepdim=True)
+            total = total if null_logits is None else total + null_logits.exp().unsqueeze(-1)
+            y = torch.einsum("hj,hje->he", weights / total, v[b][:, seen])
             if p >= num_sinks + window_size:
                 j = tokens[p - window_size]
                 before = state if valid[b, t] else before

@@ -191,7 +191,7 @@ RETROFITTING = {
         lambda: put(base("llama4"), layers=[0]), ValueError, "layer 0 (model.layers.0.self_attn)", "chunked",
     ),
     "no layer that is suitable": (
-        lambda: put(base("gpt_oss", torch.float32)), ValueError, "no suitable", "model.layers.0.self_attn: s_aux",
+        lambda: put(base("diffllama", torch.float32)), ValueError, "no suitable", "model.layers.0.self_attn: calls the",
         "model.layers.1.self_attn", "model.layers.2.self_attn",
     ),
     "windows that are too small": (
@@ -548,7 +548,7 @@ MODEL_CALLS = {
     "dropout": (in_training, *DROP),
     "a 4-D mask": (
         passing(attention_mask=torch.zeros(2, 1, 3, LONG + 3)), f"attention_mask has shape (2, 1, 3, {LONG + 3})",
-        "causality and padding only", "2-D mask",
+        "causality, padding and images", "2-D mask",
     ),
     "a 4-D mask of bool": (
         passing(attention_mask=torch.ones(2, 1, 1, LONG + 3).bool()), "attention_mask has shape", "Pass a 2-D mask",

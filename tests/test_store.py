@@ -103,6 +103,42 @@ PADDINGS = {
 }
 
 
+@pytest.mark.parametrize("cuts", [[], [12], [5, 6, 20], range(1, T)], ids=["whole", "brim", "pieces", "tokens"])
+@pytest.mark.parametrize("sinks, window", [(0, 3), (4, 8)])
+def test_null_logits_take_their_part_of_every_softmax(sinks, window, cuts):
+    """Learned sink logits, inside the window and beyond, with padding too; gradients reach them."""
+    store, tokens = make(sinks=sinks, window=window)
+    null = (2 * torch.randn(H, dtype=torch.float64)).requires_grad_()
+    for valid in (None, (torch.arange(T) >= 3).expand(B, T)):
+        expected, state = oracle.memory_store(store.compressor, sinks, window, *tokens, valid, null.detach())
+        for inplace in (False, True):
+            attention = SoftmaxAttention(null_logits=null)
+            out, end = run(store, tokens, list(cuts), valid, inplace=inplace, attention=attention)
+            close(out.detach(), expected)
+            close(end.memory, state)
+            assert inplace or bool((torch.autograd.grad(out.sum(), null)[0] != 0).all())
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+@pytest.mark.parametrize("sinks, window", [(0, 3), (4, 8), (2, 40)])
+def test_tokens_of_an_image_see_each_other(sinks, window, pads):
+    """Within the image ahead too, whatever has left the window meanwhile; a call may end where an image does."""
+    store, tokens = make(sinks=sinks, window=window)
+    ahead = torch.arange(T).repeat(B, 1)
+    ahead[0, 5 + pads : 14 + pads], ahead[1, 12:16], ahead[1, 16:25] = 13 + pads, 15, 24
+    valid = None if not pads else torch.stack((torch.arange(T) >= pads, torch.ones(T, dtype=torch.bool)))
+    expected, state = oracle.memory_store(store.compressor, sinks, window, *tokens, valid, None, ahead)
+    for cuts in ([], [25], [4, 25, 26]):
+        outs, end = [], None
+        for a, b in pairwise((0, *cuts, T)):
+            q, k, v, x = (u[..., a:b, :] for u in tokens)
+            attention = SoftmaxAttention(ahead=ahead[:, a:b] - a)
+            out, end = store(q, k, v, x, end, valid=None if valid is None else valid[:, a:b], attention=attention)
+            outs.append(out)
+        close(torch.cat(outs, dim=2), expected)
+        close(end.memory, state)
+
+
 @pytest.mark.parametrize(
     "compressor, padding",
     [

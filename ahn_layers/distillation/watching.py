@@ -50,7 +50,11 @@ class Attended(NamedTuple):
         if self.attention.softcap is not None:
             logits = self.attention.softcap * torch.tanh(logits / self.attention.softcap)
         place = torch.arange(stop, device=q.device)
-        return logits.masked_fill(place > place[start:].unsqueeze(1), float("-inf")).softmax(dim=-1)
+        logits = logits.masked_fill(place > place[start:].unsqueeze(1), float("-inf"))
+        if self.attention.null_logits is None:
+            return logits.softmax(dim=-1)
+        null = self.attention.null_logits.to(logits.dtype).view(1, *logits.shape[1:3], 1, 1)
+        return torch.cat((logits, null.expand(*logits.shape[:4], 1)), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 @torch.no_grad()

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     EncoderDecoderCache,
     QuantizedCache,
-    StaticLayer,
 )
 
 from ..files import load_tensors, reading, save_tensors
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
+from .hybrid_layer import layer_in_place_of, static_length
 from .layer_values import describe, rebuild, tensors_of
 from .rows import join_layers, numbers, put_layers, rows_of, take_layers
-from .static_layer import StaticMemoryLayer
 from .transaction import length_before, settle, settle_for_use
 
 
@@ -207,6 +207,11 @@ def fill(cache: HippocampalCache, config: Any) -> None:
         cache.layers, cache.layer_class_to_replicate = made.layers, made.layer_class_to_replicate
 
 
+def self_attention(cache: Any) -> Any:
+    """The cache of a decoder's own tokens, also where it stands beside one of an encoder's."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     """Our layer at this index of a cache, put there in place of an empty one if need be.
 
@@ -229,12 +234,13 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     layer = cache.layers[layer_idx]
     if isinstance(layer, MemoryLayer):
         return layer
-    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+    shares = isinstance(layer, DummyLayer)  # keys and values come from another layer, which holds tokens or not
+    if not shares and layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise ValueError(
             f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they "
             "cannot be taken over by the bounded memory. Begin with an empty cache."
         )
-    ours = StaticMemoryLayer(layer.max_cache_len) if isinstance(layer, StaticLayer) else MemoryLayer()
+    ours = layer_in_place_of(layer, static_length(cache.layers if shares else [layer]))
     ours.record_past = bool(getattr(layer, "record_past", False) or getattr(cache, "_recording", False))
     cache.layers[layer_idx] = ours
     return ours

@@ -40,7 +40,9 @@ class MemoryLayer(StateLayer):
         self.refuse_broken()
         count = k.shape[2]
         capacity = store.window.capacity
-        if self.record_past and count > MAX_ROLLBACK and self.get_seq_length() + count > capacity:
+        how = options.get("attention")
+        whole = how is not None and how.ahead is not None  # queries see tokens that come later
+        if not whole and self.record_past and count > MAX_ROLLBACK and self.get_seq_length() + count > capacity:
             # all but the tail is folded for good, so that recording a long prompt stays within bounds
             valid, head = options.pop("valid"), count - MAX_ROLLBACK
             parts = (slice(0, head), slice(head, count))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..fingerprint import identity_of
-from .cache import HippocampalCache, fill
+from .cache import HippocampalCache, fill, self_attention
 from .config_view import naming
 from .joined import align_rows, refuse_unaligned
 from .packing import find_texts, positions_of
@@ -165,6 +165,7 @@ class ForwardHook:
         if not isinstance(tokens, Tensor):
             return
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        cache = self_attention(cache)
         if isinstance(cache, HippocampalCache):
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle_for_use(cache)
@@ -243,4 +244,4 @@ def _assert_one_text(kwargs: dict[str, Any]) -> None:
 
 def _cache_in(output: Any) -> Any:
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
-    return next((u for u in values if isinstance(u, Cache)), None)
+    return self_attention(next((u for u in values if isinstance(u, Cache)), None))

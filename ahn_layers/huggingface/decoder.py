@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
 from ..record import Mode, Retrofitted
-from .cache import memory_layer
+from .cache import memory_layer, self_attention
 from .cache_layers import MemoryLayer
 from .call import CACHE_NAMES, padding_mask
 from .config_view import base_name, configs_of
@@ -114,12 +115,14 @@ class DecoderAttention(HippocampalAttention):
         Raises:
             ValueError: if we cannot work with this cache.
         """
+        if hasattr(sys.modules[type(self.block).__module__], "EncoderDecoderCache"):
+            cache = self_attention(cache)  # as the block does
         layer = memory_layer(cache, self.layer_idx)
-        if isinstance(layer, StaticMemoryLayer) and not self.owns_mask:
+        if isinstance(layer, StaticMemoryLayer) and not self.owns_mask and torch.compiler.is_compiling():
             raise ValueError(
-                "a static cache was given to a model of which only some layers of a kind are retrofitted: in their "
-                "common mask of fixed length, padding among the new tokens cannot be found. Use a dynamic cache, or "
-                "retrofit all of them."
+                "a compiled model with a static cache, of which only some layers of a kind are retrofitted: in their "
+                "common mask of fixed length, padding among the new tokens cannot be found. Do not compile it, use a "
+                "dynamic cache, or retrofit all of them."
             )
         return layer
 

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
@@ -106,7 +107,8 @@ class PrepareCache(ModelMethod):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         watch(generation_config, cache, mode, batch_size * copies)
         keeps_all = generation_config.output_hidden_states or generation_config.output_attentions
-        if chunk is None and _is_plain_text(model_kwargs) and not keeps_all:  # pieces would return the last one's
+        cuts = model.hippocampus.returns_cache and _is_plain_text(model_kwargs)
+        if chunk is None and cuts and not keeps_all:  # pieces would return the last one's
             size = GPU_PREFILL_CHUNK if model.device.type == "cuda" else PREFILL_CHUNK
             share = max(SHORTEST_CHUNK, size // (batch_size * copies))
             generation_config.prefill_chunk_size = ChosenSize(min(size, share))
@@ -241,6 +243,8 @@ class CompiledCall(ModelMethod):
         """What ``generate`` calls for every token, made anew for each ``generate``."""
         model: Any = self.model
         usual = partial(type(model).get_compiled_call, model, compile_config)
+        if not all(block.owns_mask for block in model.modules() if isinstance(block, DecoderAttention)):
+            return model.__call__  # type: ignore[no-any-return]  # compiled code cannot read another layer's mask
         if not self.serves(compile_config):
             as_it_is = compile_config is None and only_device(model) is None
             call: Callable[..., Any] = model.__call__ if as_it_is else usual()
@@ -365,5 +369,5 @@ def _are_off(blocks: list[DecoderAttention]) -> bool:
 
 def _is_plain_text(model_kwargs: dict[str, Any]) -> bool:
     """Whether the prompt is token ids alone, which can be cut anywhere."""
-    tensors = {name for name, u in model_kwargs.items() if isinstance(u, Tensor)}
-    return tensors <= {"attention_mask", "position_ids"}
+    held = {name: tree_leaves(u) for name, u in model_kwargs.items() if name != CACHE}
+    return all(name in PER_TOKEN or not any(isinstance(u, Tensor) for u in leaves) for name, leaves in held.items())

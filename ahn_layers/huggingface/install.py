@@ -41,15 +41,19 @@ def check_model(model: Any) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only language model.")
     config = model.config.get_text_config(decoder=True)
-    if not type(model)._can_set_attn_implementation():
-        raise ValueError(
-            f"{name} does not use the attention interface of transformers: wrap its blocks in HippocampalAttention, "
-            "or use a version of transformers in which it does."
-        )
     base = base_name(config._attn_implementation)  # of a model that was made from a view
     if base not in BASES:
         raise ValueError(
             f"attn_implementation={base!r}: expected one of {BASES}. Load the model with attn_implementation='sdpa'."
+        )
+
+
+def check_blocks(model: Any, blocks: list[AttentionBlock]) -> None:
+    """Raise a ValueError if attention was not found where the attention interface is not used."""
+    if not blocks and not type(model)._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} does not use the attention interface of transformers: wrap its blocks in "
+            "HippocampalAttention, or use a version of transformers in which it does."
         )
 
 
@@ -71,6 +75,7 @@ def choose(
     if layers is None:
         full = [block for block in suitable if block.kind == "full"]
         if full:
+            _check_sharing(blocks, full)
             reasons |= {b.name: "has a sliding window of its own" for b in suitable if b.kind == "sliding"}
             return full, reasons
     else:
@@ -89,13 +94,28 @@ def choose(
                 f"its own sliding window of {block.native_window} is smaller than num_sinks + window_size = {capacity}"
             )
     chosen = [block for block in suitable if block.name not in reasons]
+    _check_sharing(blocks, chosen)
     wanted_but_small = [block for block in suitable if block.name in reasons] if layers is not None else []
     if not chosen or wanted_but_small:
-        listing = (
-            "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " there is no attention layer."
+        listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        listing = listing or (
+            " no module calls the attention interface of transformers: the model has no attention, or one of its own."
         )
         raise ValueError(f"no suitable attention layer to retrofit; candidates:{listing}")
     return chosen, reasons
+
+
+def _check_sharing(blocks: list[AttentionBlock], chosen: list[AttentionBlock]) -> None:
+    """Raise a ValueError if layers that share keys and values are not all chosen, or all left alone."""
+    taken = {block.layer_idx for block in chosen}
+    for block in blocks:
+        source = block.shares_with
+        if source is not None and (source in taken) != (block.layer_idx in taken):
+            reason = f": {block.name} {block.reason}" if block.reason else ""
+            raise ValueError(
+                f"layers {source} and {block.layer_idx} share keys and values, so both need a memory, or none"
+                f"{reason}. Choose them with layers=[...]."
+            )
 
 
 def make_store(

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Attend
+from .blocks import shown_by
 from .call import is_running, texts_of_call
 from .config_view import PREFIX
 from .weights import Weights, are_wanted
@@ -37,8 +38,9 @@ _LARGEST_COMPARED = 1 << 26
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """Arguments that say where packed texts begin."""
 
+NULL_LOGITS = "s_aux"
+"""What transformers calls learned sink logits: one a head, in the softmax but without a value."""
 _REMEDIES = {
-    "s_aux": "learned sink logits are not supported: leave these layers out with layers=[...]",
     "position_bias": "additive position biases are not supported",
     "encoder_hidden_states": "cross-attention is not supported",
     "head_mask": "head masks are not supported",
@@ -75,25 +77,30 @@ def attention(
     plain = base_attention(base, module)
     if attend is None:
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    valid, texts = _read_mask(attention_mask, query.shape[2])
+    valid, texts, ahead = _read_mask(attention_mask, query.shape[2])
     if texts is not None:
         kwargs = {name: value for name, value in kwargs.items() if name not in _PACKED}
     refuse_unsupported(dropout, kwargs, plain)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
-        causal = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
-        return plain(module, q, k, v, causal, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
+        window = kwargs.get("sliding_window")
+        seen = _base_mask(base, module, q, k, window, real) if ahead is None else attention_mask
+        return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
 
     def weigh(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor | None:
-        seen = _base_mask(base, module, q, k, kwargs.get("sliding_window"), real)
+        window = kwargs.get("sliding_window")
+        seen = _base_mask(base, module, q, k, window, real) if ahead is None else attention_mask
         return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[1]
 
-    softcap = kwargs.get("softcap")
+    softcap, null_logits = kwargs.get("softcap"), null_logits_of(base, kwargs)
     asked: dict[str, Any] = {} if texts is None else {"texts": texts}
     weights = Weights(weigh) if are_wanted(kwargs) else None
     if weights is not None:
         asked["weights"] = weights
-    out = attend(query, key, value, scale=scaling, softcap=softcap, valid=valid, dense=dense, **asked)
+    if ahead is not None:
+        asked["ahead"] = ahead
+    asked |= {"scale": scaling, "softcap": softcap, "null_logits": null_logits}
+    out = attend(query, key, value, valid=valid, dense=dense, **asked)
     return out.transpose(1, 2).contiguous(), None if weights is None else weights.value
 
 
@@ -113,16 +120,16 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
                     "mix them there. Pass position_ids that begin again with every text, and no attention_mask."
                 )
             native.texts = texts  # type: ignore[attr-defined]  # so that retrofitted layers may read it
-        elif native is not None and plain and not overlaid:
-            offset = kwargs["q_offset"]
-            if isinstance(offset, Tensor) and not torch.compiler.is_compiling():
-                native.first_column = int(offset)  # type: ignore[attr-defined]  # a static cache has columns to come
-            native.is_causal_and_padding = True  # type: ignore[attr-defined]  # likewise
+        elif native is not None:
+            native = _note(native, kwargs, plain and not overlaid)
         return native
     if texts is not None:
         return texts[:, None, None, :]
     if not torch.compiler.is_compiling() and (not plain or overlaid) and not _is_only_causal(base, kwargs):
-        return ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)  # for other layers: retrofitted ones refuse to read it
+        native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
+        if native is not None and kind == "full":
+            native = _note(native, kwargs, False)
+        return native
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
         return None
@@ -130,6 +137,20 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(new.all()):
         return None
     return new[:, None, None, :]
+
+
+def _note(native: Tensor, kwargs: dict[str, Any], plain: bool) -> Tensor:
+    """Let retrofitted layers know that a mask is not the caller's own, and where the new tokens begin in it."""
+    if not torch.compiler.is_compiling():
+        offset = kwargs["q_offset"]
+        native = native.contiguous() if isinstance(offset, Tensor) else native  # as generate would, into another object
+        first = int(offset) - int(kwargs["kv_offset"])
+        if first + kwargs["q_length"] > native.shape[-1]:  # not every new token has a column
+            return native
+        native.first_column = first  # type: ignore[attr-defined]  # a static cache has columns to come
+    if plain:
+        native.is_causal_and_padding = True  # type: ignore[attr-defined]
+    return native
 
 
 def _is_only_causal(base: str, kwargs: dict[str, Any]) -> bool:
@@ -144,6 +165,11 @@ def _is_only_causal(base: str, kwargs: dict[str, Any]) -> bool:
         for function in (kwargs["mask_function"], causal)
     )
     return asked is not None and wanted is not None and torch.equal(asked, wanted)
+
+
+def null_logits_of(base: str | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Learned sink logits among the arguments of the attention function, if the base implementation honours them."""
+    return kwargs.get(NULL_LOGITS) if base == "eager" else None
 
 
 def mask_kind(call: dict[str, Any]) -> str:
@@ -184,7 +210,7 @@ def refuse_unsupported(dropout: float, kwargs: dict[str, Any], plain: Callable[.
     for name, value in kwargs.items():
         if name in _REMEDIES and value is not None and value is not False:
             raise ValueError(f"{name} was passed to a retrofitted layer: {_REMEDIES[name]}.")
-        if not known and isinstance(value, Tensor) and name in _named(plain):  # type: ignore[arg-type]
+        if not known and isinstance(value, Tensor) and name != NULL_LOGITS and name in _named(plain):  # type: ignore[arg-type]
             raise ValueError(f"unknown tensor argument {name!r} reached a retrofitted layer: it would be ignored.")
 
 
@@ -193,28 +219,32 @@ def _named(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _read_mask(attention_mask: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """Which new tokens are real, and the text of each, from our own mask or from the diagonal of a native one."""
+def _read_mask(attention_mask: Any, length: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Which new tokens are real, the text of each, and how far its query sees ahead; from our own or a native mask."""
     if attention_mask is None:
-        return None, None
+        return None, None, None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
         raise ValueError(f"attention_mask is {type(attention_mask).__name__}: expected a 2-D padding mask, or none.")
     texts = getattr(attention_mask, "texts", None)
     if texts is not None:
-        return None, texts
+        return None, texts, None
     rows, keys = attention_mask.shape[2:]
     if rows == 1 and keys == length and attention_mask.dtype == torch.bool:
-        return attention_mask[:, 0, 0], None
+        return attention_mask[:, 0, 0], None, None
     if rows == 1 and keys == length and attention_mask.dtype == torch.long:
-        return None, attention_mask[:, 0, 0]
+        return None, attention_mask[:, 0, 0], None
     if rows == length and (torch.compiler.is_compiling() or getattr(attention_mask, "is_causal_and_padding", False)):
         first = getattr(attention_mask, "first_column", keys - length)
         diagonal = attention_mask.diagonal(first, dim1=2, dim2=3).squeeze(1)
-        return (diagonal if diagonal.dtype == torch.bool else diagonal == 0), None
+        return (diagonal if diagonal.dtype == torch.bool else diagonal == 0), None, None
+    if rows == length and hasattr(attention_mask, "first_column"):
+        shown = shown_by(attention_mask, attention_mask.first_column)
+        if shown is not None:
+            return shown.valid, None, shown.ahead
     raise ValueError(
-        f"attention_mask has shape {tuple(attention_mask.shape)}, {attention_mask.dtype}: the memory honours causality "
-        "and padding only, not a mask of your own, a mask function, or images whose tokens see each other. Pass a 2-D "
-        "mask (batch, tokens)."
+        f"attention_mask has shape {tuple(attention_mask.shape)}, {attention_mask.dtype}: the memory honours "
+        "causality, padding and images whose tokens see each other, not a mask of your own or a mask function. Pass a "
+        "2-D mask (batch, tokens)."
     )
 
 

@@ -7,12 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from ..positions import Rotary
+from .attended import how_it_differs
+from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .trial import AttentionCall, MaskCall, Trial
 
+_CACHES = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    DummyLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+"""Layers of a cache that a memory can stand in for."""
 _SHIFT = 5
 """How far the second probe stands behind the first."""
 
@@ -26,6 +44,7 @@ class AttentionBlock:
         module: the block.
         layer_idx: its index in the cache.
         kind: ``full``, ``sliding`` or ``chunked``.
+        shares_with: index of an earlier layer whose keys and values it attends to, None for its own.
         native_window: the model's own window, None for full attention.
         sizes: hidden_size, num_heads, num_kv_heads, head_dim, value_dim.
         like: a tensor with the dtype and device of its queries.
@@ -40,6 +59,7 @@ class AttentionBlock:
     module: nn.Module
     layer_idx: int
     kind: str = "full"
+    shares_with: int | None = None
     native_window: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     like: Tensor | None = None
@@ -57,15 +77,19 @@ class Probed:
     Attributes:
         blocks: its blocks, in the order of the model; those that cannot be retrofitted say why.
         masks: the masks that it made.
+        around: models around the decoder, if that had to be run alone.
+        returns_cache: whether the model hands back the cache that it filled.
     """
 
     blocks: list[AttentionBlock]
     masks: list[MaskCall]
+    around: list[nn.Module]
+    returns_cache: bool
 
     @property
     def mask_makers(self) -> list[nn.Module]:
-        """The modules that make masks for attention blocks."""
-        return list(dict.fromkeys(made.maker for made in self.masks if made.maker is not None))
+        """The modules that make masks for attention blocks, or may make them."""
+        return list(dict.fromkeys(u for u in (*self.around, *(made.maker for made in self.masks)) if u is not None))
 
     def renamed(self, chosen: list[AttentionBlock]) -> Callable[[Any], bool]:
         """Whether a config names the attention function of the chosen blocks, or of the masks."""
@@ -97,35 +121,82 @@ def probe_model(model: Any) -> Probed:
         model: a transformers model whose attention goes through the attention interface.
     """
     config = model.config.get_text_config(decoder=True)
-    near = Trial(model)
-    moves = "position_ids" in inspect.signature(model.forward).parameters
-    far = Trial(model, start=_SHIFT).calls if moves else []
-    frequencies = _frequencies(model)
+    near, entry = _first_trial(model)
+    moves = "position_ids" in inspect.signature(entry.forward).parameters
+    far = Trial(model, _SHIFT, entry).calls if moves else []
+    frequencies, layers = _frequencies(model), _cache_layers(config)
     blocks = []
     for name, module in model.named_modules():
         calls = [call for call in near.calls if call.module is module]
         if calls:
             shifted = [call for call in far if call.module is module]
             block = AttentionBlock(name, module, getattr(module, "layer_idx", None) or 0)
-            _describe(block, config, calls, near)
+            layer = layers[block.layer_idx] if block.layer_idx < len(layers) else None
+            _describe(block, config, calls, near, layer)
             block.trained_length = getattr(config, "max_position_embeddings", None)
             if not block.reason:
                 _find_rotary(block, calls[0].q, shifted[0].q if shifted else None, frequencies)
             blocks.append(block)
+    _find_sources(blocks, {call.module: call.k for call in near.calls})
     repeated = {b.layer_idx for b in blocks if sum(other.layer_idx == b.layer_idx for other in blocks) > 1}
     for block in blocks:
         if block.layer_idx in repeated and not block.reason:
             block.reason = f"several blocks share the cache index {block.layer_idx}"
-    return Probed(blocks, near.masks)
+    around = [u for u in model.modules() if isinstance(u, PreTrainedModel) and any(v is entry for v in u.modules())]
+    return Probed(blocks, near.masks, [u for u in around if u is not entry], _returns_cache(model, entry))
 
 
-def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], trial: Trial) -> None:
+def _returns_cache(model: Any, entry: Any) -> bool:
+    """Whether the decoder hands back the cache that it filled: without it, ``generate`` cannot read in pieces."""
+    try:
+        output = Trial(model, entry=entry, use_cache=True).output
+    except Exception:
+        return False
+    return any(getattr(output, name, None) is not None for name in CACHE_NAMES)
+
+
+def _first_trial(model: Any) -> tuple[Trial, Any]:
+    """Three tokens of text through the model or, where it cannot read text alone, a decoder in it; and what read them.
+
+    Raises:
+        ValueError: if nothing can read them.
+    """
+    text = original(model.config.get_text_config(decoder=True))
+    inner = [u for u in model.modules() if isinstance(u, PreTrainedModel) and original(u.config) is text]
+    first: Exception | None = None
+    for entry in dict.fromkeys([model, *inner]):
+        try:
+            return Trial(model, entry=entry), entry
+        except Exception as error:
+            first = error if first is None else first
+    raise ValueError(
+        f"{type(model).__name__} could not read three tokens of text ({type(first).__name__}: {first}), so its "
+        "attention is unknown: retrofit its decoder, model.get_decoder(), or see whether the base model runs."
+    ) from first
+
+
+def _cache_layers(config: Any) -> list[Any]:
+    """The layers of a cache for this config; none where transformers cannot make one."""
+    try:
+        return list(DynamicCache(config=config).layers)
+    except Exception:
+        return []
+
+
+def _find_sources(blocks: list[AttentionBlock], keys: dict[nn.Module, Tensor]) -> None:
+    """Which blocks attend to the keys of another one."""
+    for i, block in enumerate(blocks):
+        shared = (other for other in blocks[:i] if keys[other.module] is keys[block.module])
+        block.shares_with = next((other.layer_idx for other in shared), None)
+
+
+def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], trial: Trial, layer: Any) -> None:
     call, x = calls[0], trial.hidden.get(block.module)
     made = next((made for made in trial.masks if made.is_given(call.mask)), None)
     types = getattr(config, "layer_types", None)
     its_type = types[block.layer_idx] if types is not None and block.layer_idx < len(types) else None
     window = call.kwargs.get("sliding_window") or getattr(block.module, "sliding_window", None)
-    if made is not None:
+    if made is not None and not (made.kind == "full" and window is not None and its_type == "sliding_attention"):
         block.kind, window = made.kind, made.size
     elif its_type is not None:
         block.kind = its_type.removesuffix("_attention")
@@ -136,10 +207,10 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
         block.reason = f"calls the attention function {len(calls)} times in one forward, expected once"
     elif getattr(block.module, "layer_idx", None) is None:
         block.reason = "has no layer_idx, so its cache is unknown"
-    elif its_type not in (None, "full_attention", "sliding_attention", "chunked_attention"):
+    elif layer is not None and type(layer) not in _CACHES:
         block.reason = (
-            f"is a {its_type!r} layer, expected full or sliding attention: it may do more than attend, and its cache "
-            "may hold more than keys and values"
+            f"is a {its_type!r} layer, whose cache ({type(layer).__name__}) holds more than keys and values, or not "
+            "in their order: expected full or sliding attention"
         )
     elif call.mask is not None and made is None:
         block.reason = "changes the mask that transformers makes for it, and a memory could not honour that"
@@ -147,6 +218,8 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
         block.reason = f"attends by {block.kind}, expected full or sliding attention"
     elif x is None:
         block.reason = "takes no hidden_states"
+    elif not any(name in inspect.signature(type(block.module).forward).parameters for name in CACHE_NAMES):
+        block.reason = "takes no cache, so it may keep earlier tokens in a place of its own"
     elif not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(block.module).forward).parameters.values()):
         block.reason = "passes no keyword arguments on to the attention function"
     elif call.q.shape[1] % call.k.shape[1]:
@@ -158,6 +231,8 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
             refuse_unsupported(call.dropout, call.kwargs)
         except ValueError as error:
             block.reason = str(error)
+        else:
+            block.reason = how_it_differs(call, block.native_window)
     if x is not None:
         block.sizes = {
             "hidden_size": x.shape[-1],

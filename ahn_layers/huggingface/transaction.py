@@ -5,15 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from ..compressor import State
 from ..state import MemoryState
+from . import native_layer
 from .cache_layers import MemoryLayer
 
 _OPEN = "_hippocampal_snapshot"
-_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers of transformers that put new tensors in the place of the old ones, so that these can be put back."""
 _LARGE = 1 << 22
 """Bytes of a state that are not kept a second time while a call runs."""
 
@@ -106,13 +105,10 @@ def settle_for_use(cache: Any) -> None:
 
 
 def _save(layer: Any) -> Any:
-    if isinstance(layer, MemoryLayer):
-        return _save_memory(layer)
-    attributes = dict(vars(layer))
-    if type(layer) is DynamicLayer and layer.is_initialized:  # which appends: its old tensors need not be held
-        attributes["length"] = attributes.pop("keys").shape[-2]
-        del attributes["values"]
-    return attributes, _stamps(layer)
+    if not isinstance(layer, MemoryLayer):
+        return native_layer.save(layer)
+    linear = getattr(layer, "linear", None)  # a recurrence beside the attention
+    return _save_memory(layer), None if linear is None else (linear, native_layer.save(linear))
 
 
 def _save_memory(layer: MemoryLayer) -> dict[str, Any]:
@@ -151,21 +147,8 @@ def _put_memory_back(layer: MemoryLayer, before: dict[str, Any]) -> bool:
 
 
 def _put_back(layer: Any, saved: Any) -> bool:
-    if isinstance(layer, MemoryLayer):
-        return _put_memory_back(layer, saved)
-    attributes, stamps = saved
-    if type(layer) in _GROWING:
-        if "length" in attributes:
-            length = attributes.pop("length")
-            attributes |= {name: getattr(layer, name)[..., :length, :] for name in ("keys", "values")}
-        vars(layer).clear()
-        vars(layer).update(attributes)
-        return True
-    return _stamps(layer) == stamps
-
-
-def _stamps(layer: Any) -> list[tuple[int, int]]:
-    """Which tensors a layer holds, and how often each has been written to."""
-    held = [u for value in vars(layer).values() for u in (value if isinstance(value, (list, tuple)) else (value,))]
-    tensors = [u for u in held if isinstance(u, Tensor)]
-    return [(id(u), -1 if u.is_inference() else u._version) for u in tensors]
+    if not isinstance(layer, MemoryLayer):
+        return native_layer.put_back(layer, saved)
+    memory, linear = saved
+    possible = _put_memory_back(layer, memory)
+    return (linear is None or native_layer.put_back(*linear)) and possible

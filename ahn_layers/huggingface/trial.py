@@ -1,5 +1,6 @@
 """A few tokens run through a model, with stand-ins for attention and its masks that note who called what."""
 
+import dis
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,14 +16,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config_view import base_name, configs_of, give_views, original
-from .interface import mask_kind
+from .interface import BASES, base_attention, mask_kind
 
 _NAME = "hippocampal:probe"
 
 
 @dataclass
 class AttentionCall:
-    """One call of the attention function: whose it was, and what it got."""
+    """One call of the attention function: whose it was, what it got, and what the base model made of it, if it did."""
 
     module: nn.Module
     q: Tensor
@@ -30,7 +31,10 @@ class AttentionCall:
     v: Tensor
     mask: Any
     dropout: float
+    scaling: float | None
     kwargs: dict[str, Any]
+    base: str | None
+    out: Tensor | None
 
 
 @dataclass
@@ -66,27 +70,32 @@ class Trial:
     Args:
         model: the model.
         start: position of the first of three tokens.
+        entry: what is called: the model, or a decoder in it.
+        use_cache: whether a cache is asked for.
 
     Attributes:
         calls: of the attention function.
         masks: calls of the mask function.
         hidden: the hidden states that each module was called with.
+        output: what was returned.
     """
 
-    def __init__(self, model: Any, start: int = 0) -> None:
+    def __init__(self, model: Any, start: int = 0, entry: Any = None, use_cache: bool = False) -> None:
+        entry = model if entry is None else entry
         self.calls: list[AttentionCall] = []
         self.masks: list[MaskCall] = []
         self.hidden: dict[nn.Module, Tensor] = {}
         self._running: list[nn.Module] = []
         self._takers = {m for m in model.modules() if "hidden_states" in inspect.signature(type(m).forward).parameters}
         tokens = torch.arange(3, device=_device(model)).unsqueeze(0)
-        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-        if getattr(model.config.get_text_config(decoder=True), "output_attentions", False):
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        arguments["use_cache"] = use_cache
+        if getattr(entry.config.get_text_config(decoder=True), "output_attentions", False):
             arguments["output_attentions"] = False  # the stand-ins have none, and hooks would be installed
         if start:
             arguments["position_ids"] = tokens + start
         with torch.no_grad(), _evaluating(model), self._standing_in(model), self._watching(model):
-            model(**arguments)
+            self.output = entry(**arguments)
 
     def attention_name(self, base: str | None) -> str:
         """The stand-ins, whatever the base."""
@@ -122,7 +131,8 @@ class Trial:
         leaves = tree_leaves((args, kwargs))
         for made in self.masks:
             if any(made.is_given(u) for u in leaves):
-                made.receivers = [u for u in made.receivers if u not in self._running] + [module]
+                made.receivers = [u for u in made.receivers if u not in self._running]
+                made.receivers += [module] if _reads(module, args, kwargs, made) else []
         self._running.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -148,10 +158,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     trial = _trial.get()
     assert trial is not None, "the probe's attention function was called outside the probe"
-    kwargs.pop("scaling", None)
-    trial.calls.append(AttentionCall(module, q, k, v, attention_mask, dropout, kwargs))
-    out = v.repeat_interleave(max(1, q.shape[1] // v.shape[1]), dim=1)
-    return out.transpose(1, 2).contiguous(), None
+    base = next((base_name(original(config)._attn_implementation) for config in configs_of(module).values()), None)
+    scaling, out = kwargs.pop("scaling", None), None
+    if base in BASES:
+        given = {"scaling": scaling, "dropout": dropout, **kwargs}
+        out = base_attention(base, module)(module, q, k, v, attention_mask, **given)[0]
+    trial.calls.append(AttentionCall(module, q, k, v, attention_mask, dropout, scaling, kwargs, base, out))
+    if out is None:
+        out = v.repeat_interleave(max(1, q.shape[1] // v.shape[1]), dim=1).transpose(1, 2).contiguous()
+    return out, None
 
 
 def _mask(**kwargs: Any) -> Any:
@@ -165,7 +180,24 @@ def _kind(call: dict[str, Any]) -> tuple[str, int | None]:
         return mask_kind(call), None
     size = int(call["local_size"])
     first, query, key = (torch.tensor(i, device="cpu") for i in (0, size, 1))  # values, also on the meta device
-    return ("sliding" if bool(call["mask_function"](first, first, query, key)) else "chunked"), size
+    try:
+        slides = bool(call["mask_function"](first, first, query, key))
+    except IndexError:  # a function of these three tokens
+        slides = "chunked_attention" not in (getattr(call["config"], "layer_types", None) or ())
+    return ("sliding" if slides else "chunked"), size
+
+
+def _reads(module: nn.Module, args: Any, kwargs: Any, made: MaskCall) -> bool:
+    """Whether a module looks at a mask that it is given: not if its forward never loads that argument."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None:
+        return True
+    given = dict(zip(code.co_varnames[1 : code.co_argcount], args, strict=False)) | kwargs
+    names = {name for name, value in given.items() if made.is_given(value)}
+    known = names <= set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    loaded = {u.argval for u in dis.get_instructions(code) if u.opname.startswith("LOAD") and isinstance(u.argval, str)}
+    pairs = (u.argval for u in dis.get_instructions(code) if isinstance(u.argval, tuple))
+    return not (names and known) or bool(names & loaded.union(*pairs))
 
 
 def _contains(config: Any, other: Any) -> bool:

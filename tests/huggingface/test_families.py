@@ -260,7 +260,7 @@ def changed(model, ids, reach):
     return (logits(model, ids)[:, -1] - logits(model, other)[:, -1]).abs().max()
 
 
-@every_family
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.recurs])
 def test_what_left_the_window_is_gone_without_a_memory_and_remembered_with_one(name):
     """Through three layers the last token sees at most three windows."""
     model, ids, reach = retrofitted(name), tokens(1, 60), 1 + 3 * (max(WINDOW, NARROW) - 1)

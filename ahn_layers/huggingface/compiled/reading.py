@@ -114,7 +114,9 @@ class OpaqueLayer(MemoryLayer):
     ) -> Tensor:
         """Attend with new tokens, none of them padding, and take them in."""
         assert valid is None and attention is not None
-        return attend_to_piece(q, k, v, x, self.reads, attention.scale, attention.softcap).transpose(1, 2)
+        return attend_to_piece(
+            q, k, v, x, self.reads, attention.null_logits, attention.scale, attention.softcap
+        ).transpose(1, 2)
 
 
 class _Reading(threading.local):
@@ -135,7 +137,14 @@ _READING = _Reading()
 
 @torch.library.custom_op("ahn_layers::attend_to_piece", mutates_args={"reads"})
 def attend_to_piece(
-    q: Tensor, k: Tensor, v: Tensor, x: Tensor, reads: Tensor, scale: float | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    reads: Tensor,
+    null_logits: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention and memory of the layer that is being read, ``(B, T, H, E)``.
 
@@ -144,11 +153,12 @@ def attend_to_piece(
     """
     assert _READING.attend is not None
     reads += 1
-    return _READING.attend(q, k, v, x, attention=SoftmaxAttention(scale, softcap)).transpose(1, 2).contiguous()
+    attention = SoftmaxAttention(scale, softcap, null_logits=null_logits)
+    return _READING.attend(q, k, v, x, attention=attention).transpose(1, 2).contiguous()
 
 
 @attend_to_piece.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, x: Tensor, reads: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, x: Tensor, reads: Tensor, *how: Tensor | float | None) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 

@@ -23,16 +23,10 @@ Part = tuple[Tensor, Tensor, Tensor, int | None]
 """Queries, keys, values, ``(b, t, h, d)`` each; how many tokens back a query sees, itself included, None for all."""
 
 
-def supports(q: Tensor, v: Tensor, softcap: float | None) -> bool:
+def supports(q: Tensor, v: Tensor) -> bool:
     """Whether the fused kernels can take these tensors."""
     size = q.shape[-1]
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and softcap is None
-        and size == v.shape[-1] <= 256
-        and size % 8 == 0
-    )
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and size == v.shape[-1] <= 256 and size % 8 == 0
 
 
 def supports_beside(part: Between) -> bool:
@@ -243,7 +237,7 @@ class _JointAttention(torch.autograd.Function):
 
 def _joint(
     cut: _Cut, q: Tensor, q_sinks: Tensor | None, sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """The joint attention with its log-sum-exp, and what the backward pass needs."""
     tensors = (q, q if q_sinks is None else q_sinks, *_sinks(cut, sink_k, sink_v, k, v), k, v)
     outs, lses, extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)

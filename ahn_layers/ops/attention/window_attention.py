@@ -31,6 +31,7 @@ def masked_attention(
     num_sinks: int = 0,
     q_kept: Float[Tensor, "b h t d"] | None = None,
     num_kept: int = 0,
+    null_logits: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h t e"]:
     """Attention under a boolean mask, with grouped key/value heads and, on request, capped or re-positioned logits.
 
@@ -46,6 +47,7 @@ def masked_attention(
         num_sinks: how many leading keys are sinks.
         q_kept: queries to use against the last ``num_kept`` keys instead of ``q``.
         num_kept: how many of the last keys an eviction keeps.
+        null_logits: one more logit of each head, which takes its part of the softmax and has no value.
 
     Returns:
         The attention output, in the dtype of ``q``.
@@ -58,7 +60,7 @@ def masked_attention(
         visible = visible.repeat_interleave(q.shape[1] // visible.shape[1], dim=1)
     # a mask that learns goes the plain way: the backward pass of the fused kernels refuses some shapes of it
     learns = visible is not None and visible.dtype != torch.bool
-    if softcap is None and not learns and (len(views) == 1 or q.shape[2] > 1):
+    if softcap is None and null_logits is None and not learns and (len(views) == 1 or q.shape[2] > 1):
         size = v.shape[-1]
         if len(views) > 1:
             # one product for all kinds of keys: [q_sinks, q, ...] with [k, 0, ...] at the sinks, [0, k, ...] elsewhere
@@ -78,7 +80,10 @@ def masked_attention(
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
         logits = logits + added(visible, logits.dtype)
-    return (by_group(logits.softmax(dim=-1).to(v.dtype)) @ v).reshape(b, h, t, -1)
+    if null_logits is not None:
+        logits = torch.cat((logits, null_logits.to(logits.dtype).view(1, h, 1, 1).expand(b, h, t, 1)), dim=-1)
+    weights = logits.softmax(dim=-1).to(v.dtype)[..., : k.shape[2]]
+    return (by_group(weights) @ v).reshape(b, h, t, -1)
 
 
 def together(*visible: Tensor) -> Tensor:
@@ -126,6 +131,7 @@ def window_attention(
     first_rank: int | None = None,
     beside: Sequence[Between] = (),
     q_kept: Float[Tensor, "b h t d"] | None = None,
+    null_logits: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h t e"]:
     """Every query sees the sinks up to itself and the last ``window_size`` tokens, itself included.
 
@@ -149,15 +155,17 @@ def window_attention(
         q_sinks: queries to use against the sinks, for the last ``far`` queries.
         first_rank: rank of the first query, if it is the same in every row and known.
         beside: what else is in the softmax.
-        q_kept: queries to use against what is beside, instead of ``q``.
+        q_kept: queries to use against the last of what is beside, instead of ``q``.
+        null_logits: see ``masked_attention``.
 
     Returns:
         The attention output, in the dtype of ``q``.
     """
     past = context_k.shape[2] - q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    fused = flash_attention.supports(q, context_v, softcap) and all(map(flash_attention.supports_beside, beside))
-    if first_rank is not None and fused:
+    plain = softcap is not None or null_logits is not None
+    fused = not plain and flash_attention.supports(q, context_v)
+    if first_rank is not None and fused and all(map(flash_attention.supports_beside, beside)):
         far = 0 if q_sinks is None else q_sinks.shape[2]
         facing = None if q_sinks is None else torch.cat((q[:, :, : q.shape[2] - far], q_sinks), dim=2)
         if sink_k is not None and sink_v is not None:
@@ -177,7 +185,8 @@ def window_attention(
         )
     if sink_k is None or sink_v is None:
         sink_k, sink_v = context_k[:, :, :num_sinks], context_v[:, :, :num_sinks]
-    options: dict[str, Any] = {"window_size": window_size, "num_sinks": num_sinks, "scale": scale, "softcap": softcap}
+    options: dict[str, Any] = {"window_size": window_size, "num_sinks": num_sinks, "scale": scale}
+    options |= {"softcap": softcap, "null_logits": null_logits}
     return _blockwise(q, sink_k, sink_v, context_k, context_v, rank, q_sinks, beside, q_kept, **options)
 
 
@@ -222,6 +231,7 @@ def _blockwise(
     num_sinks: int,
     scale: float,
     softcap: float | None = None,
+    null_logits: Tensor | None = None,
 ) -> Tensor:
     """``window_attention`` in plain PyTorch: under a mask, one block of queries at a time."""
     past = context_k.shape[2] - q.shape[2]
@@ -252,11 +262,14 @@ def _blockwise(
             q_sinks=None if q_sinks is None or start < near else q_sinks[:, :, start - near : stop - near],
             num_sinks=sinks,
             q_kept=None if q_kept is None else q_kept[:, :, start:stop],
-            num_kept=sum(u[0].shape[2] for u in others),
+            num_kept=0 if q_kept is None else others[-1][0].shape[2],
+            null_logits=null_logits,
         )
 
     ends = [*starts[1:], q.shape[2]]
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or context_k.requires_grad or context_v.requires_grad)
+    needs_grad = torch.is_grad_enabled() and any(
+        u is not None and u.requires_grad for u in (q, context_k, context_v, null_logits)
+    )
     if needs_grad and len(starts) > 1:
         blocks = [
             checkpoint(block, a, b, use_reentrant=False, preserve_rng_state=False)

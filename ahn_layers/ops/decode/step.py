@@ -25,6 +25,7 @@ def slot_attention(
     softcap: float | None = None,
     q_sinks: Float[Tensor, "b h 1 d"] | None = None,
     num_sinks: int = 0,
+    null_logits: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h 1 e"]:
     """Attention of one query per row over the slots that are filled; an empty row sees its first slot.
 
@@ -38,8 +39,10 @@ def slot_attention(
         softcap: see ``masked_attention``.
         q_sinks: queries to use against the first ``num_sinks`` slots.
         num_sinks: how many leading slots are sinks.
+        null_logits: see ``masked_attention``.
     """
-    if softcap is None and q.dtype != torch.float64 and q.shape[-1] <= 256 and in_triton(q, k, v):
+    plain = softcap is not None or null_logits is not None
+    if not plain and q.dtype != torch.float64 and q.shape[-1] <= 256 and in_triton(q, k, v):
         from . import triton_decode
 
         turned, facing = (q, 0) if q_sinks is None else (q_sinks, num_sinks)
@@ -48,7 +51,9 @@ def slot_attention(
     visible = None
     if not full:
         visible = (torch.arange(k.shape[2], device=q.device) < seen.clamp(min=1).unsqueeze(1))[:, None, None]
-    return masked_attention(q, k, v, visible, scale=scale, softcap=softcap, q_sinks=q_sinks, num_sinks=num_sinks)
+    return masked_attention(
+        q, k, v, visible, scale=scale, softcap=softcap, q_sinks=q_sinks, num_sinks=num_sinks, null_logits=null_logits
+    )
 
 
 def delta_step(

@@ -1,0 +1,69 @@
+"""Types that stand for many others; all of them with ``pytest -m every_type tests/families``."""
+
+import json
+
+import pytest
+
+from . import cases, table
+from .checks import judge
+from .try_every_type import try_type
+
+REPRESENTATIVE = {
+    "gpt_oss": "1 of 3",  # learned sink logits
+    "gemma3n_text": "2 of 4",  # layers that share keys and values
+    "falcon_h1": "3 of 3",  # a recurrence in every layer
+    "nemotron_h": "1 of 1",  # layers of many kinds
+    "recurrent_gemma": "1 of 1",  # its output holds no cache
+    "minimax_m3_vl_text": "3 of 3",
+    "roc_bert": "3 of 3",  # a cache beside one of an encoder's tokens
+    "image/gemma3": "1 of 3",  # images whose tokens see each other
+    "image/paligemma": "3 of 3",  # prompts whose tokens see each other
+    "image/qwen2_vl": "3 of 3",  # positions in three dimensions
+    "audio/qwen2_audio": "3 of 3",
+}
+REFUSED = {
+    "doge": "changes the mask",
+    "deepseek_v32": "whose cache (DynamicIndexedLayer) holds more",
+    "zamba2": "share the cache index",
+    "mamba2": "has no attention, or one of its own",
+    "bloom": "does not use the attention interface",
+    "inkling_text": "position biases are not supported",
+}
+
+
+@pytest.fixture
+def fast(unchecked, monkeypatch):
+    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
+    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_types_that_stand_for_others(name):
+    verdict = judge(cases.build(name))
+    assert (verdict.word, verdict.layers) == ("passes", REPRESENTATIVE[name]), verdict.cause
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_supported_is_refused_by_retrofit(name):
+    verdict = judge(cases.build(name))
+    assert verdict.word == "refused" and REFUSED[name] in verdict.cause, verdict.cause
+
+
+def test_the_table_of_the_documentation_has_every_type():
+    page = table.PAGE.read_text()
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    missing = set(cases.all_names("causal")) - set(rows)
+    assert not missing, "python -m tests.families.try_every_type --write"
+    for name, layers in REPRESENTATIVE.items():
+        assert f"| `{name}` | passes | {layers} |" in page
+    for name in REFUSED:
+        assert f"| `{name}` | refused |" in page
+    assert "| fails |" not in page
+
+
+@pytest.mark.every_type
+@pytest.mark.parametrize("name", cases.all_names())
+def test_every_type(name):
+    verdict = try_type(name)
+    assert verdict["word"] != "fails", json.dumps(verdict, indent=1)

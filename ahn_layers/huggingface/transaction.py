@@ -79,7 +79,8 @@ def length_before(cache: Cache, layer_idx: int) -> int | None:
         return 0
     saved, length = snapshot.saved[layer_idx], None
     if isinstance(snapshot.layers[layer_idx], MemoryLayer):
-        length = 0 if saved["state"] is None else saved["state"].length
+        state = saved[0]["state"]
+        length = 0 if state is None else state.length
     elif isinstance(saved, tuple):
         length = saved[0].get("length")
     return length

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     EncoderDecoderCache,
     QuantizedCache,
@@ -22,6 +21,7 @@ from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .hybrid_layer import layer_in_place_of, static_length
 from .layer_values import describe, rebuild, tensors_of
+from .native_layer import SHARING
 from .rows import join_layers, numbers, put_layers, rows_of, take_layers
 from .transaction import length_before, settle, settle_for_use
 
@@ -234,7 +234,7 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     layer = cache.layers[layer_idx]
     if isinstance(layer, MemoryLayer):
         return layer
-    shares = isinstance(layer, DummyLayer)  # keys and values come from another layer, which holds tokens or not
+    shares = isinstance(layer, SHARING)  # keys and values come from another layer, which holds tokens or not
     if not shares and layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise ValueError(
             f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they "

@@ -31,8 +31,8 @@ def check_parts(
     if not (slots.k.is_floating_point() and slots.k.dtype == slots.v.dtype) or rows < 1 or groups < 1:
         _refuse("k and v", (slots.k.dtype, slots.v.dtype, slots.k.shape), "one floating dtype, and at least one row")
     for name, gate in slots.gates.items():
-        if gate.ndim != 3 or gate.shape[0] != rows or gate.shape[2] != held:
-            _refuse(f"the gate {name}", gate.shape, f"({rows}, heads, {held})")
+        if gate.ndim not in (3, 4) or gate.shape[0] != rows or gate.shape[2] != held:
+            _refuse(f"the gate {name}", gate.shape, f"({rows}, heads, {held}), or that and a size")
     if seen.dtype != torch.long or seen.shape != (rows,) or bool((seen < 0).any()):
         _refuse("seen", (seen.dtype, seen.tolist()), f"{rows} whole numbers of at least 0")
     for name, u in others.items():

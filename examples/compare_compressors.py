@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -335,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
             results["compressors"][name] = result | {"seconds": time.perf_counter() - started}
         except Exception as error:  # of a kernel, or of memory: the others are worth their numbers all the same
             results["failed"][name] = f"{type(error).__name__}: {error}"
-            print(f"{name} failed: {results['failed'][name]}", file=sys.stderr)
+            traceback.print_exc()
         results["seconds"] = time.perf_counter() - begin
         (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(title_of(results, comparison), rows_of(results))

@@ -42,7 +42,8 @@ class RWKV7(DiagonalPlusRankOne):
     def build(self) -> None:
         """Decays, replacement, the keys erased and written, read gate, norm."""
         states, size = self.num_states, self.head_dim
-        self.w_proj = LowRank(self.hidden_size, self.rank, torch.linspace(-6.5, -1.5, size).expand(states, size))
+        bias = torch.zeros(states, size)
+        self.w_proj = LowRank(self.hidden_size, self.rank, bias + torch.linspace(-6.5, -1.5, size, device=bias.device))
         self.a_proj = LowRank(self.hidden_size, self.rank, torch.zeros(states, size))
         self.k_erased, self.k_written = (nn.Parameter(torch.ones(states, 1, size)) for _ in range(2))
         self.g_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)

@@ -11,6 +11,7 @@ from .adapter_files import Weights
 from .description import (
     Memory,
     bound_options,
+    check_described,
     describe,
     describe_adapter,
     gather_weights,
@@ -91,6 +92,7 @@ def load_checked(
     with unchanged_on_failure(model):
         if description is not None and not _is_retrofitted(model):
             check_base_model(model, description, source, checked)  # before anything else can go wrong about it
+            check_described(description, files.weights, source)
             retrofit_as_described(model, description | chosen)
         inner, record = find_retrofitted(model)
         _check_window(record, chosen)

@@ -13,13 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
+from .adapter_schema import check_checksum, check_schema, with_checksum
 from .compressor import Compressor
 from .eviction import Eviction
-from .files import sha256, write_atomically
+from .files import digest, reading, sha256, write_atomically
 
 FORMAT_VERSION = 3
 """What this library writes for memories whose windows differ by layer; version 2 with an eviction, else 1."""
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+_INSIDE = "adapter"
+"""What the description is called in the file of the weights."""
 Weights = dict[int, dict[str, Tensor]]
 """Memory weights by layer and name."""
 
@@ -32,7 +35,9 @@ _DESCRIBED = (
 
 
 def write(folder: str | Path, weights: Weights, description: dict[str, Any]) -> None:
-    """Write an adapter; a crash in between leaves files that are refused together, not a mixture.
+    """Write an adapter. A crash leaves the earlier adapter or the new one, wherever it comes.
+
+    The description is in both files: the one of the weights appears complete, and from then on it is the new adapter.
 
     Args:
         folder: made if it is not there; earlier adapter files in it are replaced.
@@ -45,8 +50,10 @@ def write(folder: str | Path, weights: Weights, description: dict[str, Any]) -> 
     tensors = {
         f"layers.{i}.{name}": u.detach().cpu().contiguous() for i, own in weights.items() for name, u in own.items()
     }
-    data = save(tensors, {"format": "pt"})
-    text = json.dumps(description | {"weights_sha256": sha256(data)}, indent=2)
+    inner = json.dumps(description)
+    known = {"description": inner, "sha256": digest(sorted(tensors.items()), inner)}
+    data = save(tensors, {_INSIDE: json.dumps(known)})  # several entries would come in any order
+    text = json.dumps(with_checksum(description | {"weights_sha256": sha256(data)}), indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, data)
     write_atomically(folder / DESCRIPTION, (text + "\n").encode())
@@ -59,7 +66,7 @@ class AdapterFiles:
     Attributes:
         path: the file of the weights, the first of several.
         weights: all memory weights.
-        description: what stands beside our own weights, None for released ones.
+        description: what stands beside our own weights, or in their file; None for released ones.
     """
 
     path: Path
@@ -68,11 +75,14 @@ class AdapterFiles:
 
     def check_hash(self) -> None:
         """Raise a ValueError if the two files were not written together."""
-        if self.description is not None and self.description.get("weights_sha256") not in (None, sha256(self.path)):
+        if self.description is None:
+            return
+        if self.description.get("weights_sha256") not in (None, sha256(self.path)):
             raise ValueError(
                 f"{self.path}: not the weights that {DESCRIPTION} beside it was written with (weights_sha256). Saving "
                 "was interrupted, or one of the files was replaced: save the adapter again."
             )
+        check_checksum(self.description, self.path.with_name(DESCRIPTION))
 
 
 def read(source: str | Path) -> AdapterFiles:
@@ -83,8 +93,32 @@ def read(source: str | Path) -> AdapterFiles:
         ValueError: if a file is damaged.
     """
     files = _find(source)
-    description = _read_description(files[0].parent / DESCRIPTION) if files[0].name == WEIGHTS else None
+    description = _read_both(files[0]) if files[0].name == WEIGHTS else None
     return AdapterFiles(files[0], _read_weights(files), description)
+
+
+def _read_both(path: Path) -> dict[str, Any]:
+    """The description beside the weights; where saving broke off between the two files, the one among the weights."""
+    beside = path.with_name(DESCRIPTION)
+    description = _read_description(beside) if beside.is_file() else None
+    if description is not None and description.get("weights_sha256") in (None, sha256(path)):
+        return description
+    inside = _read_inside(path)
+    if inside is not None:
+        return inside
+    return _read_description(beside) if description is None else description
+
+
+def _read_inside(path: Path) -> dict[str, Any] | None:
+    """The description in the file of the weights, if both are what was written."""
+    from safetensors import safe_open
+
+    with reading(path), safe_open(str(path), framework="pt") as file:
+        known = json.loads((file.metadata() or {}).get(_INSIDE, "null"))
+        if known is None:
+            return None
+        found = digest(sorted((name, file.get_tensor(name)) for name in file.keys()), known["description"])  # noqa: SIM118
+        return _checked(json.loads(known["description"]), path) if found == known["sha256"] else None
 
 
 def check_known(description: dict[str, Any], source: str | Path) -> None:
@@ -144,7 +178,7 @@ def _read_weights(files: list[Path]) -> Weights:
                         weights.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
                     elif pattern is _OURS:
                         raise ValueError(f"{path}: unknown key {key!r}, expected layers.<index>.<parameter>.")
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error
     if not weights:
         raise ValueError(
@@ -159,10 +193,17 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, it says which compressor and base the weights belong to.")
     try:
-        description: dict[str, Any] = json.loads(path.read_text())
-        version = description["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the description of an adapter ({error}).") from error
+    return _checked(description, path)
+
+
+def _checked(description: Any, path: Path) -> dict[str, Any]:
+    """A description that has all that is needed, of the right kinds."""
+    if not isinstance(description, dict) or "format_version" not in description:
+        raise ValueError(f"{path}: not the description of an adapter (no format_version).")
+    version = description["format_version"]
     if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
             f"{path}: adapter format version {version}, this library reads 1 to {FORMAT_VERSION}. Load it with the "
@@ -171,5 +212,6 @@ def _read_description(path: Path) -> dict[str, Any]:
     for name in _DESCRIBED:
         if name not in description:
             raise ValueError(f"{path}: lacks {name!r}.")
+    check_schema(description, path)
     check_known(description, path)
     return description

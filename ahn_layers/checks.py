@@ -169,6 +169,14 @@ def check_state(
             f"the state was made {made} the long-term memory and is continued {asked} it: what left the window would "
             "be lost or seen twice. Keep to one mode, or begin with state=None."
         )
+    if compressor is not None and type(compressor).init_state is Compressor.init_state:
+        expected_shape = (compressor.num_states, compressor.head_dim, compressor.value_dim)
+        held = state.memory.shape[1:] if isinstance(state.memory, Tensor) else None
+        if held != expected_shape:
+            raise ValueError(
+                f"the state holds a memory of shape {held if held is None else tuple(held)} in each row, the "
+                f"compressor has {expected_shape}: it was made by another compressor."
+            )
     if state.slots.gates.keys() != new.gates.keys():
         raise ValueError(
             f"the state holds the write gates {sorted(state.slots.gates)}, the compressor makes {sorted(new.gates)}: "
@@ -182,4 +190,15 @@ def check_state(
         raise ValueError(
             f"the state holds {sizes or 'nothing'} for the eviction, the store's eviction has {expected or 'nothing'}: "
             "continue it with a store of the same eviction."
+        )
+
+
+def check_whole(state: MemoryState, eviction: Eviction) -> None:
+    """Whether a policy that has to see a text in one call can begin with this state."""
+    if eviction.whole_texts and (state.length is None or state.length > state.window.capacity):
+        past = "an unknown number of" if state.length is None else f"{state.length}"
+        raise ValueError(
+            f"{type(eviction).__name__} with a soft choice (soft_slots) goes on after {past} tokens, more than the "
+            f"{state.window.capacity} of sinks and window: it would not see those that were lost. Pass whole texts "
+            "from their beginning, without padding inside, or leave soft_slots."
         )

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .adapter_files import Weights
@@ -149,6 +151,43 @@ def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.M
         eviction=evictions or None,
         **description["compressor_options"],
     )
+
+
+def check_described(description: dict[str, Any], weights: Weights, source: str | Path) -> None:
+    """Raise a ValueError if what a description names cannot be made, or has weights of other shapes than there are.
+
+    It is made on the meta device, so that sizes in a damaged file take no memory.
+
+    Args:
+        description: what a file says.
+        weights: what it holds.
+        source: for messages.
+    """
+    sizes, name, options = description["sizes"], description["compressor"], description["compressor_options"]
+    evictions: dict[int, Eviction] = {}
+    compressor = None
+    try:
+        with torch.device("meta"):
+            if name is not None and sizes is not None:
+                compressor = Compressor.by_name[name](**sizes, **options)
+            for one in description.get("evictions", ()):
+                made = Eviction.by_name[one["eviction"]](**one["options"])
+                evictions |= dict.fromkeys(one["layers"], made if sizes is None else made.for_layer(**sizes))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: not the description of an adapter ({error}).") from error
+    except (NotImplementedError, RuntimeError):
+        return  # it cannot be made there
+    if not evictions.keys() <= set(description["layers"]):
+        raise ValueError(
+            f"{source}: not the description of an adapter (evictions for layers {sorted(evictions)}, a memory in "
+            f"{sorted(description['layers'])})."
+        )
+    for index, given in weights.items():
+        for key, u in Memory(compressor, evictions.get(index, FoldAll())).weights().items():
+            if key in given and given[key].shape != u.shape:
+                raise ValueError(
+                    f"{source}: layer {index} {key!r} has shape {tuple(given[key].shape)}, expected {tuple(u.shape)}."
+                )
 
 
 def bound_options(evictions: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -106,6 +106,11 @@ class Eviction(nn.Module, ABC):
         """Whether it needs the hidden states of the tokens. Default: if it has ``gates``."""
         return type(self).gates is not Eviction.gates
 
+    @property
+    def whole_texts(self) -> bool:
+        """Whether it has to see a text in one call at present, all tokens that leave the window. Default: no."""
+        return False
+
     def gates(
         self, x: Float[Tensor, "b t n"], k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"]
     ) -> dict[str, Float[Tensor, "b g t"]]:

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,20 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, descri
     """Write tensors and a JSON description to a safetensors file that appears complete or not at all."""
     from safetensors.torch import save
 
-    metadata = {"format": f"ahn_layers.{kind}", "version": str(FORMAT_VERSION), "description": json.dumps(description)}
+    text = json.dumps(description)
+    metadata = {"format": f"ahn_layers.{kind}", "version": str(FORMAT_VERSION), "description": text}
+    metadata["sha256"] = digest(sorted(tensors.items()), text)
     write_atomically(path, save({name: u.detach().contiguous() for name, u in tensors.items()}, metadata))
 
 
-def digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """A text that is the same for the same names, dtypes, shapes and values, wherever the tensors are."""
-    found = hashlib.sha256()
+def digest(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
+    """A text that is the same for the same names, dtypes, shapes and values, wherever the tensors are.
+
+    Args:
+        named: the tensors.
+        text: counts as well.
+    """
+    found = hashlib.sha256(text.encode())
     for name, u in named:
         u = u.detach().cpu().contiguous()
         found.update(f"{name} {u.dtype} {tuple(u.shape)}".encode())
@@ -57,6 +64,18 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _keep_name(path.parent)
+
+
+def _keep_name(folder: Path) -> None:
+    """Make sure that a new name in a folder survives a power cut, where folders can be asked for it."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    with suppress(OSError):
+        os.fsync(number)
+    os.close(number)
 
 
 def sha256(data: bytes | Path) -> str:
@@ -86,7 +105,13 @@ def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tup
                 f"{path}: format version {metadata.get('version')}, this library reads {FORMAT_VERSION}. "
                 "Load it with the version of ahn_layers that wrote it."
             )
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["description"])  # noqa: SIM118
+        tensors, text = {name: file.get_tensor(name) for name in file.keys()}, metadata["description"]  # noqa: SIM118
+        if metadata.get("sha256") not in (None, digest(sorted(tensors.items()), text)):
+            raise ValueError(f"{path}: damaged, its contents are not what was written (sha256). Save it again.")
+        description = json.loads(text)
+        if not isinstance(description, dict):
+            raise ValueError(f"{path}: damaged, its description is a {type(description).__name__}.")
+        return tensors, description
 
 
 @contextmanager
@@ -94,7 +119,13 @@ def reading(path: str | Path) -> Iterator[None]:
     """Within this context, whatever a damaged file leads to is a ValueError that names the file."""
     from safetensors import SafetensorError
 
+    damage = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, RuntimeError, TypeError)
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error
+    except (SafetensorError, json.JSONDecodeError, *damage) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path}: damaged or truncated safetensors file ({reason}).") from error
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: {error}") from error

@@ -23,7 +23,8 @@ FACTS = (
 SAMPLED, VALUES = 32, 8
 """Parameters of the base that are sampled, and values of each."""
 
-_DTYPES = {str(u).removeprefix("torch."): u for u in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {str(u).removeprefix("torch."): u for u in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+"""Those of weights that are sampled, by name."""
 _OF_PEFT = re.compile(r"(lora|ia3|vera)_|modules_to_save")
 
 
@@ -197,7 +198,7 @@ def _base_parameters(model: Any, given: Mapping[str, Tensor] = MappingProxyType(
     memories = tuple(f"{n}.memory." for n, module in model.named_modules() if isinstance(module, HippocampalAttention))
     for name, own in model.named_parameters():
         u = given.get(name, own)
-        readable = u.dtype in _DTYPES.values() and not u.is_meta and u.numel()
+        readable = u.dtype in DTYPES.values() and not u.is_meta and u.numel()
         plain = type(u.data) is Tensor or hasattr(u, "full_tensor")  # other classes hold quantized weights
         if readable and plain and not name.startswith(memories) and not _OF_PEFT.search(name):
             name = re.sub(r"\.(base_layer|original_module)\.", ".", name)
@@ -219,7 +220,7 @@ def _values(u: Tensor) -> Tensor:
 def _agree(sample: dict[str, Any], u: Tensor) -> bool:
     """Whether the values are the same but for the rounding of the coarser dtype."""
     recorded = torch.tensor([float(value) for value in sample["values"].split()], dtype=torch.float64)
-    found, dtype = _values(u), _DTYPES[sample["dtype"]]
+    found, dtype = _values(u), DTYPES[sample["dtype"]]
     if torch.equal(recorded.to(u.dtype), found) or torch.equal(recorded, found.to(dtype).double()):
         return True
     if {dtype, u.dtype} != {torch.bfloat16, torch.float16}:  # of which neither contains the other

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .checks import check_inputs, check_state
+from .checks import check_inputs, check_state, check_whole
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
 from .ops.attention.attend import SoftmaxAttention
@@ -255,6 +255,7 @@ class MemoryStore(nn.Module):
         attention: SoftmaxAttention,
     ) -> tuple[Tensor, MemoryState]:
         """The equations of this class; padding comes last in each row."""
+        check_whole(state, self.eviction)
         held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
         if single and held.overwritten and valid is None:
             out = kernel_step(q, new, x, state, self.recalling, self.eviction, self.positions, attention)

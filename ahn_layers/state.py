@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from .compressor import State, map_state
+from .consistency import check_parts
 from .files import digest, load_tensors, reading, save_tensors
 from .ring import Held
 from .tokens import Later, Tokens
@@ -137,32 +138,6 @@ class MemoryState:
         """
         return self._map(lambda u: u.index_select(0, index.to(u.device)))
 
-    def without(self, ranks: Bool[Tensor, "b c"]) -> "MemoryState":
-        """The state as if some tokens had never arrived: later ones move up. The columns seen stay what they are.
-
-        Args:
-            ranks: True for the tokens to leave out, by rank; tokens of further ranks stay.
-
-        Raises:
-            ValueError: if a token has left the window of a row that is to lose one.
-        """
-        late = ranks.any(dim=1) & (self.seen > self.window.capacity)
-        if bool(late.any()):
-            raise ValueError(
-                f"rows {late.nonzero().flatten().tolist()} have folded tokens into their memory: what arrived cannot "
-                "be taken back. Keep a clone of the state from before."
-            )
-        held = len(self.slots)
-        slot = torch.arange(held, device=self.seen.device)
-        gone = torch.zeros(self.batch_size, held, dtype=torch.bool, device=self.seen.device)
-        size = min(held, ranks.shape[1])
-        gone[:, :size] = ranks[:, :size]  # while nothing has left, a token sits in the slot of its rank
-        seen = self.seen - (gone & (slot < self.seen.unsqueeze(1))).sum(dim=1)
-        slots = self.slots.take(gone.to(torch.uint8).argsort(dim=1, stable=True))
-        empty = (slot >= seen.unsqueeze(1)).unsqueeze(1)
-        slots = slots.map(lambda u: u.masked_fill(empty.view(*empty.shape, *[1] * (u.ndim - 3)), 0))
-        return replace(self, slots=slots, seen=seen, padded=True)
-
     def copy_(self, other: "MemoryState") -> None:
         """Take over another state's values, keeping this one's tensors where they are (static addresses)."""
         theirs = other.tensors()
@@ -203,7 +178,7 @@ class MemoryState:
                 "with, or begin with state=None."
             )
         with reading(path):
-            return cls.from_tensors(tensors, description)
+            return cls.from_tensors(tensors, description).check()
 
     def description(self) -> dict[str, Any]:
         """What the tensors alone do not say, as JSON values."""
@@ -223,3 +198,14 @@ class MemoryState:
             padded=description["padded"],
             kept=kept,
         )
+
+    def check(self) -> "MemoryState":
+        """This state, if its parts fit together; those of a file may be anything.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        held = self.slots.named().keys() | {"seen"}
+        others = {name: u for name, u in self.tensors().items() if name not in held}
+        check_parts(self.window, self.slots, self.seen, self.length, self.padded, others)
+        return self

@@ -83,6 +83,12 @@ class Tokens:
         """Columns by index: shared by all rows ``(T,)``, per row ``(B, T)`` or per key/value head ``(B, G, T)``."""
         return self.map(lambda u: take(u, index))
 
+    def widened(self, count: int) -> "Tokens":
+        """These tokens, followed by columns of zeros up to ``count``; the same object if there are as many already."""
+        if len(self) >= count:
+            return self
+        return self.map(lambda u: torch.cat((u, u.new_zeros(*u.shape[:2], count - u.shape[2], *u.shape[3:])), dim=2))
+
     def zeroed(self, mask: Bool[Tensor, "b g t"]) -> "Tokens":
         """Zeros where the mask of each key/value head is True."""
         over = lambda u: mask.repeat_interleave(u.shape[1] // mask.shape[1], dim=1)  # noqa: E731

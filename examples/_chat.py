@@ -58,7 +58,7 @@ class Chat:
     def figures(self) -> str:
         """Bytes that the cache holds, and what full attention would hold by now."""
         tokens, held = self.cache.get_seq_length(), self.cache.nbytes
-        capacity = self.model.hippocampus.window.capacity
+        capacity = max(window.capacity for window in self.model.hippocampus.windows.values())
         if tokens <= capacity:
             return f"{tokens:,} tokens, cache {held / 1e6:.2f} MB, it grows up to {capacity:,} tokens"
         token = sum(u.nbytes // u.shape[2] for layer in self.cache.layers for u in (layer.keys, layer.values))

@@ -32,11 +32,11 @@ import torch
 import transformers
 from _common import count, number, positive
 from arms import arm_bytes, use_arm
-from evaluate import table
 from gap import SEGMENT, measure, measure_spans, swapped_memories
 from gpu_measurements import forget_peak, synchronize, time_tokens
 from matplotlib.figure import Figure
-from needles import make, score
+from measures import table
+from needles import make, score_all
 from quickstart import load_text
 from smollm2 import load_causal_lm
 from texts import Crops, read_texts, stretches, tokenize
@@ -159,7 +159,9 @@ class Comparison:
     def asked(self, arm: str) -> Results:
         """Needles: loss on the answer, and the share of right ones."""
         with use_arm(self.model, arm, self.window):
-            found = [u for e in tqdm(self.needles, desc=f"needles, {arm}") for u in score(self.model, e, 1 << 20)]
+            rows = [self.needles[i : i + self.options.micro] for i in range(0, len(self.needles), self.options.micro)]
+            bar = tqdm(rows, desc=f"needles, {arm}")
+            found = [u for some in bar for one in score_all(self.model, some, self.options.length) for u in one]
         return {"loss": [u.loss for u in found], "right": sum(u.correct for u in found) / max(1, len(found))}
 
     def references(self) -> Results:

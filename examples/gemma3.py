@@ -1,13 +1,13 @@
 """Get Gemma 3 270M, a second small language model to try a memory on: three of its 18 layers have full attention.
 
-    python examples/gemma3.py
+    python examples/learn_to_recall.py --model gemma3
 
-The package index has it as a GGUF file of about 5 bits a weight in four wheels (238 MB together), an upload that Google
-has no part in. It is converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. Gemma is provided under and
-subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms, which also apply to what is derived from
-it, trained memories included. So nothing made from it comes with this repository.
+teaches these three to recall.
 
-``python examples/learn_to_recall.py --model gemma3`` teaches its full-attention layers to recall.
+The package index has it as a GGUF file (Q4_K_M, 253 MB) in four wheels, an upload that Google has no part in. It is
+converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. Gemma is provided under and subject to the Gemma
+Terms of Use found at https://ai.google.dev/gemma/terms, which also apply to what is derived from it, trained memories
+included. So nothing made from it comes with this repository.
 """
 
 from pathlib import Path
@@ -40,7 +40,3 @@ def gemma3_folder() -> Path:
 
 def _complete(tokenizer: Any) -> None:
     tokenizer.model_max_length = MAX_POSITIONS
-
-
-if __name__ == "__main__":
-    print(gemma3_folder())

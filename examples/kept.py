@@ -95,7 +95,7 @@ def kept_tokens(cache: Any, row: int = 0) -> KeptTokens:
         row: which text of the batch; its tokens are counted without padding.
 
     Raises:
-        ValueError: if no layer has slots, or nothing has been read.
+        ValueError: if no layer has slots, nothing has been read, or the layers have different windows.
     """
     states = {i: getattr(layer, "state", None) for i, layer in enumerate(cache.layers)}
     found = {i: u for i, u in states.items() if isinstance(u, MemoryState) and {RANK, PRIORITY} <= u.kept.keys()}
@@ -105,6 +105,8 @@ def kept_tokens(cache: Any, row: int = 0) -> KeptTokens:
             "text."
         )
     first = next(iter(found.values()))
+    if any(state.window != first.window for state in found.values()):
+        raise ValueError("the layers have different windows: expected one for all, to mark a text by.")
     heads = [len(state.kept["filled"][row]) for state in found.values()]
     shape = (len(found), max(heads), int(first.seen[row]))
     kept, priority = torch.zeros(shape, dtype=torch.bool), torch.full(shape, math.nan)

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     begun = time.perf_counter()
     recall = measure(model, encode, held_out, options, ("full attention", "window"))
-    log: dict[str, list[float]] = {"score_errors": [], "losses": []}
+    log: dict[str, list[Any]] = {"score_errors": [], "losses": []}
     if options.ask is None:
         learn(model, encode, train, options, log)
         save_adapter(model, options.output)
@@ -119,7 +119,7 @@ def split(documents: list[Tensor], share: float) -> tuple[list[Tensor], list[Ten
 
 
 def learn(
-    model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, log: dict[str, list[float]]
+    model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, log: dict[str, list[Any]]
 ) -> None:
     """The three stages; errors and losses on the way go to the log."""
 
@@ -134,7 +134,8 @@ def learn(
         log["score_errors"] += learn_attention(model, "1. attention to come", crops(0, options.score_steps), **how)
     if options.retrieval_steps:
         title, found = "2. where facts are looked up", crops(1, options.retrieval_steps)
-        find_heads(model, title, found, share=options.share, **how)
+        heads = find_heads(model, title, found, share=options.share, **how)
+        log["retrieval"] = [] if heads is None else heads.tolist()
         save_adapter(model, options.output / "scores")
     if not options.steps:
         return

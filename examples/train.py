@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         options.slots = slots_of(model)
         check_stages(options)
         train = crops_of(documents, tokenizer, options)
-        check_dev_length(options, model.hippocampus.window.capacity + options.slots)
+        check_dev_length(options, max(u.capacity for u in model.hippocampus.windows.values()) + options.slots)
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"train: {error}") from None
     parameters = freeze_base(model)
@@ -270,7 +270,7 @@ def align(model: Any, train: Crops, options: argparse.Namespace) -> None:
 def judge(metrics: dict[str, float], texts: int) -> dict[str, Any]:
     """The metrics, without a share of a gap that is not significant."""
     gap = Difference(metrics["eval_window"] - metrics["eval_full"], metrics["eval_gap_error"], texts)
-    share = metrics["eval_gap_closed"] if gap.sign > 0 else None
+    share = metrics.get("eval_gap_closed") if gap.sign > 0 else None
     error = gap.error if math.isfinite(gap.error) else None
     return {**metrics, "eval_gap_closed": share, "eval_gap_error": error, "eval_gap": gap.verdict}
 

@@ -5,6 +5,7 @@ recurrences below where it is.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def fold(memory: Compressor, state, k: Tensor, v: Tensor, x: Tensor):
         matrix, momentum = state
         alpha = torch.sigmoid(memory.a_proj.weight @ x + memory.dt_bias)[:, None, None]
         eta = torch.sigmoid(memory.m_proj.weight @ x)[:, None, None]
-        theta = torch.sigmoid(memory.b_proj.weight @ x)[:, None, None]
+        theta = torch.sigmoid(memory.b_proj.weight @ x)[:, None, None] * (1 - eta) ** 2 / (1 + eta)
         slope = outer(k, stored(matrix, k) - v)  # of |S^T k - v|^2 / 2
         momentum = eta * momentum - theta * slope
         return (1 - alpha) * matrix + momentum, momentum
@@ -226,7 +227,7 @@ def memory_store(
 
 
 def best_slots(
-    memory: Compressor,
+    memory: Compressor | None,
     num_sinks: int,
     window_size: int,
     num_slots: int,
@@ -235,19 +236,22 @@ def best_slots(
     v: Tensor,
     x: Tensor,
     valid: Tensor | None = None,
+    priority: Callable[[int, int, int, int], float] | None = None,
 ):
     """``memory_store`` in which every key/value head keeps, of the tokens that left the window, those of largest keys.
 
-    For one state per query head, or, where they are shared, per key/value head.
+    For one state per query head, or, where they are shared, per key/value head; or for none. Another ``priority`` is a
+    function of row, key/value head, column and rank; of equal ones the older token stays.
     """
     batch, heads, length, _ = q.shape
     groups = k.shape[1]
-    repeats, shared = heads // groups, memory.num_states == groups
+    repeats, shared = heads // groups, memory is not None and memory.num_states == groups
     valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    states = memory.init_state(batch, q.new_zeros(()))
+    states = q.new_zeros(0) if memory is None else memory.init_state(batch, q.new_zeros(()))
     named = states if isinstance(states, dict) else {"": states}
-    gates = memory.gates(x)
+    gates = {} if memory is None else memory.gates(x)
+    worth = priority or (lambda b, g, j, rank: float(k[b, g, j].norm()))
     for b in range(batch):
         tokens, row = valid[b].nonzero().flatten().tolist(), slice(b, b + 1)
         kept, ever = [[] for _ in range(groups)], torch.zeros(heads, dtype=torch.bool)
@@ -261,19 +265,21 @@ def best_slots(
                 if p >= num_sinks + window_size and valid[b, t]:
                     kept[g].append(tokens[p - window_size])
                 if len(kept[g]) > num_slots:
-                    gone = min(kept[g], key=lambda j, g=g: float(k[b, g, j].norm()))
+                    gone = min(kept[g], key=lambda j, g=g, b=b, t=tokens: (worth(b, g, j, t.index(j)), -j))
                     kept[g].remove(gone)
-                    one = {name: gate[row, :, gone] for name, gate in gates.items()}
-                    every = [u[row, :, gone].repeat_interleave(memory.num_states // groups, 1) for u in (k, v)]
-                    mine = slice(g, g + 1) if shared else readers
-                    folded = memory.fold(map_state(lambda u, row=row: u[row].clone(), states), *every, **one)
-                    for name, u in (folded if isinstance(folded, dict) else {"": folded}).items():
-                        named[name][b, mine] = u[0, mine]
                     ever[readers] = True
+                    one = {name: gate[row, :, gone] for name, gate in gates.items()}
+                    mine = slice(g, g + 1) if shared else readers
+                    if memory is not None:
+                        every = [u[row, :, gone].repeat_interleave(memory.num_states // groups, 1) for u in (k, v)]
+                        folded = memory.fold(map_state(lambda u, row=row: u[row].clone(), states), *every, **one)
+                        for name, u in (folded if isinstance(folded, dict) else {"": folded}).items():
+                            named[name][b, mine] = u[0, mine]
                 seen = window + kept[g]
                 logits = q[b, readers, t] @ k[b, g, seen].T / math.sqrt(q.shape[-1])
                 out[b, readers, t] = logits.softmax(-1) @ v[b, g, seen]
-            held = map_state(lambda u, row=row: u[row], states)
-            added = memory.output(memory.read(held, q[row, :, t]).unsqueeze(2), x[row, t : t + 1])
-            out[b, :, t] += added[0, :, 0] * ever[:, None]
+            if memory is not None:
+                held = map_state(lambda u, row=row: u[row], states)
+                added = memory.output(memory.read(held, q[row, :, t]).unsqueeze(2), x[row, t : t + 1])
+                out[b, :, t] += added[0, :, 0] * ever[:, None]
     return out, states

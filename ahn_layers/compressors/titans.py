@@ -14,13 +14,18 @@ class Titans(Recurrent):
 
     With ``x_j`` the hidden state of the evicted token, ``x_t`` that of the query's, ``u' = u / sqrt(|u|^2 + 1e-6)``:
 
-        alpha = sigmoid(a_proj(x_j));  theta = sigmoid(b_proj(x_j));  eta = sigmoid(m_proj(x_j))
+        alpha = sigmoid(a_proj(x_j) + dt_bias);  eta = sigmoid(m_proj(x_j))
+        theta = sigmoid(b_proj(x_j)) (1 - eta)^2 / (1 + eta)
         Z    <- eta Z + theta k' (v - S^T k')^T                   a gradient step on |S^T k' - v|^2 / 2, with momentum
         S    <- (1 - alpha) S + Z
         r     = S^T q' / sqrt(D)
         out   = o_proj( rms(r) * o_norm.weight * silu(g_proj(x_t)) )
 
     The state is two matrices, ``S`` and ``Z``. Without momentum (``eta = 0``) it is the delta rule with forgetting.
+
+    The range of ``theta`` is not the paper's: with larger steps momentum makes the state grow without bound for some
+    sequences of keys, rotated ones among them. Up to twice this range, without forgetting and with the same ``eta`` for
+    all tokens, nothing grows: for ``v = 0``, ``|S + c Z|^2 + |c Z|^2 / eta`` with ``c = eta / (1 - eta)`` falls.
 
     It takes the arguments of [`Compressor`][ahn_layers.Compressor].
 
@@ -44,8 +49,9 @@ class Titans(Recurrent):
         """``log(1 - alpha)``, the step size ``theta`` and ``log(eta)``."""
         a = project(self.a_proj, x)
         decay = -F.softplus(a + self.dt_bias.to(a.dtype).unsqueeze(-1))
-        momentum = F.logsigmoid(project(self.m_proj, x))
-        return {"g": decay, "theta": project(self.b_proj, x).sigmoid(), "eta": momentum}
+        m = project(self.m_proj, x)
+        largest = (-m).sigmoid().square() / (1 + m.sigmoid())  # (1 - eta)^2 / (1 + eta)
+        return {"g": decay, "theta": project(self.b_proj, x).sigmoid() * largest, "eta": F.logsigmoid(m)}
 
     def recurrence(self) -> Recurrence:
         """A step of ``theta`` down the gradient, with momentum; what is stored decays by ``exp(g)``."""

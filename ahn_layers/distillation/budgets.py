@@ -32,7 +32,7 @@ class Budgets:
         rates: for each layer and key/value head, how fast the priority of kept tokens ages (``SalientSlots.rate``).
         retrieval: attention that each key/value head pays from answers to their facts, shape (layers, heads); one row
             for each of ``capacities``.
-        costs: what windowing a layer alone costs, by layer and capacity.
+        costs: what windowing a layer alone costs, by layer and capacity: divergence from full attention.
         bytes: of the caches of all layers in ``capacities``, for one text.
         equal_capacity: capacity at which all layers alike would take as many bytes.
         full_loss: with full attention.

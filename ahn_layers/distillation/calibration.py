@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from ..memory import MemoryStore
 from ..retrofit import restore, retrofit
 from ..window import Window
 from .budgets import Budgets, cost_at, rates_of, spend
+from .loss import sliced_loss
 from .passes import output_head, run_hidden
 from .retention import Span, retrieval_heads
 from .windows import give_windows
@@ -45,14 +46,17 @@ def calibrate(
 ) -> Budgets:
     """Measure what each layer loses by a window and which heads look things up, and spend bytes of cache accordingly.
 
-    With every other layer at full attention, one layer at a time gets a window of a few capacities: the loss over full
-    attention is its cost. Costs are taken to add up, up to a factor that one run with all layers alike gives. The
-    choice of least cost is then run and measured; where it is worse than the same capacity in every layer, that is
-    proposed instead. One pass through the model for each layer and capacity; nothing is trained.
+    With every other layer at full attention, one layer at a time gets a window of a few capacities. Its cost is the
+    divergence of the predictions from those of full attention, KL(full || windowed): the loss that this adds on the
+    average, with far less noise than a difference of losses. Costs are taken to add up, and turned into loss by a
+    factor that one run with all layers alike gives. The choice of least cost is then run and measured; where its loss
+    is higher than with the same capacity in every layer, that is proposed instead. One pass through the model for each
+    layer and capacity; nothing is trained.
 
     Args:
         model: a causal language model of transformers that is not retrofitted. It is the same afterwards.
-        input_ids: texts without padding, as long as those that the budget is for.
+        input_ids: texts without padding, as long as those that the budget is for, and no longer than the model was
+            trained for: full attention is the goal.
         bytes: of the caches of all retrofitted layers, for one text. Layers left at full attention count for as many
             tokens as ``input_ids`` has.
         window_size: least window of each layer.
@@ -61,8 +65,8 @@ def calibrate(
             windows.
         compressor: takes what is not kept; its states count.
         asked: for each text, tokens of facts and of answers that repeat them (see ``retrieval_heads``). Answers then
-            count apart in the loss, with their own mean. Default: retrieval is measured on spans of the texts that are
-            repeated at their ends.
+            count apart in loss and costs, with their own mean. Default: retrieval is measured on spans of the texts
+            that are repeated at their ends.
         layers: which layers to choose for, the ones that ``retrofit`` chooses by default.
         measured: capacities at which costs are measured, each at least ``window_size + num_sinks``. Default: that one,
             and four times as many tokens each time.
@@ -102,6 +106,13 @@ def calibrate(
         model.train(was_training)
 
 
+class Measured(NamedTuple):
+    """Of the next tokens, in nats: the loss, and the divergence of the predictions from those of full attention."""
+
+    loss: float
+    divergence: float
+
+
 class _Measuring:
     """Losses of one model on one batch of texts, with windows by layer."""
 
@@ -115,23 +126,25 @@ class _Measuring:
     ) -> None:
         self.model, self.ids, self.asked = model, input_ids, asked
         self.num_sinks, self.least, self.length = num_sinks, least, input_ids.shape[1]
+        self.full: Tensor | None = None
         self.blocks: list[Any] = [m for m in model.modules() if isinstance(m, HippocampalAttention)]
         self.layers = [int(block.layer_idx) for block in self.blocks]
 
     @torch.no_grad()
-    def loss(self, capacities: Mapping[int, int | None]) -> float:
-        """Mean loss beyond the smallest window; the mean of the answers is added."""
+    def measure(self, capacities: Mapping[int, int | None]) -> Measured:
+        """Of the positions beyond the smallest window; the mean of the answers is added to that of all."""
         windows = [self._window(block, capacities.get(int(block.layer_idx))) for block in self.blocks]
         with give_windows([block.store for block in self.blocks], windows):
-            hidden = run_hidden(self.model, self.ids)[0][:, self.least : -1].flatten(0, 1)
-        head, labels = output_head(self.model), self.ids[:, self.least + 1 :].flatten()
-        pieces = [
-            nn.functional.cross_entropy(head(h).float(), y, reduction="none")
-            for h, y in zip(hidden.split(1024), labels.split(1024), strict=True)
-        ]
-        losses = torch.cat(pieces).view(len(self.ids), -1)
-        answers = self._answers()
-        return float(losses.double().mean() + (losses[answers].double().mean() if bool(answers.any()) else 0.0))
+            hidden = run_hidden(self.model, self.ids)[0][:, self.least : -1]
+        if self.full is None:
+            self.full = hidden
+        head, labels = output_head(self.model), self.ids[:, self.least + 1 :]
+        loss = divergence = 0.0
+        for part in (torch.ones_like(labels, dtype=torch.bool), self._answers()):
+            if bool(part.any()):
+                own = sliced_loss(hidden[part], head, teacher=self.full[part], labels=labels[part])
+                loss, divergence = loss + float(own[2]), divergence + float(own[1])
+        return Measured(loss, divergence)
 
     def _window(self, block: Any, capacity: int | None) -> Window:
         if capacity is None:  # nothing leaves
@@ -199,14 +212,14 @@ class _Measuring:
                 f"bytes={budget:,}: expected at least {needs[0]:,}, which {self.least} tokens in each of {every} layers"
                 f" take, and less than the {needs[1]:,} of full attention for {self.length} tokens."
             )
-        full, points = self.loss({}), list(measured or _powers(self.least, self.length))
-        costs = {layer: {size: self.loss({layer: size}) - full for size in points} for layer in self.layers}
+        full, points = self.measure({}).loss, list(measured or _powers(self.least, self.length))
+        costs = {layer: {size: self.measure({layer: size}).divergence for size in points} for layer in self.layers}
         equal = _largest(self.least, self.length, lambda size: total([size] * every) <= budget)
-        equal_loss = self.loss(dict.fromkeys(self.layers, equal))
+        equal_loss = self.measure(dict.fromkeys(self.layers, equal)).loss
         chosen = self._choose(costs, bytes_of, budget)
         factor = (equal_loss - full) / (self._predict(costs, dict.fromkeys(self.layers, equal)) or math.nan)
         expected = full + (factor if factor > 0 else 1.0) * self._predict(costs, chosen)
-        loss = self.loss(chosen)
+        loss = self.measure(chosen).loss
         if loss > equal_loss:
             chosen, expected, loss = dict.fromkeys(self.layers, equal), equal_loss, equal_loss
         found = self.retrieval().cpu()

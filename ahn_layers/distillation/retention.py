@@ -182,7 +182,8 @@ def soft_slots(model: nn.Module, temperature: float = 0.5) -> Iterator[None]:
     """Within this context, evicted tokens are visible to a degree: the choice of the kept ones has a gradient.
 
     A token's logits get ``log sigmoid((priority - threshold) / temperature)``. The threshold is that of the slots, and
-    its gradient the one that keeps the sum of the visibilities. For training on whole texts from their beginning.
+    its gradient the one that keeps the sum of the visibilities. For training on whole texts from their beginning: a
+    call that continues a cache or a state beyond the window raises a ValueError, as does padding between tokens there.
 
     Args:
         model: a retrofitted model with learned scores.

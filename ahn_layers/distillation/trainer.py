@@ -18,6 +18,9 @@ from .passes import arm_losses, distillation_loss, freeze_base, gap_closed, leas
 from .retention import soft_slots
 from .windows import SINKS, longer_windows, sample_window, use_window
 
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Two-sided 95 % quantiles of Student's distribution for 1, 2, ... degrees of freedom; the last one for more."""
+
 
 class DistillationTrainer(Trainer):
     """A ``Trainer`` of transformers that teaches the memory to answer as full attention does (arXiv 2510.07318).
@@ -27,9 +30,10 @@ class DistillationTrainer(Trainer):
     goes on exactly where they were written. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns.
 
     ``evaluate`` reports the loss of three arms on the tokens beyond the window (and the slots, if there are any):
-    ``eval_full``, ``eval_window``, with as many tokens as window and slots together, ``eval_memory``, and
-    ``eval_gap_closed`` (see [`gap_closed`][ahn_layers.distillation.gap_closed]). That share means something where the
-    gap ``eval_window - eval_full`` is several times its standard error over the sequences, ``eval_gap_error``.
+    ``eval_full``, ``eval_window``, with as many tokens as window and slots together, ``eval_memory``; and
+    ``eval_gap_error``, the standard error over the sequences of the gap ``eval_window - eval_full``. Where that gap is
+    significant (at 95 %), it reports ``eval_gap_closed`` too (see
+    [`gap_closed`][ahn_layers.distillation.gap_closed]): the share of nothing means nothing.
 
     Args:
         model: a retrofitted model.
@@ -139,10 +143,10 @@ class DistillationTrainer(Trainer):
                 "compare. Evaluate on longer sequences, or retrofit with a smaller window."
             )
         full, window, memory = (totals[:3] / totals[3]).tolist()
-        values = {"full": full, "window": window, "memory": memory, "gap_closed": gap_closed(full, window, memory)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        metrics[f"{metric_key_prefix}_gap_error"] = standard_error(sequences)
-        metrics[f"{metric_key_prefix}_loss"] = memory
+        values = {"full": full, "window": window, "memory": memory, "gap_error": standard_error(sequences)}
+        if is_significant(window - full, values["gap_error"], int((sequences[:, 3] > 0).sum())):
+            values["gap_closed"] = gap_closed(full, window, memory)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (values | {"loss": memory}).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -173,6 +177,17 @@ def standard_error(sequences: Tensor) -> float:
         return float("inf")
     gaps = (counted[:, 1] - counted[:, 0]) / counted[:, 3]
     return float(gaps.std() / len(counted) ** 0.5)
+
+
+def is_significant(gap: float, error: float, count: int) -> bool:
+    """Whether a gap is positive at the 95 % level, by Student's distribution.
+
+    Args:
+        gap: the mean.
+        error: its standard error.
+        count: of how many sequences.
+    """
+    return count > 1 and gap > _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
 
 
 class StopWhenAsked(TrainerCallback):

@@ -122,6 +122,11 @@ class SalientSlots(Eviction):
     def _sums_keys(self) -> bool:
         return self.score == "key_difference"
 
+    @property
+    def whole_texts(self) -> bool:
+        """A soft choice weighs all tokens against each other, also those that were lost."""
+        return self.temperature is not None
+
     def __str__(self) -> str:
         """Slots and score, in one line."""
         untrained = self.learned is not None and not self.learned.is_trained

@@ -3,6 +3,7 @@
 A retrofitted model builds its caches as any other; our layers replace the empty ones.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     QuantizedCache,
 )
 
 from ..files import load_tensors, reading, save_tensors
-from ..state import MemoryState
+from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .hybrid_layer import layer_in_place_of, static_length
-from .padding import Padding
-from .transaction import settle
+from .layer_values import describe, rebuild, tensors_of
+from .native_layer import SHARING
+from .rows import join_layers, numbers, put_layers, rows_of, take_layers
+from .transaction import length_before, settle, settle_for_use
 
 
 class HippocampalCache(DynamicCache):
@@ -54,22 +54,22 @@ class HippocampalCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last tokens, see ``MemoryLayer.crop``."""
-        settle(self)
+        settle_for_use(self)
         super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""
-        settle(self)
+        settle_for_use(self)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        settle(self)
+        settle_for_use(self)
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        settle(self)
+        settle_for_use(self)
         super().batch_select_indices(indices)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,10 +77,21 @@ class HippocampalCache(DynamicCache):
         settle(self)
         return dict(vars(self))
 
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Columns that have been read; those of a call that is running, or was interrupted, do not count."""
+        before = length_before(self, layer_idx)
+        return super().get_seq_length(layer_idx) if before is None else before
+
+    @property
+    def joined(self) -> bool:
+        """Whether its rows have different lengths, since they were joined."""
+        paddings = (layer.padding for layer in self.layers if isinstance(layer, MemoryLayer))
+        return any(padding is not None and bool(padding.before) for padding in paddings)
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(u.numel() * u.element_size() for layer in self.layers for u in _tensors(layer).values())
+        return sum(u.numel() * u.element_size() for layer in self.layers for u in tensors_of(layer).values())
 
     def clone(self, device: torch.device | str | None = None) -> "HippocampalCache":
         """A copy that shares nothing: continue one prefix in several ways.
@@ -99,11 +110,71 @@ class HippocampalCache(DynamicCache):
         copy.reorder_cache(index)
         return copy
 
+    @classmethod
+    def join(cls, caches: Sequence["HippocampalCache"], *, rows: int | None = None) -> "HippocampalCache":
+        """One cache with the rows of all, in that order: conversations that go on as a batch.
+
+        A row is of fixed size however long its text is, so texts of any lengths fit together. The joined cache is as
+        long as its longest row. A padding mask for it has a column for each of these and the new tokens, with zeros at
+        the left of shorter rows, as for a batch that is padded on the left; without a mask the new tokens are real.
+        Without ``position_ids``, every row goes on at the position at which it would go on alone.
+
+        Args:
+            caches: caches of one model; they stay as they are.
+            rows: allocate so many rows and every slot, at addresses that never change: what a decoding step is recorded
+                on. Rows beyond those given are copies of the last one, to be replaced with ``put``. By default there
+                are as many rows as given, and slots grow with the text.
+
+        Raises:
+            ValueError: if the caches do not fit together: other layers, windows, dtypes, devices, memory weights.
+
+        Examples:
+            >>> HippocampalCache.join([])
+            Traceback (most recent call last):
+            ValueError: no caches to join: expected at least one.
+        """
+        if not caches:
+            raise ValueError("no caches to join: expected at least one.")
+        for cache in caches:
+            settle(cache)
+        joined = cls()
+        joined.layers = join_layers([cache.layers for cache in caches], rows)
+        return joined
+
+    def take(self, rows: int | Iterable[int] | Tensor) -> "HippocampalCache":
+        """A copy of some rows, in that order, as if they had always been by themselves.
+
+        Args:
+            rows: their numbers.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        settle(self)
+        copy = type(self)()
+        copy.layers = take_layers(self.layers, numbers(rows, len(rows_of(self.layers))))
+        return copy
+
+    def put(self, rows: int | Iterable[int] | Tensor, cache: "HippocampalCache") -> None:
+        """Replace rows by those of another cache, in place. The other rows go on as if nothing had happened.
+
+        Args:
+            rows: numbers of the rows to replace, all different.
+            cache: a cache of the same model with as many rows; it stays as it is.
+
+        Raises:
+            IndexError: if there is no such row.
+            ValueError: if the rows do not fit. Nothing has changed.
+        """
+        settle(self)
+        settle(cache)
+        put_layers(self.layers, numbers(rows, len(rows_of(self.layers))), cache.layers)
+
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
-        settle(self)
-        description = {"layers": [_describe(layer) for layer in self.layers]}
-        tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in _tensors(layer).items()}
+        settle_for_use(self)
+        description = {"layers": [describe(layer) for layer in self.layers]}
+        tensors = {f"{i}.{name}": u for i, layer in enumerate(self.layers) for name, u in tensors_of(layer).items()}
         save_tensors(path, tensors, "cache", description)
 
     @classmethod
@@ -118,61 +189,15 @@ class HippocampalCache(DynamicCache):
         with reading(path):
             for i, layer in enumerate(description["layers"]):
                 own = {name.split(".", 1)[1]: u for name, u in tensors.items() if name.split(".", 1)[0] == str(i)}
-                cache.layers.append(_rebuild(layer, own))
+                cache.layers.append(rebuild(layer, own))
+                check_loaded(cache.layers[-1], layer)
         return cache
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":
-        settle(self)
+        settle_for_use(self)
         copy = type(self)()
-        copy.layers = [_rebuild(_describe(layer), function(_tensors(layer))) for layer in self.layers]
+        copy.layers = [rebuild(describe(layer), function(tensors_of(layer))) for layer in self.layers]
         return copy
-
-
-def _tensors(layer: Any) -> dict[str, Tensor]:
-    if isinstance(layer, MemoryLayer):
-        return {} if layer.state is None else layer.state.tensors()
-    held = {name: getattr(layer, name, None) for name in ("keys", "values")}
-    for name in ("conv_states", "recurrent_states"):
-        states = getattr(layer, name, ())
-        held |= {f"{name}.{i}": states[i] for i in range(len(states))}
-    return {name: u for name, u in held.items() if isinstance(u, Tensor)}
-
-
-def _describe(layer: Any) -> dict[str, Any]:
-    """What the tensors alone do not say, as JSON values."""
-    if isinstance(layer, MemoryLayer):
-        if layer.state is None:
-            return {"type": "memory"}
-        state = layer.state.description()
-        if state["length"] is None:  # a static layer is resumed as a dynamic one
-            length = int(layer.get_seq_length())
-            state |= {"length": length, "padded": not bool((layer.state.seen == length).all())}
-        turns = None if layer.padding is None else layer.padding.turns
-        return {"type": "memory", "state": state, "padding": turns, "made_with": layer.made_with}
-    if type(layer) is DynamicSlidingWindowLayer:
-        return {"type": "sliding", "sliding_window": layer.sliding_window, "seen": layer.cumulative_length}
-    if type(layer) is DynamicLayer:
-        return {"type": "full"}
-    raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be copied or saved here: use copy.deepcopy.")
-
-
-def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """Inverse of ``_describe`` and ``_tensors``."""
-    if description["type"] == "memory":
-        layer: Any = MemoryLayer()
-        if "state" in description:
-            layer.state = MemoryState.from_tensors(tensors, description["state"])
-            layer.made_with, turns = description.get("made_with", ""), description.get("padding")
-            layer.padding = None if turns is None else Padding(tuple(tuple(row) for row in turns))
-        return layer
-    sliding = description["type"] == "sliding"
-    layer = DynamicSlidingWindowLayer(description["sliding_window"]) if sliding else DynamicLayer()
-    if tensors:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values = tensors["keys"], tensors["values"]
-    if sliding:
-        layer.cumulative_length = description["seen"]
-    return layer
 
 
 def fill(cache: HippocampalCache, config: Any) -> None:
@@ -209,7 +234,7 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
     layer = cache.layers[layer_idx]
     if isinstance(layer, MemoryLayer):
         return layer
-    shares = isinstance(layer, DummyLayer)  # keys and values come from another layer, which holds tokens or not
+    shares = isinstance(layer, SHARING)  # keys and values come from another layer, which holds tokens or not
     if not shares and layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise ValueError(
             f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they "

@@ -6,64 +6,30 @@ The attention function does all the work: ``update`` hands keys and values throu
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from ..compressor import State
 from ..memory import MemoryStore
 from ..state import MemoryState
 from .padding import Padding
 from .recording import MAX_ROLLBACK, Recording, Taken
-
-_LARGE = 1 << 22
-"""Bytes of a state that are not kept a second time while a call runs."""
-
-
-class _Prefix(NamedTuple):
-    """A state as the beginning of a longer one, from which nothing has left."""
-
-    length: int
-    memory: State | None
-    kept: dict[str, Tensor]
-
-    def of(self, longer: MemoryState) -> MemoryState:
-        """The state."""
-        seen = torch.full_like(longer.seen, self.length)
-        slots = longer.slots.columns(0, self.length)
-        return replace(longer, slots=slots, seen=seen, length=self.length, memory=self.memory, kept=self.kept)
+from .state_layer import StateLayer
+from .taking_back import are_recorded, cropped, real_columns, without_columns
 
 
-class MemoryLayer(CacheLayerMixin):
-    """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows up to the window.
+class MemoryLayer(StateLayer):
+    """The cache of one retrofitted layer: a [`MemoryState`][ahn_layers.MemoryState] that grows up to the window."""
 
-    Attributes:
-        state: the tokens, None before the first.
-        padding: which columns were padding, None if none was.
-        overwritten: whether the running call has written into the tensors that were there before it.
-        edits: how often tokens or rows have been taken out, so that nothing undoes that.
-        made_with: the identity of the memory weights that made it, empty if it is not known.
-        broken: whether a call broke off in the middle of the cache, so that it cannot be used any further.
-    """
+    grows = True
+    """Whether new tensors take the place of the old ones until the window is full."""
 
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        self.state: MemoryState | None = None
-        self.armed = False
-        self.record_past = False
-        self.padding: Padding | None = None
-        self.overwritten = False
-        self.edits = 0
-        self.made_with = ""
-        self.broken = False
-        self.recording: Recording | None = None
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has arrived."""
+        return self.state is None
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Attend with new tokens and take them in.
@@ -93,7 +59,7 @@ class MemoryLayer(CacheLayerMixin):
     def _run(
         self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, valid: Tensor | None, **options: Any
     ) -> Tensor:
-        before = self._changeable()
+        before = self.changeable()
         if before is not None:
             before.inplace = not self.record_past
         writes = before is not None and before.held.overwritten and len(before.slots) == store.window.capacity
@@ -111,26 +77,22 @@ class MemoryLayer(CacheLayerMixin):
     def _overwriting(self, writes: bool) -> Iterator[None]:
         """Notes that the tensors of the state are no longer what they were, once the store has written to them.
 
-        A store raises errors before it writes; an interruption may come in between.
+        A store refuses what it cannot do before it writes; memory may run out in between, or somebody interrupt.
         """
+        keys = self.state.slots.k if writes and self.state is not None else None  # written before anything else
+        stamp = _stamp(keys)
         try:
             yield
-        except Exception:
+        except Exception as error:
+            refused = isinstance(error, (TypeError, ValueError))
+            self.overwritten |= writes and (_stamp(keys) != stamp if stamp is not None else not refused)
             raise
         except BaseException:
             self.overwritten |= writes
             raise
         self.overwritten |= writes
 
-    def refuse_broken(self) -> None:
-        """Raise a RuntimeError if the layer cannot be used any further."""
-        if self.broken:
-            raise RuntimeError(
-                "this cache is unusable: a call was interrupted after some of its layers had overwritten tokens that "
-                "left the window. Begin a new cache, call cache.reset(), or go back to a clone."
-            )
-
-    def _changeable(self) -> MemoryState | None:
+    def changeable(self) -> MemoryState | None:
         """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state = self.state.clone()
@@ -152,33 +114,11 @@ class MemoryLayer(CacheLayerMixin):
         """
         length = 0 if self.state is None else int(self.get_seq_length())
         keep = max(0, length + tokens_to_remove) if tokens_to_remove <= 0 else min(length, tokens_to_remove)
-        recording, self.recording = self.recording, None
-        if keep == length or self.state is None:
-            return
-        self.edits += 1
-        real = self._real(length)
-        if recording is not None and length - keep <= len(recording):
-            self.state = recording.first(len(recording) - (length - keep)).replayed()
-        elif bool((self.state.seen <= self.state.window.capacity).all()):
-            columns = torch.arange(length, device=real.device) >= keep
-            state = self.state.without(_by_rank(real, columns & real))
-            padded = self.state.padded
-            slots = state.slots if padded else state.slots.columns(0, keep)
-            self.state = replace(state, slots=slots, length=keep, padded=padded)
+        if keep < length and self.state is not None:
+            state = cropped(self.state, self.padding, self.recording, length, keep)
+            self.edited(state, None if self.padding is None else self.padding.cropped(keep))
         else:
-            self.recording = recording
-            raise RuntimeError(
-                f"crop({tokens_to_remove}): {0 if recording is None else len(recording)} tokens are recorded and older "
-                "ones are folded into the memory, which cannot be undone. Call cache.activate_past_recording() before "
-                f"the tokens to be taken back (at most {MAX_ROLLBACK}), or clone the cache and go back to the clone."
-            )
-        self.padding = None if self.padding is None else self.padding.cropped(keep)
-
-    def _real(self, length: int) -> Bool[Tensor, "b {length}"]:
-        """True at the columns that were taken in as real tokens."""
-        assert self.state is not None
-        padding = self.padding or Padding.none(self.state.batch_size)
-        return padding.real(length, self.state.seen.device)
+            self.recording = None
 
     def can_take_back(self, columns: Bool[Tensor, "b c"]) -> Bool[Tensor, " b"]:
         """For each row, whether these columns can be taken back: nothing has left its window, or all are recorded.
@@ -187,14 +127,9 @@ class MemoryLayer(CacheLayerMixin):
             columns: True at columns of the text that are to be taken back, for all columns so far.
         """
         assert self.state is not None
-        if self._holds(columns):
+        if are_recorded(self.recording, columns):
             return torch.ones_like(self.state.seen, dtype=torch.bool)
         return self.state.seen <= self.state.window.capacity
-
-    def _holds(self, columns: Bool[Tensor, "b c"]) -> bool:
-        """Whether all of these columns are recorded."""
-        recorded = 0 if self.recording is None else len(self.recording)
-        return recorded > 0 and not bool(columns[:, : columns.shape[1] - recorded].any())
 
     def take_back(self, columns: Bool[Tensor, "b c"]) -> None:
         """Forget tokens, as if they had been padding.
@@ -203,51 +138,21 @@ class MemoryLayer(CacheLayerMixin):
             columns: True at the columns that are to be forgotten, which ``can_take_back`` allows.
         """
         assert self.state is not None
-        real = self._real(columns.shape[1])
-        if self.recording is not None and self._holds(columns):
-            self.recording = self.recording.with_valid((real & ~columns)[:, -len(self.recording) :])
-            self.state = self.recording.replayed()
-        else:
-            self._put(self.state.without(_by_rank(real, columns)), columns)
-            self.recording = None
-        self.padding = Padding.none(len(real)).extended(real & ~columns, 0)
+        real = real_columns(self.state, self.padding, columns.shape[1])
+        before = (self.padding or Padding.none(len(real))).before
+        state, self.recording = without_columns(self.state, self.padding, self.recording, columns)
+        self._put(state, columns)
+        self.padding = replace(Padding.none(len(real)).extended(real & ~columns, 0), before=before)
 
     def _put(self, state: MemoryState, columns: Bool[Tensor, "b c"]) -> None:
         """Take over a state in which these columns are padding."""
         self.state = state
 
-    def snapshot(self) -> dict[str, Any]:
-        """What ``restore`` needs to undo the calls to come, unless they write into tensors that are there now.
-
-        A large window that grows is not held on to, which would take its memory twice: the tokens of a longer one begin
-        with the same. Only a call that fills it up cannot be undone then.
-        """
-        self.overwritten = False
-        saved, state = dict(vars(self)), self.state
-        if type(self) is not MemoryLayer or state is None or self.recording is not None or state.nbytes <= _LARGE:
-            return saved
-        if state.uniform is not None and state.uniform < state.window.capacity:
-            saved["state"] = _Prefix(state.uniform, state.memory, state.kept)
-        return saved
-
-    def restore(self, before: dict[str, Any]) -> bool:
-        """Go back to a snapshot.
-
-        Returns:
-            Whether that was possible.
-        """
-        if self.edits != before["edits"]:
-            return self.state is None
-        if self.overwritten:
-            return False
-        if isinstance(before["state"], _Prefix):
-            assert self.state is not None
-            if self.state.uniform is None or self.state.uniform > self.state.window.capacity:
-                return False
-            before = before | {"state": before["state"].of(self.state)}
-        self.__dict__.clear()
-        self.__dict__.update(before)
-        return True
+    def align(self, length: int, padding: Padding | None) -> None:
+        """After rows were put in: all rows end in this column, with this padding."""
+        assert self.state is not None
+        self.state = replace(self.state, length=length, padded=padding is not None, inplace=False)
+        self.padding = padding
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New keys and values, unchanged: the attention function stores them."""
@@ -257,80 +162,6 @@ class MemoryLayer(CacheLayerMixin):
                 "that left the window are not there. Begin a new cache inside full_attention(model) or after restore."
             )
         return key_states, value_states
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the first tokens say what is needed."""
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether tokens have arrived."""
-        return self.state is not None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """Resident keys by slot, None before the first token."""
-        return None if self.state is None else self.state.slots.k
-
-    @property
-    def values(self) -> Tensor | None:
-        """Resident values by slot, None before the first token."""
-        return None if self.state is None else self.state.slots.v
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        if self.state is None:
-            raise AttributeError("batch_size is known once tokens have arrived")
-        return self.state.batch_size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: window, gates, memory."""
-        return 0 if self.state is None else self.state.nbytes
-
-    def get_seq_length(self) -> Any:
-        """Tokens seen, padding included; not the resident ones: positions go on from here."""
-        return 0 if self.state is None else self.state.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """What a full-attention layer says, so that other layers of the model get right masks."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.edits += 1
-        self.state, self.padding, self.broken, self.made_with, self.overwritten = None, None, False, "", False
-        self.recording = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select rows for beam search."""
-        if self.state is not None:
-            self.edits += 1
-            self.state = self.state.reorder(beam_idx)
-            self._reorder_padding(beam_idx)
-            self.recording = None
-
-    def _reorder_padding(self, rows: Tensor) -> None:
-        if self.padding is not None:
-            self.padding = self.padding.reorder(rows.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        if self.state is not None:
-            rows = torch.arange(self.state.batch_size, device=self.state.seen.device)
-            self.reorder_cache(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        if self.state is not None:
-            rows = torch.arange(self.state.batch_size, device=self.state.seen.device)
-            self.reorder_cache(rows[indices])
 
 
 class LayerCache:
@@ -352,8 +183,6 @@ class LayerCache:
         return self.layer.get_seq_length()
 
 
-def _by_rank(real: Bool[Tensor, "b c"], columns: Bool[Tensor, "b c"]) -> Bool[Tensor, "b c"]:
-    """Marks on columns of a text as marks on the ranks of its real tokens."""
-    rank = (real.cumsum(dim=1) - 1).clamp(min=0)
-    marks = torch.zeros_like(rank)
-    return marks.scatter_add_(1, rank, (columns & real).long()) > 0
+def _stamp(keys: Tensor | None) -> int | None:
+    """A number that changes when a tensor is written to; None if there is none: our kernels do not tell."""
+    return None if keys is None or keys.is_inference() or keys.is_cuda else keys._version

@@ -20,9 +20,11 @@ from transformers.cache_utils import Cache
 from ..fingerprint import identity_of
 from .cache import HippocampalCache, fill, self_attention
 from .config_view import naming
+from .joined import align_rows, refuse_unaligned
 from .packing import find_texts, positions_of
-from .reconcile import check_memory, length_of, note_memory, note_padding, reconcile
-from .transaction import begin, complete, settle
+from .reconcile import check_memory, note_memory, note_padding, reconcile
+from .transaction import begin, complete, settle, settle_for_use
+from .whole_call import WholeCallHook, hand_over
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """What the cache is called in the forward of models and attention blocks."""
@@ -40,6 +42,7 @@ class Call:
         module: the module, None while masks are made ahead of a call.
         cache: the cache that it was given, None without.
         mask: the 2-D padding mask that it was given, None without.
+        count: new tokens in each row, 0 if it is not known which are real (masks were made ahead of the call).
         real: False at padding among the new tokens, None if there is none.
         texts: the number of each token's text where rows hold several, else None.
         identity: of the memory weights, empty if they are not used or cannot be read.
@@ -50,6 +53,7 @@ class Call:
     module: nn.Module | None
     cache: Any = None
     mask: Tensor | None = None
+    count: int = 0
     real: Bool[Tensor, "b t"] | None = None
     texts: Int[Tensor, "b t"] | None = None
     identity: str = ""
@@ -124,6 +128,7 @@ class ForwardHook:
         call = Call(self.owner, module)
         if torch.compiler.is_compiling():
             _assert_one_text(kwargs)
+            refuse_unaligned(kwargs)
         elif self.owner.mode == "full" or _is_recording():
             pass  # nothing of ours, or nothing but the model's own operations
         elif stack and stack[-1].owner is self.owner and stack[-1].module is not None:
@@ -149,10 +154,10 @@ class ForwardHook:
             return
         cache = call.cache if call.cache is not None else _cache_in(output)
         if isinstance(cache, Cache):
-            complete(cache)
             note_memory(cache, call.identity)
-            if call.real is not None:
-                note_padding(cache, call.real, length_of(cache) - call.real.shape[1])
+            if call.count:
+                note_padding(cache, call.real, call.count, taken_in=True)
+            hand_over(cache, complete(cache))
 
     def _open(self, call: Call, kwargs: dict[str, Any], module: nn.Module) -> None:
         """Look at the arguments of an outermost call, and change them where packed texts need it."""
@@ -163,13 +168,14 @@ class ForwardHook:
         cache = self_attention(cache)
         if isinstance(cache, HippocampalCache):
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
-        settle(cache)
+        settle_for_use(cache)
         kept = cache is not None or (kwargs.get("use_cache") is not False and not torch.is_grad_enabled())
         if kept and self.owner.mode == "memory" and self.owner.compressor is not None:
             call.identity = identity_of(module, self.owner)
             check_memory(cache, call.identity)
-        mask = kwargs.get("attention_mask")
+        mask = align_rows(cache, kwargs, tokens, module)
         call.outer, call.cache, call.mask = True, cache, mask if isinstance(mask, Tensor) and mask.ndim != 4 else None
+        call.count = tokens.shape[1] if mask is None or call.mask is not None else 0
         call.real = reconcile(cache, call.mask, *tokens.shape[:2])
         call.texts = self._find_texts(call, kwargs, tokens)
         if isinstance(cache, Cache):
@@ -208,13 +214,14 @@ class ForwardHook:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Take every [`ForwardHook`][ahn_layers.huggingface.call.ForwardHook] out of a model."""
+    """Take all of our hooks out of a model."""
     for module in model.modules():
         for hooks, flags in (
             (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
             (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
         ):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ForwardHook)]:
+            ours = (ForwardHook, WholeCallHook)
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ours)]:
                 del hooks[key]
                 for flag in flags:
                     flag.pop(key, None)

@@ -21,10 +21,11 @@ from .compiled.step_graph import Step, can_record
 from .config_view import original
 from .decoder import CACHE, DecoderAttention
 from .finished import finished_rows, watch
+from .joined import refuse_unmasked
 from .model_method import ModelMethod
 from .reconcile import length_of, note_padding, reconcile
 from .rotations import longest_fixed_rotation
-from .transaction import settle
+from .transaction import settle_for_use
 
 PREFILL_CHUNK = 4096
 """Tokens that ``generate`` reads at a time, of all rows together, unless the caller asks for another size."""
@@ -81,7 +82,7 @@ class PrepareCache(ModelMethod):
         blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
         if _are_off(blocks):
             return prepare(generation_config, model_kwargs, *args, **kwargs)
-        settle(model_kwargs.get(CACHE))
+        settle_for_use(model_kwargs.get(CACHE))
         chunk, asked = generation_config.prefill_chunk_size, generation_config.cache_implementation
         generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
         if _gains_from_fixed_addresses(model, blocks, generation_config, model_kwargs, mode):
@@ -95,6 +96,7 @@ class PrepareCache(ModelMethod):
             return result
         if isinstance(cache, HippocampalCache):
             fill(cache, model.config.get_text_config(decoder=True))
+            refuse_unmasked(cache, model_kwargs.get("attention_mask"))
         for block in blocks:
             if cache.layer_class_to_replicate is not None or block.layer_idx < len(cache.layers):
                 block.cache_layer(cache)  # an early exit uses fewer layers
@@ -333,11 +335,8 @@ def _reconcile_early(cache: Cache, input_ids: Tensor, kwargs: dict[str, Any]) ->
     mask, count = kwargs.get("attention_mask"), kwargs.get("next_sequence_length")
     if mask is None or mask.ndim != 2:
         return
-    past = int(cache.get_seq_length())
     count = min(input_ids.shape[1], mask.shape[1]) if count is None else count
-    real = reconcile(cache, mask, len(mask), count)
-    if real is not None:
-        note_padding(cache, real, past)
+    note_padding(cache, reconcile(cache, mask, len(mask), count), count, taken_in=False)
 
 
 def _gains_from_fixed_addresses(

@@ -6,7 +6,6 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from .cache_layers import MemoryLayer
-from .native_layer import put_back, save
 from .static_layer import StaticMemoryLayer
 
 
@@ -65,16 +64,6 @@ class _WithLinear:
         """Select rows."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.linear.reorder_cache(beam_idx)
-
-    def snapshot(self) -> dict[str, Any]:
-        """What ``restore`` needs."""
-        return super().snapshot() | {"linear_before": save(self.linear)}  # type: ignore[misc]
-
-    def restore(self, before: dict[str, Any]) -> bool:
-        """Go back to a snapshot, if nothing has been written into the states since."""
-        linear, saved = self.linear, before.pop("linear_before")
-        possible = super().restore(before)  # type: ignore[misc]
-        return put_back(linear, saved) and possible
 
 
 class HybridMemoryLayer(_WithLinear, MemoryLayer, LinearAttentionCacheLayerMixin):

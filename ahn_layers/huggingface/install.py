@@ -25,6 +25,7 @@ from .interface import BASES
 from .probe import AttentionBlock, Probed
 from .saving import SavePretrained
 from .weights import Recorded, are_installed
+from .whole_call import WholeCallHook
 
 
 def check_model(model: Any) -> None:
@@ -158,6 +159,8 @@ def replace_blocks(
     give_views([*(block.module for block in chosen), *found.mask_makers], record, renamed)
     for module in found.mask_makers:
         ForwardHook(record).register(module)
+    if model not in found.mask_makers:
+        WholeCallHook().register(model)
     for block, store in zip(chosen, stores, strict=True):
         parent_name, _, name = block.name.rpartition(".")
         recorded = Recorded(model, block.name, block.module)

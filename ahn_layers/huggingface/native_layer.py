@@ -3,8 +3,11 @@
 from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+SHARING: tuple[type, ...] = tuple(u for u in (getattr(cache_utils, "DummyLayer", None),) if u is not None)
+"""Layers whose keys and values come from another layer; transformers 5.17 has none."""
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of transformers that put new tensors in the place of the old ones, so that these can be put back."""
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -21,12 +20,13 @@ from .attended import how_it_differs
 from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
+from .native_layer import SHARING
 from .trial import AttentionCall, MaskCall, Trial
 
 _CACHES = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    DummyLayer,
+    *SHARING,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )

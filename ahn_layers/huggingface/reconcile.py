@@ -42,11 +42,22 @@ def reconcile(cache: Any, mask: Any, rows: int, count: int) -> Bool[Tensor, "b t
     return None if bool(new.all()) else new
 
 
-def note_padding(cache: Any, real: Bool[Tensor, "b t"], start: int) -> None:
-    """Remember which columns of a cache, from ``start`` on, are padding."""
+def note_padding(cache: Any, real: Bool[Tensor, "b t"] | None, count: int, *, taken_in: bool) -> None:
+    """Remember which of the new columns are padding.
+
+    Args:
+        cache: the cache.
+        real: False at padding, None if there is none.
+        count: new columns.
+        taken_in: whether the cache holds them already.
+    """
     layers = [layer for layer in cache.layers if isinstance(layer, MemoryLayer)]
-    if layers:
-        after = (layers[0].padding or Padding.none(len(real))).extended(real, start)
+    before = layers[0].padding if layers else None
+    if real is None and before is not None and before.is_open:  # real tokens after padding
+        real = torch.ones(len(before.turns), 1, dtype=torch.bool)
+    if real is not None and layers:
+        start = int(layers[0].get_seq_length()) - (count if taken_in else 0)
+        after = (before or Padding.none(len(real))).extended(real, start)
         for layer in layers:
             layer.padding = after
 

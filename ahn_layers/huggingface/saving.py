@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter_files import DESCRIPTION, WEIGHTS, Weights
+from ..adapter_files import DESCRIPTION, WEIGHTS, Weights, write
 from ..attention import HippocampalAttention
 from ..eviction import RIDES
 from ..files import write_atomically
+from ..staging import publish, staged
 from .model_method import ModelMethod
 from .saved_model import ADVICE, saved_config, variant_of
 
@@ -38,7 +39,10 @@ class SavePretrained(ModelMethod):
         variant: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as the model would; arguments as there. A folder that holds another saved model is overwritten."""
+        """Save as the model would; arguments as there. A folder that holds another saved model is overwritten.
+
+        Everything is written beside it first, so that a crash or a full disk leaves the earlier model.
+        """
         from ..description import describe, describe_adapter, gather_weights, is_described
 
         model: Any = self.model
@@ -50,25 +54,27 @@ class SavePretrained(ModelMethod):
         stamps = model._get_files_timestamps(folder) if push_to_hub and folder.is_dir() else {}
         writes = is_main_process and getattr(model, "should_save_on_this_rank", bool)(is_main_process)
         lora_alone = getattr(model, "_hf_peft_config_loaded", False)  # then transformers writes the PEFT adapter only
-        if writes and not lora_alone:
-            _remove_earlier(folder, variant)
-        with _left_out(model, {name for own in names.values() for name in own.values()}):
-            type(model).save_pretrained(
-                model,
-                folder,
-                is_main_process=is_main_process,
-                state_dict=None if state_dict is None else dict(state_dict),
-                max_shard_size=max_shard_size,
-                variant=variant if lora_alone else variant_of(variant),
-                **kwargs,
-            )
+        with staged(folder) as stage:
+            with _left_out(model, {name for own in names.values() for name in own.values()}):
+                type(model).save_pretrained(
+                    model,
+                    stage,
+                    is_main_process=is_main_process,
+                    state_dict=None if state_dict is None else dict(state_dict),
+                    max_shard_size=max_shard_size,
+                    variant=variant if lora_alone else variant_of(variant),
+                    **kwargs,
+                )
+            if writes and adapter is not None:
+                write(stage, weights, adapter)
+            if writes and not lora_alone:
+                base = json.loads((stage / CONFIG).read_text())
+                _write_json(stage / CONFIG, saved_config(base, description))
+                named = {names[i][key]: u for i, own in weights.items() for key, u in own.items()}
+                _write_index(stage, variant, named)
+            written = publish(stage, folder, (CONFIG, INDEX))
         if writes:
-            _write_memory(folder, weights, adapter)
-        if writes and not lora_alone:
-            base = json.loads((folder / CONFIG).read_text())
-            _write_json(folder / CONFIG, saved_config(base, description))
-            named = {names[i][key]: u for i, own in weights.items() for key, u in own.items()}
-            _write_index(folder, variant, named)
+            _remove_earlier(folder, variant, written, lora_alone=lora_alone)
         if writes and push_to_hub:
             _upload(model, folder, stamps, kwargs.get("token"), **hub)
 
@@ -114,21 +120,17 @@ def _base_files(folder: Path, variant: str | None) -> tuple[Path, Path]:
     return folder / f"model.{ours}.safetensors", folder / f"model.safetensors.index.{ours}.json"
 
 
-def _remove_earlier(folder: Path, variant: str | None) -> None:
+def _remove_earlier(folder: Path, variant: str | None, written: set[str], *, lora_alone: bool) -> None:
     """Remove what an earlier save here has left that could be taken for a part of this one."""
-    for path in (folder / "model.safetensors", folder / INDEX, _base_files(folder, variant)[1]):
-        path.unlink(missing_ok=True)
-
-
-def _write_memory(folder: Path, weights: Weights, description: dict[str, Any] | None) -> None:
-    """The adapter files; for a model without a compressor, make sure that there are none."""
-    from ..adapter_files import write
-
-    if description is not None:
-        write(folder, weights, description)
-    else:
-        for name in (WEIGHTS, DESCRIPTION):
-            (folder / name).unlink(missing_ok=True)
+    ours, earlier = variant_of(variant), [folder / WEIGHTS, folder / DESCRIPTION]
+    if not lora_alone:
+        earlier += [folder / "model.safetensors", folder / INDEX, _base_files(folder, variant)[1]]
+        earlier += folder.glob(f"model.{ours}.safetensors")
+        earlier += folder.glob(f"model.{ours}-*-of-*.safetensors")
+        earlier += folder.glob(f"model-*-of-*.{ours}.safetensors")
+    for path in earlier:
+        if path.name not in written:
+            path.unlink(missing_ok=True)
 
 
 def _write_index(folder: Path, variant: str | None, memory: dict[str, Tensor]) -> None:
@@ -140,8 +142,6 @@ def _write_index(folder: Path, variant: str | None, memory: dict[str, Tensor]) -
     from safetensors.torch import save
 
     single, index = _base_files(folder, variant)
-    if index.exists():
-        single.unlink(missing_ok=True)  # of an earlier save: it would be loaded instead of the shards
     if variant is not None:
         return
     if index.exists():

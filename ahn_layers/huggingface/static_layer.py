@@ -10,6 +10,7 @@ from ..compressor import State, map_state
 from ..memory import MemoryStore, as_autocast
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
+from .padding import Padding
 
 
 class StaticMemoryLayer(MemoryLayer):
@@ -23,6 +24,7 @@ class StaticMemoryLayer(MemoryLayer):
 
     is_compileable = True
     is_croppable = False
+    grows = False
 
     def __init__(self, max_cache_len: int) -> None:
         super().__init__()
@@ -31,6 +33,38 @@ class StaticMemoryLayer(MemoryLayer):
         self._known: tuple[int, bool] | None = (0, False)
         self._empty_memory: State | None = None
         self._empty_kept: dict[str, Tensor] = {}
+        self._joined = False
+
+    @classmethod
+    def of(cls, state: MemoryState, padding: Padding | None, made_with: str) -> "StaticMemoryLayer":
+        """A layer that holds the rows of a state, which belongs to it from now on.
+
+        Args:
+            state: the rows, their length known.
+            padding: of their columns.
+            made_with: the identity of the memory weights that made them.
+        """
+        layer = cls(state.window.capacity)
+        slots = state.slots.widened(state.window.capacity)
+        layer.pads = torch.zeros_like(state.seen)
+        layer.state = replace(state, slots=slots, inplace=True)
+        layer._joined, layer.made_with = True, made_with
+        assert state.length is not None
+        layer.align(state.length, padding)
+        layer._fix_addresses()
+        return layer
+
+    def align(self, length: int, padding: Padding | None) -> None:
+        """After rows were put in: all rows end in this column, with this padding."""
+        assert self.state is not None
+        self.pads.copy_(length - self.state.seen)
+        self.state.length, self.state.padded, self._known = None, True, None
+        self.padding = padding
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has arrived since it was made or reset."""
+        return self.state is None or self._known == (0, False)
 
     def run(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:
         """Attend with new tokens and take them in, in place."""
@@ -45,7 +79,7 @@ class StaticMemoryLayer(MemoryLayer):
         if self.state is None:
             self._allocate(store, k, v, x)
         elif not torch.compiler.is_compiling():
-            self._changeable()
+            self.changeable()
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
             out, after = store(q, k, v, x, self.state, **options)
@@ -65,7 +99,8 @@ class StaticMemoryLayer(MemoryLayer):
             self.pads.add_((~options["valid"]).sum(dim=1))
         return out
 
-    def _changeable(self) -> MemoryState | None:
+    def changeable(self) -> MemoryState | None:
+        """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state, self.pads, self._empty_memory = self.state.clone(), self.pads.clone(), _copy(self._empty_memory)
             self._empty_kept = {name: u.clone() for name, u in self._empty_kept.items()}
@@ -75,22 +110,11 @@ class StaticMemoryLayer(MemoryLayer):
 
     def _put(self, state: MemoryState, columns: Tensor) -> None:
         assert self.state is not None
-        self._changeable()
+        self.changeable()
         self.state.copy_(state)
         self.state.length, self.state.padded = None, True
         self.pads.add_(columns.sum(dim=1))
         self._known = None
-
-    def snapshot(self) -> dict[str, Any]:
-        """What ``restore`` needs: a static layer can go back only to having been empty."""
-        return super().snapshot() | {"was_empty": self.state is None or self._known == (0, False)}
-
-    def restore(self, before: dict[str, Any]) -> bool:
-        """Go back to a snapshot, if that was empty or nothing has been written since."""
-        if before["was_empty"] or self._known == (0, False):
-            self.reset()
-            return True
-        return super().restore({name: value for name, value in before.items() if name != "was_empty"})
 
     def _allocate(self, store: MemoryStore, k: Tensor, v: Tensor, x: Tensor) -> None:
         with torch.no_grad():
@@ -134,7 +158,16 @@ class StaticMemoryLayer(MemoryLayer):
             raise RuntimeError(f"crop({tokens_to_remove}): a static memory cannot be cropped, use a dynamic cache.")
 
     def reset(self) -> None:
-        """Forget everything, keeping the tensors."""
+        """Forget everything, keeping the tensors.
+
+        Raises:
+            RuntimeError: if the rows were joined: then what an empty row holds is not known.
+        """
+        if self._joined:
+            raise RuntimeError(
+                "reset: this cache was joined from rows of others at fixed addresses, and was never empty. Replace its "
+                "rows with put(rows, cache), or make a new one."
+            )
         self.edits += 1
         if self.state is not None:
             empty = self.state.clone()
@@ -152,7 +185,7 @@ class StaticMemoryLayer(MemoryLayer):
             self.edits += 1
             self.state.copy_(self.state.reorder(beam_idx))
             self.pads.copy_(self.pads.index_select(0, beam_idx.to(self.pads.device)))
-            self._reorder_padding(beam_idx)
+            self.padding = self._padding_of(beam_idx)
 
 
 def _copy(memory: State | None) -> State | None:

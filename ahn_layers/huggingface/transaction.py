@@ -1,13 +1,34 @@
 """A cache during one call: either every layer takes the new tokens in, or none does."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..compressor import State
+from ..state import MemoryState
 from . import native_layer
 from .cache_layers import MemoryLayer
 
 _OPEN = "_hippocampal_snapshot"
+_LARGE = 1 << 22
+"""Bytes of a state that are not kept a second time while a call runs."""
+
+
+class _Prefix(NamedTuple):
+    """A state as the beginning of a longer one, from which nothing has left."""
+
+    length: int
+    memory: State | None
+    kept: dict[str, Tensor]
+
+    def of(self, longer: MemoryState) -> MemoryState:
+        """The state."""
+        seen = torch.full_like(longer.seen, self.length)
+        slots = longer.slots.columns(0, self.length)
+        return replace(longer, slots=slots, seen=seen, length=self.length, memory=self.memory, kept=self.kept)
 
 
 class Snapshot:
@@ -39,9 +60,30 @@ def begin(cache: Cache) -> None:
     setattr(cache, _OPEN, Snapshot(cache))
 
 
-def complete(cache: Cache) -> None:
-    """The call has gone through all layers."""
-    cache.__dict__.pop(_OPEN, None)
+def complete(cache: Cache) -> Snapshot | None:
+    """The call has gone through all layers.
+
+    Returns:
+        The cache as it was before the call, if that was remembered.
+    """
+    snapshot: Snapshot | None = cache.__dict__.pop(_OPEN, None)
+    return snapshot
+
+
+def length_before(cache: Cache, layer_idx: int) -> int | None:
+    """Columns that a layer held before a call that is not completed; None if there is no such call."""
+    snapshot: Snapshot | None = getattr(cache, "__dict__", {}).get(_OPEN)
+    if snapshot is None:
+        return None
+    if layer_idx >= len(snapshot.layers) or not snapshot.layers[layer_idx].is_initialized:
+        return 0
+    saved, length = snapshot.saved[layer_idx], None
+    if isinstance(snapshot.layers[layer_idx], MemoryLayer):
+        state = saved[0]["state"]
+        length = 0 if state is None else state.length
+    elif isinstance(saved, tuple):
+        length = saved[0].get("length")
+    return length
 
 
 def settle(cache: Any) -> None:
@@ -51,9 +93,63 @@ def settle(cache: Any) -> None:
         snapshot.restore(cache)
 
 
+def settle_for_use(cache: Any) -> None:
+    """``settle``, before something is done with the cache.
+
+    Raises:
+        RuntimeError: if a call was interrupted that could not be undone.
+    """
+    settle(cache)
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, MemoryLayer):
+            layer.refuse_broken()
+
+
 def _save(layer: Any) -> Any:
-    return layer.snapshot() if isinstance(layer, MemoryLayer) else native_layer.save(layer)
+    if not isinstance(layer, MemoryLayer):
+        return native_layer.save(layer)
+    linear = getattr(layer, "linear", None)  # a recurrence beside the attention
+    return _save_memory(layer), None if linear is None else (linear, native_layer.save(linear))
+
+
+def _save_memory(layer: MemoryLayer) -> dict[str, Any]:
+    """What ``_put_memory_back`` needs to undo the calls to come, unless they write into tensors that are there now.
+
+    A large window that grows is not held on to, which would take its memory twice: the tokens of a longer one begin
+    with the same. Only a call that fills it up cannot be undone then.
+    """
+    layer.overwritten = False
+    saved, state = dict(vars(layer)) | {"was_empty": layer.is_empty}, layer.state
+    if not layer.grows or state is None or layer.recording is not None or state.nbytes <= _LARGE:
+        return saved
+    if state.uniform is not None and state.uniform < state.window.capacity:
+        saved["state"] = _Prefix(state.uniform, state.memory, state.kept)
+    return saved
+
+
+def _put_memory_back(layer: MemoryLayer, before: dict[str, Any]) -> bool:
+    """Go back to what was saved, if that is possible: a layer of fixed addresses only to having been empty."""
+    was_empty = before.pop("was_empty")
+    if not layer.grows and (was_empty or layer.is_empty):
+        layer.reset()
+        return True
+    if layer.edits != before["edits"]:
+        return layer.state is None
+    if layer.overwritten:
+        return False
+    if isinstance(before["state"], _Prefix):
+        assert layer.state is not None
+        if layer.state.uniform is None or layer.state.uniform > layer.state.window.capacity:
+            return False
+        before = before | {"state": before["state"].of(layer.state)}
+    layer.__dict__.clear()
+    layer.__dict__.update(before)
+    return True
 
 
 def _put_back(layer: Any, saved: Any) -> bool:
-    return layer.restore(saved) if isinstance(layer, MemoryLayer) else native_layer.put_back(layer, saved)
+    if not isinstance(layer, MemoryLayer):
+        return native_layer.put_back(layer, saved)
+    memory, linear = saved
+    possible = _put_memory_back(layer, memory)
+    return (linear is None or native_layer.put_back(*linear)) and possible

@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, TrainingArguments
 
-from ahn_layers import HippocampalAttention, SalientSlots, adapter_parameters, full_attention, retrofit
+from ahn_layers import (
+    HippocampalAttention,
+    HippocampalCache,
+    SalientSlots,
+    adapter_parameters,
+    full_attention,
+    retrofit,
+)
 from ahn_layers.distillation import (
     DistillationTrainer,
     distillation_loss,
@@ -19,6 +26,7 @@ from ahn_layers.distillation import (
     set_rates,
     soft_slots,
 )
+from ahn_layers.huggingface.decoder import CACHE
 from ahn_layers.ops.slots.soft_slots import soft_visibility
 
 from ..distilling import VOCAB, small, text
@@ -184,6 +192,26 @@ def test_a_gradient_step_brings_the_soft_loss_down():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_soft_slots_do_not_go_on_after_tokens_that_they_cannot_see():
+    """A cache beyond its window, and padding in the middle of a text; what is before the window is whole."""
+    model, ids, cache = made(dtype=torch.float32), tokens(length=40), HippocampalCache()
+    with torch.no_grad():
+        capacity = model(ids[:, :4], **{CACHE: cache})[CACHE].layers[0].state.window.capacity
+        hard = model(ids, use_cache=False).logits
+        with soft_slots(model):
+            soft = model(ids, use_cache=False).logits
+            going_on = model(ids[:, 4:], **{CACHE: cache.clone()}).logits
+            torch.testing.assert_close(going_on, soft[:, 4:], rtol=0, atol=1e-4)
+            model(ids[:, 4 : capacity + 1], **{CACHE: cache})
+            with pytest.raises(ValueError, match="with a soft choice"):
+                model(ids[:, capacity + 1 :], **{CACHE: cache})
+            mask = torch.ones_like(ids)
+            mask[0, 30:33] = 0
+            with pytest.raises(ValueError, match="with a soft choice"):
+                model(ids, attention_mask=mask)
+    assert not torch.allclose(soft, hard, rtol=0, atol=1e-3)
 
 
 def test_answers_are_weighed():

@@ -40,7 +40,23 @@ def test_three_arms_are_reported(tmp_path):
     expected = {arm: float(loss.mean()) for arm, loss in arm_losses(run.model, ids).items()}
     for arm, value in expected.items():
         assert metrics[f"eval_{arm}"] == pytest.approx(value, rel=1e-5)
-    assert metrics["eval_gap_closed"] == pytest.approx(gap_closed(**expected), rel=1e-2)
+    gap = metrics["eval_window"] - metrics["eval_full"]
+    assert ("eval_gap_closed" in metrics) == (gap > 4.303 * metrics["eval_gap_error"])
+
+
+@pytest.mark.parametrize("gap, significant", [(1.0, True), (0.02, False), (-1.0, False)])
+def test_a_share_is_reported_of_a_significant_gap_alone(gap, significant, tmp_path, monkeypatch):
+    def losses(model, ids, **_):
+        noise = 0.1 * ids[:, :1].float().div(8).expand(-1, 4)
+        return {"full": noise, "window": 2 * noise + gap, "memory": 2 * noise + gap / 2}
+
+    monkeypatch.setattr("ahn_layers.distillation.trainer.arm_losses", losses)
+    metrics = trainer(tmp_path, small()).evaluate()
+    assert ("eval_gap_closed" in metrics) == significant
+    if significant:
+        arms = {arm: metrics[f"eval_{arm}"] for arm in ("full", "window", "memory")}
+        assert metrics["eval_gap_closed"] == pytest.approx(gap_closed(**arms))
+    assert "eval_gap_closed" not in trainer(tmp_path, small()).evaluate([{"input_ids": text(1, 40)[0]}])
 
 
 def test_an_evaluation_of_nothing_is_refused(tmp_path):

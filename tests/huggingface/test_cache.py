@@ -23,8 +23,8 @@ from ahn_layers import (
     restore,
     window_only,
 )
-from ahn_layers.huggingface import cache as cache_module
 from ahn_layers.huggingface.cache_layers import MemoryLayer
+from ahn_layers.huggingface.layer_values import tensors_of
 from ahn_layers.huggingface.recording import MAX_ROLLBACK
 from ahn_layers.huggingface.static_layer import StaticMemoryLayer
 
@@ -64,7 +64,7 @@ def go_on(model, cache, count=CAPACITY + 3, rows=None, seed=77):
 
 def tensors(cache):
     """Every tensor of a cache by name, copied."""
-    own = {i: cache_module._tensors(layer) for i, layer in enumerate(cache.layers)}
+    own = {i: tensors_of(layer) for i, layer in enumerate(cache.layers)}
     return {(i, name): u.clone() for i, layer in own.items() for name, u in layer.items()}
 
 

@@ -59,7 +59,7 @@ def test_the_cache_is_what_it_was(length, layer, error):
 @pytest.mark.parametrize("count", [1, 4, CAPACITY])
 def test_a_large_window_is_not_held_twice(count, monkeypatch):
     """While it grows, its old tokens are the first of the new ones; only a call that fills it up cannot be undone."""
-    monkeypatch.setattr("ahn_layers.huggingface.cache_layers._LARGE", 0)
+    monkeypatch.setattr("ahn_layers.huggingface.transaction._LARGE", 0)
     model, ids, new = retrofitted(), tokens(2, 4), tokens(2, count, seed=1)
     cache, untouched = HippocampalCache(), HippocampalCache()
     for one in (cache, untouched):

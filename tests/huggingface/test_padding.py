@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from ahn_layers import GatedDeltaNet, HippocampalCache, MemoryStore, Window
 from ahn_layers.huggingface.decoder import CACHE
 from ahn_layers.huggingface.padding import Padding
+from ahn_layers.without import without
 
 from ..models import CAPACITY, FAMILIES, base, retrofitted, tokens
 
@@ -159,7 +160,7 @@ def test_a_state_without_some_tokens_is_the_state_of_the_others(sinks, seen):
     gone = torch.zeros(2, seen, dtype=torch.bool)
     gone[0, seen // 2] = True
     kept = [torch.tensor([c for c in range(15) if not (row == 0 and c == seen // 2)]) for row in range(2)]
-    out, _ = store(q[:, :, seen:], k[:, :, seen:], v[:, :, seen:], x[:, seen:], state.without(gone))
+    out, _ = store(q[:, :, seen:], k[:, :, seen:], v[:, :, seen:], x[:, seen:], without(state, gone))
     for row in range(2):
         one = [u[row : row + 1, :, kept[row]] for u in (q, k, v)]
         expected, _ = store(*one, x[row : row + 1, kept[row]])

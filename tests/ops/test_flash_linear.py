@@ -110,7 +110,8 @@ def test_other_releases_are_not_used_and_it_is_said_once(found, monkeypatch, unc
 
 
 def relative(one, other):
-    return float((one.double().cpu() - other.double().cpu()).norm() / other.double().cpu().norm())
+    one, other = (u.detach().double().cpu() for u in (one, other))
+    return float((one - other).norm() / other.norm())
 
 
 def naive(kind, given):
@@ -134,6 +135,21 @@ def naive(kind, given):
 
         r, end = run(u["q"], u["k"], u["v"], u["g"], u["beta"], initial_state=state, output_final_state=True)
     return r.transpose(1, 2), end
+
+
+@pytest.mark.parametrize("states", [4, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_form_is_the_one_of_the_package(kind, states):
+    """Its own loop, which needs Triton to be imported, and no GPU."""
+    pytest.importorskip("fla")
+    given = inputs(kind, states=states, heads=4, groups=2, e=16, strong=True)
+    given = {name: u.requires_grad_() for name, u in given.items()}
+    results = []
+    for outs in (scan(kind, given), naive(kind, given)):
+        outs = outs[0], outs[1][:, :: outs[1].shape[1] // states]
+        weights = [torch.ones_like(u).cumsum(-1) for u in outs]
+        results.append([*outs, *torch.autograd.grad(outs, list(given.values()), weights)])
+    assert all(relative(one, other) < 3e-6 for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.gpu

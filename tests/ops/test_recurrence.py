@@ -129,6 +129,28 @@ def test_momentum(strength, length, folds):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("eta", [0.1, 0.5, 0.8, 0.97])
+def test_momentum_in_the_range_of_titans_never_grows(eta):
+    """Keys that turn from token to token are the worst: larger steps resonate with them."""
+
+    def growth(step):
+        found = []
+        for turn in (0.01, 0.1, 0.2, 0.27, 0.3, 0.5, 1.0, 2.8, 3.1):
+            angle = turn * torch.arange(600, dtype=torch.float64)
+            k, one = torch.stack((angle.cos(), angle.sin()), dim=-1)[None, None], torch.ones(1, 1, 600).double()
+            start = torch.eye(2, dtype=torch.float64)[None, None]
+            gates = (step * one, one * torch.tensor(eta, dtype=torch.float64).log(), 0 * one)
+            _, state, momentum = momentum_scan(start, 0 * start, k, k, torch.zeros_like(k), *gates)
+            c = eta / (1 - eta)
+            size = (state + c * momentum).square().sum() + (c * momentum).square().sum() / eta
+            found.append(float(size / start.square().sum()))
+        return max(found)
+
+    largest = (1 - eta) ** 2 / (1 + eta)
+    assert growth(largest) <= 1 and growth(2 * largest) <= 1 + 1e-9
+    assert eta < 0.7 or growth(1 - eta) > 100
+
+
 @pytest.mark.parametrize("pool", ["mean", "max"])
 @pytest.mark.parametrize("rate, slots", [(1, 1), (3, 2), (4, 50), (40, 3)])
 def test_pooling(pool, rate, slots):

@@ -237,7 +237,7 @@ class _JointAttention(torch.autograd.Function):
 
 def _joint(
     cut: _Cut, q: Tensor, q_sinks: Tensor | None, sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """The joint attention with its log-sum-exp, and what the backward pass needs."""
     tensors = (q, q if q_sinks is None else q_sinks, *_sinks(cut, sink_k, sink_v, k, v), k, v)
     outs, lses, extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)

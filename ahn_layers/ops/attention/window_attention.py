@@ -67,7 +67,7 @@ def masked_attention(
             place = torch.arange(k.shape[2], device=k.device).unsqueeze(-1)
             q = torch.cat([u for u, _, _ in views], dim=-1)
             k = torch.cat([k * ((place >= a) & (place < b)) for _, a, b in views], dim=-1)
-            v = F.pad(v, (0, k.shape[-1] - size))
+            v = F.pad(v, (0, max(0, k.shape[-1] - size)))
         return _grouped_attention(q, k, v, visible, scale)[..., :size]
     b, h, t, _ = q.shape
 

@@ -4,6 +4,7 @@ Its tensors are ``(B, T, H, D)``, with one state per query head.
 """
 
 import math
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -70,17 +71,16 @@ def channel_scan(
     shared = q.shape[1] // state.shape[1]
     q, k, v, g = _per_query(q, k, v, g)
     options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
-    with torch.cuda.device_of(q):
-        if beta is None:
-            from fla.ops.gla import chunk_gla
+    if beta is None:
+        from fla.ops.gla import chunk_gla
 
-            r, after = chunk_gla(q, k, v, g, **options)
-        else:
-            from fla.ops.kda import chunk_kda
+        r, after = chunk_gla(q, k, v, g, **options)
+    else:
+        from fla.ops.kda import chunk_kda
 
-            strength = beta.float().repeat_interleave(shared, dim=1).transpose(1, 2).contiguous()
-            r, after = chunk_kda(q, k, v, g, strength, **options)
-    return r.transpose(1, 2), after[:, ::shared]
+        strength = beta.float().repeat_interleave(shared, dim=1).transpose(1, 2).contiguous()
+        r, after = chunk_kda(q, k, v, g, strength, **options)
+    return r.transpose(1, 2), after[:, ::shared].contiguous()
 
 
 def rank_one_scan(
@@ -92,10 +92,9 @@ def rank_one_scan(
     shared = q.shape[1] // state.shape[1]
     a, b = (_per_time(u.to(k.dtype), q.shape[1]) for u in (a, b))
     q, k, v, g = _per_query(q, k, v, g)
-    with torch.cuda.device_of(q):
-        options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
-        r, after = chunk_rwkv7(q, g, k, v, a, b, **options)
-    return r.transpose(1, 2), after[:, ::shared]
+    options = {"scale": 1.0, "initial_state": _per_head(state, shared), "output_final_state": True}
+    r, after = chunk_rwkv7(q, g, k, v, a, b, **options)
+    return r.transpose(1, 2), after[:, ::shared].contiguous()
 
 
 def _per_query(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,8 +123,6 @@ def without_autotuning() -> int:
     Raises:
         ImportError: if flash-linear-attention or Triton is missing.
     """
-    import sys
-
     import fla.ops.gla
     import fla.ops.kda
     import fla.ops.rwkv7  # noqa: F401

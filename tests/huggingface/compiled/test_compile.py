@@ -363,3 +363,28 @@ def test_a_static_cache_of_ones_own(models):
                 position += 1
             cache.reset()
     assert graphs.count == 1
+
+
+def test_rows_of_a_static_cache_are_replaced_within_one_graph(models):
+    """A batch of fixed size decodes whatever rows come and go."""
+    ahn = importlib.import_module("ahn_layers")
+    model, caches = models.retrofitted(), []
+    for i, length in enumerate((1, 5, 30)):
+        cache = ahn.HippocampalCache()
+        models.logits(model, models.tokens(1, length, seed=i), length, cache)
+        caches.append(cache)
+    cache = ahn.HippocampalCache.join(caches, rows=4)
+    ids, positions = models.tokens(4, 1), torch.tensor([1, 5, 30, 30]).unsqueeze(1)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for i in range(4):
+            out = compiled(input_ids=ids, cache=cache, position_ids=positions + i, use_cache=True).logits
+            cache.put(i, caches[i % 3])
+            positions[i] = (1, 5, 30)[i % 3] - i - 1
+        assert graphs.count == 1
+        out = compiled(input_ids=ids, cache=cache, position_ids=positions + 4, use_cache=True).logits
+        assert graphs.count == 1
+        torch.testing.assert_close(out[3:], models.logits(model, ids[3:], 1, caches[0]), rtol=0, atol=1e-9)
+        with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="without position_ids"):
+            compiled(input_ids=ids, cache=cache, use_cache=True)

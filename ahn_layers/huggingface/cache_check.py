@@ -1,0 +1,40 @@
+"""Whether a cache layer that was read from a file is one: a file may say anything."""
+
+from typing import Any
+
+from .cache_layers import MemoryLayer
+
+
+def check_loaded(layer: Any, description: dict[str, Any]) -> None:
+    """Raise a ValueError unless the parts of a layer fit together.
+
+    Args:
+        layer: what was made of the file.
+        description: what the file says of it.
+    """
+    if description["type"] not in ("memory", "sliding", "full"):
+        raise ValueError(f"an unknown kind of layer, {description['type']!r}: expected memory, sliding or full.")
+    if isinstance(layer, MemoryLayer):
+        _check_memory(layer)
+        return
+    keys, values = layer.keys, layer.values
+    if keys is not None and (keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]):
+        raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} of a layer do not fit together.")
+    for name in ("sliding_window", "seen") if description["type"] == "sliding" else ():
+        if type(description[name]) is not int or description[name] < 0:
+            raise ValueError(f"{name}={description[name]!r}: expected a whole number.")
+
+
+def _check_memory(layer: MemoryLayer) -> None:
+    if layer.state is None:
+        return
+    layer.state.check()
+    if not isinstance(layer.made_with, str):
+        raise ValueError(f"made_with={layer.made_with!r}: expected a text.")
+    if layer.padding is None:
+        return
+    turns, length = layer.padding.turns, layer.state.length or 0
+    rising = all(list(row) == sorted(set(row)) for row in turns)
+    whole = all(type(turn) is int and 0 <= turn < length for row in turns for turn in row)
+    if len(turns) != layer.state.batch_size or not whole or not rising:
+        raise ValueError(f"padding={turns!r}: expected rising columns below {length} for each row.")

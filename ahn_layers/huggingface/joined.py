@@ -1,0 +1,78 @@
+"""Calls on rows of different lengths that were joined: every row goes on at the position at which it would alone."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache_layers import MemoryLayer
+from .padding import Padding
+from .reconcile import length_of, memory_layers
+
+
+def align_rows(cache: Any, kwargs: dict[str, Any], tokens: Tensor, module: nn.Module) -> Any:
+    """Add to the arguments of a call what the model cannot know: positions, and the mask of other layers.
+
+    Args:
+        cache: the cache of the call.
+        kwargs: the arguments, which are changed.
+        tokens: the new tokens, ``(B, T)`` or ``(B, T, N)``.
+        module: what is called.
+
+    Returns:
+        The mask of the call.
+
+    Raises:
+        ValueError: if the model does not take positions.
+    """
+    mask = kwargs.get("attention_mask")
+    padding = _joined(cache)
+    if padding is None:
+        return mask
+    past, count = length_of(cache), tokens.shape[1]
+    if kwargs.get("position_ids") is None:
+        if "position_ids" not in inspect.signature(type(module).forward).parameters:
+            raise ValueError(
+                f"{type(module).__name__} takes no position_ids: rows of different lengths ({_lengths(padding, past)}) "
+                "cannot go on as a batch, each at its own position. Keep them in caches of their own."
+            )
+        before = torch.tensor(padding.before, device=tokens.device).unsqueeze(1)
+        kwargs["position_ids"] = torch.arange(past, past + count, device=tokens.device) - before
+    if mask is None and not all(isinstance(layer, MemoryLayer) for layer in cache.layers):
+        new = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        mask = kwargs["attention_mask"] = torch.cat((padding.real(past, tokens.device), new), dim=1)
+    return mask
+
+
+def refuse_unaligned(kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError if compiled code would not know where the rows of a joined cache go on."""
+    for name in ("cache", "past_key_values"):
+        cache = kwargs.get(name)
+        if cache is not None and kwargs.get("position_ids") is None and getattr(cache, "joined", False):
+            raise ValueError(
+                "a joined cache was given to a compiled model without position_ids: pass them, (batch, tokens), each "
+                "row's own."
+            )
+
+
+def refuse_unmasked(cache: Any, mask: Any) -> None:
+    """Raise a ValueError if ``generate`` would count the columns before the rows of a joined cache as tokens."""
+    padding = _joined(cache)
+    if padding is not None and (mask is None or (isinstance(mask, Tensor) and bool(mask.all()))):
+        raise ValueError(
+            f"the rows of the cache have different lengths ({_lengths(padding, length_of(cache))}), and attention_mask "
+            "hides nothing: pass the ids padded on the left, and a mask with zeros there."
+        )
+
+
+def _joined(cache: Any) -> Padding | None:
+    """The padding of a cache in which rows of different lengths were joined, None for any other cache."""
+    if not getattr(cache, "joined", False):
+        return None
+    padding = next((layer.padding for layer in memory_layers(cache)), None)
+    return padding if padding is not None and padding.before else None
+
+
+def _lengths(padding: Padding, past: int) -> str:
+    return ", ".join(str(row.length) for row in padding.rows(past))

@@ -102,7 +102,7 @@ def _images(config: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
 
 
 def _videos(config: Any, names: set[str]) -> Iterator[dict[str, Tensor]]:
-    for made in _images(config, names | {"video"}):
+    for made in _images(config, (names - {"image_sizes"}) | {"video"}):
         pixels = made["pixel_values"]
         extras = {
             "pixel_values_videos": pixels, "video_grid_thw": made["image_grid_thw"],

@@ -36,7 +36,8 @@ def digest(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
     for name, u in named:
         u = u.detach().cpu().contiguous()
         found.update(f"{name} {u.dtype} {tuple(u.shape)}".encode())
-        found.update(u.flatten().view(torch.uint8).numpy().data)
+        # one row of bytes, whatever the strides of a dimension of size 1 or 0
+        found.update(u.reshape(-1, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -254,7 +254,8 @@ def try_one(subject: Subject, number: int) -> str:
 
 def watch(event: str, arguments: Any) -> None:
     """End the process if a file is about to run something."""
-    if WATCHING and event in FORBIDDEN:
+    checked = "beartype" in sys.modules and event in ("compile", "exec")  # shapes, by code that is made on the spot
+    if WATCHING and event in FORBIDDEN and not checked:
         print(f"FAULT {event} {str(arguments)[:200]}", file=sys.stderr, flush=True)
         os._exit(3)
 

@@ -108,12 +108,12 @@ def try_generations(count: int) -> tuple[int, int, int]:
         By how much Python's allocated blocks, live tensors, and the bytes of the process grew after the first tenth.
     """
     model = model_with_slots()
-    tenth = max(20, count // 10)
+    tenth = max(8, count // 10)
     numbers = itertools.count()
 
     def some(many: int) -> tuple[int, int, int]:
         for number in itertools.islice(numbers, many):
-            request(model, number % 20)
+            request(model, number % min(20, tenth))
         gc.collect()
         tensors = sum(issubclass(type(u), Tensor) for u in gc.get_objects())
         return sys.getallocatedblocks(), tensors, resident()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.parametrize(
-    "kind, cases", [("stores", 60), ("rounding", 20), ("caches", 25), ("generate", 6), ("packed", 8)]
+    "kind, cases", [("stores", 40), ("rounding", 15), ("caches", 15), ("generate", 4), ("packed", 5)]
 )
 def test_properties(kind, cases):
     assert properties.run(kind, cases, number=1) >= cases
@@ -36,7 +36,7 @@ def test_threads_that_generate_at_once():
 
 
 def test_generations_leave_nothing_behind():
-    blocks, tensors, _ = serving.try_generations(40)
+    blocks, tensors, _ = serving.try_generations(16)
     assert tensors <= 0 and blocks < 2000
 
 

@@ -75,6 +75,11 @@ def length_before(cache: Cache, layer_idx: int) -> int | None:
     snapshot: Snapshot | None = getattr(cache, "__dict__", {}).get(_OPEN)
     if snapshot is None:
         return None
+    counting = [i for i, layer in enumerate(snapshot.layers) if hasattr(layer, "is_initialized")]
+    if layer_idx < len(snapshot.layers) and layer_idx not in counting:
+        if not counting:
+            return None
+        layer_idx = counting[0]  # a recurrence counts nothing: as transformers does, ask a layer that attends
     if layer_idx >= len(snapshot.layers) or not snapshot.layers[layer_idx].is_initialized:
         return 0
     saved, length = snapshot.saved[layer_idx], None

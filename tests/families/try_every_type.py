@@ -126,7 +126,7 @@ def main() -> None:
         path = RESULTS / f"{name.replace('/', '+')}.json"
         known = json.loads(path.read_text()) if path.exists() else None
         again = bool(arguments.types) or known is None or (arguments.fails and known["word"] == "fails")
-        again = again or not (arguments.stale or arguments.fails or known["version"] == version)
+        again = again or not (arguments.stale or arguments.fails or known.get("version") == version)
         if again and i % shares == share:
             known = try_type(name) | {"version": version}
             path.write_text(json.dumps(known))

@@ -285,7 +285,9 @@ class Rerun:
 @pytest.fixture
 def steps(models, monkeypatch):
     """Makes ``generate`` step as on a GPU, with layers compiled by a backend; returns how to."""
-    graph, region = (importlib.import_module(f"ahn_layers.huggingface.{name}") for name in ("step_graph", "region"))
+    graph, region = (
+        importlib.import_module(f"ahn_layers.huggingface.compiled.{name}") for name in ("step_graph", "region")
+    )
     monkeypatch.setattr(graph, "Recording", Rerun)
 
     def use(model, backend):

@@ -22,7 +22,8 @@ FAMILIES = ["llama", "qwen2", "qwen3", "mistral_window", "phi3", "gemma2", "gemm
 def reading(models, monkeypatch):  # noqa: F811
     """Makes ``generate`` read as on a GPU, and counts what is compiled; the prompts that a twin reads are listed."""
     generation, region, module = (
-        importlib.import_module(f"ahn_layers.huggingface.{name}") for name in ("generation", "region", "reading")
+        importlib.import_module(f"ahn_layers.huggingface.{name}")
+        for name in ("generation", "compiled.region", "compiled.reading")
     )
     graphs, make, choose = Graphs(), region.compiled_region, module.Reader.reading_model
     graphs.twins, graphs.use = [], graphs.backend

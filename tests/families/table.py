@@ -34,7 +34,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     tried = {name: u for name, u in found.items() if u["word"] != "no such prompt"}
     causal = {name: u for name, u in tried.items() if "/" not in name}
     several = {name: u for name, u in tried.items() if "/" in name}
-    lines = [f"Measured with {versions} on a CPU by", "`python -m tests.families.try_every_type --write`.", ""]
+    lines = [f"Measured with {versions} on a CPU by", "`python -m tests.families.try_every_type`.", ""]
     for title, part in (("Text", causal), ("Images, video and sound", several)):
         lines += [f"### {title}", "", _counts(part), "", *_rows(part), ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -47,6 +47,12 @@ def _whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
+def _by_layer(value: Any, least: int) -> bool:
+    """A size for all layers, or by layer."""
+    sizes = value if isinstance(value, dict) else {"0": value}
+    return len(sizes) > 0 and all(str(i).isdigit() and _whole(size) and size >= least for i, size in sizes.items())
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -97,8 +103,8 @@ def _sample(dtype: Any = None, shape: Any = None, values: Any = None, **_: Any) 
 _SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "compressor": (_maybe(_text), "the name of a class, or null"),
     "compressor_options": (_options, "arguments by name"),
-    "window_size": (lambda value: _whole(value) and value > 0, "a whole number of at least 1"),
-    "num_sinks": (_whole, "a whole number"),
+    "window_size": (lambda value: _by_layer(value, 1), "a whole number of at least 1, or one for each layer"),
+    "num_sinks": (lambda value: _by_layer(value, 0), "a whole number, or one for each layer"),
     "sink_positions": (get_args(SinkPositions).__contains__, f"one of {get_args(SinkPositions)}"),
     "memory_positions": (get_args(MemoryPositions).__contains__, f"one of {get_args(MemoryPositions)}"),
     "layers": (_indices, "different whole numbers"),

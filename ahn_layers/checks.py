@@ -169,13 +169,17 @@ def check_state(
             f"the state was made {made} the long-term memory and is continued {asked} it: what left the window would "
             "be lost or seen twice. Keep to one mode, or begin with state=None."
         )
-    if compressor is not None and type(compressor).init_state is Compressor.init_state:
-        expected_shape = (compressor.num_states, compressor.head_dim, compressor.value_dim)
-        held = state.memory.shape[1:] if isinstance(state.memory, Tensor) else None
-        if held != expected_shape:
+    if compressor is not None:
+        fresh = compressor.init_state(1, new.k.new_empty((), dtype=torch.float32, device="meta"))
+        shapes = [
+            {name: tuple(u.shape[1:]) for name, u in (memory if isinstance(memory, dict) else {"": memory}).items()}
+            for memory in (fresh, state.memory)
+        ]
+        if shapes[0] != shapes[1]:
+            expected_shape, held = (u.get("", u) for u in shapes)
             raise ValueError(
-                f"the state holds a memory of shape {held if held is None else tuple(held)} in each row, the "
-                f"compressor has {expected_shape}: it was made by another compressor."
+                f"the state holds a memory of shape {held} in each row, the compressor has {expected_shape}: it was "
+                "made by another compressor."
             )
     if state.slots.gates.keys() != new.gates.keys():
         raise ValueError(

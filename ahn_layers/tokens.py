@@ -68,8 +68,10 @@ class Tokens:
 
     def zip(self, function: Callable[..., Tensor], *others: "Tokens") -> "Tokens":
         """The function applied to every tensor together with its counterparts."""
-        gates = {name: function(gate, *(o.gates[name] for o in others)) for name, gate in self.gates.items()}
-        return Tokens(function(self.k, *(o.k for o in others)), function(self.v, *(o.v for o in others)), gates)
+        k, v = (function(getattr(self, u), *(getattr(o, u) for o in others)) for u in ("k", "v"))  # before the gates
+        return Tokens(
+            k, v, {name: function(gate, *(o.gates[name] for o in others)) for name, gate in self.gates.items()}
+        )
 
     def cat(self, *others: "Tokens") -> "Tokens":
         """These tokens followed by others."""

@@ -117,6 +117,7 @@ def load_data(tokenizer: Any, options: argparse.Namespace) -> tuple[list[Tensor]
     count = (options.steps * options.accumulate + options.score_steps) * options.batch * world_size()
     enough = count * options.length if options.streaming else float("inf")
     documents = tokenize(tokenizer, texts, "training text", enough)
+    Crops(documents, options.length, 1)  # refuses texts that are too short, before the model is loaded
     if not options.dev:
         return documents, []
     held_out = tokenize(tokenizer, held_out, "held-out text")

@@ -252,11 +252,11 @@ def _find_rotary(
     if far is None or near.is_meta:
         block.fixed_positions = "its positions could not be probed"
         return
-    if torch.equal(near, far):
-        return  # no positions in this layer, so nothing is ever too far
     distance = torch.full((near.shape[2],), _SHIFT, device=near.device)
     precision = max(torch.finfo(near.dtype).eps, torch.finfo(torch.float32).eps)  # of the angles, float32 in any model
     tolerance = 8 * precision * float(near.abs().max())
+    if torch.allclose(near, far, rtol=0, atol=tolerance):
+        return  # no positions in this layer, so nothing is ever too far
     for inv_freq, rope_type in frequencies:
         if 2 * len(inv_freq) > near.shape[-1]:
             continue

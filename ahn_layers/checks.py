@@ -169,7 +169,7 @@ def check_state(
             f"the state was made {made} the long-term memory and is continued {asked} it: what left the window would "
             "be lost or seen twice. Keep to one mode, or begin with state=None."
         )
-    if compressor is not None:
+    if compressor is not None and state.memory is not None:
         fresh = compressor.init_state(1, new.k.new_empty((), dtype=torch.float32, device="meta"))
         shapes = [
             {name: tuple(u.shape[1:]) for name, u in (memory if isinstance(memory, dict) else {"": memory}).items()}

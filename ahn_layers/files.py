@@ -106,7 +106,9 @@ def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tup
                 f"{path}: format version {metadata.get('version')}, this library reads {FORMAT_VERSION}. "
                 "Load it with the version of ahn_layers that wrote it."
             )
-        tensors, text = {name: file.get_tensor(name) for name in file.keys()}, metadata["description"]  # noqa: SIM118
+        # copies are aligned as all tensors are, which those in a mapped file are not: products round as before
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        text = metadata["description"]
         if metadata.get("sha256") not in (None, digest(sorted(tensors.items()), text)):
             raise ValueError(f"{path}: damaged, its contents are not what was written (sha256). Save it again.")
         description = json.loads(text)

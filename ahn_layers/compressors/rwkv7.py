@@ -24,9 +24,9 @@ class RWKV7(DiagonalPlusRankOne):
         r    = S^T q' / sqrt(D)
         out  = o_proj( rms(r) * o_norm.weight * silu(g_proj(x_t)) )
 
-    The 4 numbers of ``c`` and of ``d`` stay beside each token of the window, for every state. Keys, values and queries
-    are those of the model's attention, without the paper's shift by a token; its bonus for the newest token is the
-    window's part here.
+    Each state's ``c`` and ``d``, 4 numbers each, stay beside the token while it is in the window. Keys, values and
+    queries are those of the model's attention. The paper shifts them by a token, which is left out. Its bonus for the
+    newest token is left out too: the window shows that token.
 
     It takes the arguments of [`Compressor`][ahn_layers.Compressor].
 

@@ -27,7 +27,7 @@ def decay_parameters(
 def spread_decays(
     num_states: int, size: int, *, factor: float = 1.0, shortest: float = 1e-3, longest: float = 1.0
 ) -> Tensor:
-    """Biases ``b`` with ``softplus(b) / factor`` log-uniform in a range: a decay for every channel.
+    """Biases ``b`` with ``softplus(b) / factor`` log-uniform in a range: channels decay at different paces.
 
     Args:
         num_states: rows.

@@ -148,8 +148,8 @@ def attend_to_piece(
 ) -> Tensor:
     """Attention and memory of the layer that is being read, ``(B, T, H, E)``.
 
-    With the cache as an argument the compiler would compile new code for every layer. Instead, ``reads`` is declared as
-    mutated, so that no call is dropped, repeated or reordered.
+    The cache is no argument: the compiler would make new code for each layer. ``reads`` is declared as mutated, so that
+    no call is dropped, repeated or reordered.
     """
     assert _READING.attend is not None
     reads += 1

@@ -1,6 +1,7 @@
 """What the scripts share: options of their command lines, and the memory that these ask for, trained or not."""
 
 import argparse
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ WINDOW, SINKS = 1920, 128
 """The window of a memory that comes without a description of its own."""
 
 
+def compressor_names() -> list[str]:
+    """The compressors that a script can make, without the bases that they share."""
+    return sorted(name for name, cls in Compressor.by_name.items() if not inspect.isabstract(cls))
+
+
 def add_memory_options(parser: argparse.ArgumentParser, window: int = WINDOW, sinks: int = SINKS) -> None:
     """The options of ``give_memory``."""
     add = parser.add_argument
     add("--window", type=positive, help=f"tokens kept without loss (default: the adapter's, else {window})")
     add("--sinks", type=count, help=f"first tokens, always kept (default: the adapter's, else {sinks})")
-    add("--compressor", choices=sorted(Compressor.by_name), help="default: the adapter's, else GatedDeltaNet")
+    add("--compressor", choices=compressor_names(), help="default: the adapter's, else GatedDeltaNet")
 
 
 def positive(text: str) -> int:

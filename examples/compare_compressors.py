@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from _common import count, number, positive
+from _common import compressor_names, count, number, positive
 from arms import arm_bytes, use_arm
 from gap import SEGMENT, measure, measure_spans, swapped_memories
 from gpu_measurements import forget_peak, synchronize, time_tokens
@@ -366,9 +366,7 @@ def find(options: argparse.Namespace) -> None:
         importlib.import_module(module.removesuffix(".py"))
     unknown = sorted(set(options.compressors) - set(Compressor.by_name))
     if unknown:
-        raise SystemExit(
-            f"compare_compressors: no compressor {', '.join(unknown)}; there are {sorted(Compressor.by_name)}"
-        )
+        raise SystemExit(f"compare_compressors: no compressor {', '.join(unknown)}; there are {compressor_names()}")
 
 
 def one_configuration() -> None:

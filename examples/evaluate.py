@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import count, find_adapter, give_memory, positive
+from _common import compressor_names, count, find_adapter, give_memory, positive
 from arms import arms_of, equal_window, own_window, set_slots, slots_of
 from evaluation_plots import plot
 from gap import SEGMENT
@@ -29,7 +29,7 @@ from quickstart import load_text
 from smollm2 import load_causal_lm
 from torch import Tensor
 
-from ahn_layers import Compressor, memory_report
+from ahn_layers import memory_report
 from ahn_layers.evictions.scores import UNTRAINED
 
 
@@ -133,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="folder, hub id or gemma3; default: SmolLM2-135M-Instruct")
     add("--adapter", required=True, help="trained memory: folder, file or hub id")
-    add("--compressor", choices=sorted(Compressor.by_name), help="of released weights (default: GatedDeltaNet)")
+    add("--compressor", choices=compressor_names(), help="of released weights (default: GatedDeltaNet)")
     add("--text", type=Path, nargs="+", help="UTF-8 text files; default: the reference of the Python language")
     add("--tokens", type=count, default=16_384, help="length of the text that streams by")
     add("--chunk", type=positive, default=512, help="tokens per call")

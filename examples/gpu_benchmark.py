@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from _common import compressor_names
 from gpu_measurements import PARTS, SHAPES, Results
 from matplotlib.figure import Figure
 
 import ahn_layers
-from ahn_layers import Compressor, GatedDeltaNet
+from ahn_layers import GatedDeltaNet
 
 
 def main(arguments: Sequence[str] | None = None) -> Results:
@@ -79,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", default="qwen2.5-3b", choices=sorted(SHAPES))
     add("--layers", type=int, default=0, help="fewer layers than the shape has")
-    add("--compressor", default=GatedDeltaNet.__name__, choices=sorted(Compressor.by_name))
+    add("--compressor", default=GatedDeltaNet.__name__, choices=compressor_names())
     add("--window", type=int, default=32_640)
     add("--sinks", type=int, default=128)
     add("--length", type=int, default=131_072, help="tokens of the prompt")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import count, number, positive
+from _common import compressor_names, count, number, positive
 from matplotlib.figure import Figure
 from needles import Example, make, score
 from planting import PlantedCrops
@@ -245,7 +245,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sinks", type=count, default=32, help="first tokens kept (default: 32)")
     add("--slots", type=positive, default=352, help="evicted tokens kept in each key/value head (default: 352)")
     add("--ask", help="an adapter with slots: ask the questions with it, and learn nothing")
-    add("--compressor", choices=sorted(Compressor.by_name), help="takes what is not kept; default: none, it is lost")
+    add("--compressor", choices=compressor_names(), help="takes what is not kept; default: none, it is lost")
     add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
     add("--batch", type=positive, default=1, help="texts a step (default: 1)")
     add(

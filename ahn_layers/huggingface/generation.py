@@ -347,8 +347,8 @@ def _gains_from_fixed_addresses(
     A bounded cache has its size from the start, so nothing is lost by it but taking tokens back; so not where that is
     needed, nor where the caller gets the cache, or says how to compile, or that nothing be compiled.
     """
-    mask = model_kwargs.get("attention_mask")
-    new = 0 if mask is None else (options.max_length or 0) - mask.shape[-1]
+    prompt = next((u.shape[-1] for u in map(model_kwargs.get, PER_TOKEN) if isinstance(u, Tensor)), 0)
+    new = options.max_new_tokens or (options.max_length or 0) - prompt
     return (
         model_kwargs.get(CACHE) is None
         and options.cache_implementation is None

@@ -314,3 +314,28 @@ def test_slots_for_everything_are_full_attention():
     model, ids = retrofitted(compressor=None, eviction=SalientSlots(60)), tokens(2, 50)
     torch.testing.assert_close(logits(model, ids), logits(base(), ids), rtol=0, atol=1e-9)
     torch.testing.assert_close(logits(model, ids, 1), logits(base(), ids), rtol=0, atol=1e-9)
+
+
+def test_what_is_lost_from_a_slot_is_folded_without_its_own_rotation():
+    """With ``memory_positions="none"`` the memory adds what it would if nothing were rotated."""
+    sizes = {"hidden_size": N, "num_kv_heads": G, "value_dim": D}
+    eviction = policy(6, score="key_norm", positions="absolute")  # a rotation leaves norms and so the choice alone
+    compressor = GatedDeltaNet(num_heads=H, head_dim=D, **sizes).double()
+    with torch.no_grad():
+        for parameter in compressor.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    q, k, v = (torch.randn(B, heads, T, D, dtype=torch.float64) for heads in (H, G, G))
+    x, rank, window = torch.randn(B, T, N, dtype=torch.float64), torch.arange(T), Window(WINDOW, SINKS)
+    rotary = Rotary(FREQUENCIES, 1000)
+
+    def added(q, k, rotary, **options):
+        with torch.no_grad():
+            with_memory, without = (
+                MemoryStore(window, c, rotary, eviction=eviction, **options)(q, k, v, x)[0] for c in (compressor, None)
+            )
+        return with_memory - without
+
+    found = added(rotate(q, rank), rotate(k, rank), rotary, memory_positions="none")
+    expected = added(q, k, None)
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)

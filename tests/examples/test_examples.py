@@ -175,3 +175,10 @@ def test_gpu_benchmark(tmp_path, capsys):
     assert {"kernels", "prefill", "decode", "training"} <= results.keys()
     assert (tmp_path / "results.json").stat().st_size and (tmp_path / "results.png").stat().st_size
     assert "memory, compiled, 200, batch 1" in capsys.readouterr().out
+
+
+def test_only_compressors_that_can_be_made_are_choices():
+    from _common import compressor_names
+
+    assert "GatedDeltaNet" in compressor_names()
+    assert not {"Recurrent", "DiagonalPlusRankOne"} & set(compressor_names())

@@ -21,6 +21,26 @@ _SHARED = 1 << 13
 
 
 @triton.jit
+def _take_in(logits, v, largest, total, out):
+    """The running softmax over what came before and these keys: largest logit, sum and weighted values."""
+    now = tl.maximum(tl.maximum(largest, tl.max(logits, 1)), _LEAST)
+    p = tl.exp(logits - now[:, None])
+    fade = tl.exp(largest - now)
+    out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    total = total * fade + tl.sum(p, 1)
+    return now, total, out
+
+
+@triton.jit
+def _store_part(max_ptr, sum_ptr, out_ptr, at, largest, total, out, r, e, R: tl.constexpr, E: tl.constexpr):
+    """One part of the attention of one group, number ``at`` of all parts, for ``_join``."""
+    to = at * R + r
+    tl.store(max_ptr + to, largest, mask=r < R)
+    tl.store(sum_ptr + to, total, mask=r < R)
+    tl.store(out_ptr + to[:, None] * E + e[None, :], out, mask=(r[:, None] < R) & (e[None, :] < E))
+
+
+@triton.jit
 def _attend(
     q_ptr, turned_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, out_ptr, row, part, at, live, skipped, num_sinks, scale,
     part_size, q_b, q_h, t_b, t_h, k_b, k_g, k_c, v_b, v_g, v_c,
@@ -59,16 +79,8 @@ def _attend(
             if first < num_sinks:
                 logits = tl.where((c < num_sinks)[None, :], tl.dot(turned, tl.trans(k), input_precision="ieee"), logits)
         logits = tl.where(held[None, :], logits * scale, float("-inf"))
-        now = tl.maximum(tl.maximum(largest, tl.max(logits, 1)), _LEAST)
-        p = tl.exp(logits - now[:, None])
-        fade = tl.exp(largest - now)
-        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total = total * fade + tl.sum(p, 1)
-        largest = now
-    at = at * R + r
-    tl.store(max_ptr + at, largest, mask=r < R)
-    tl.store(sum_ptr + at, total, mask=r < R)
-    tl.store(out_ptr + at[:, None] * E + e[None, :], out, mask=(r[:, None] < R) & (e[None, :] < E))
+        largest, total, out = _take_in(logits, v, largest, total, out)
+    _store_part(max_ptr, sum_ptr, out_ptr, at, largest, total, out, r, e, R, E)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ loses, by rank.
 import triton
 import triton.language as tl
 
-from .triton_decode import _LEAST
+from .triton_decode import _store_part, _take_in
 
 
 @triton.jit
@@ -136,16 +136,8 @@ def _attend_to_kept(
         v = tl.load(v_ptr + (base + c[:, None]) * E + e[None, :], mask=values, other=0.0)
         v += tl.load(window_v_at + e[None, :] + 0 * c[:, None], mask=news, other=0.0)
         logits = tl.where((c < stop)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-        now = tl.maximum(tl.maximum(largest, tl.max(logits, 1)), _LEAST)
-        p = tl.exp(logits - now[:, None])
-        fade = tl.exp(largest - now)
-        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total = total * fade + tl.sum(p, 1)
-        largest = now
-    to = at * R + r
-    tl.store(max_ptr + to, largest, mask=r < R)
-    tl.store(sum_ptr + to, total, mask=r < R)
-    tl.store(out_ptr + to[:, None] * E + e[None, :], out, mask=(r[:, None] < R) & (e[None, :] < E))
+        largest, total, out = _take_in(logits, v, largest, total, out)
+    _store_part(max_ptr, sum_ptr, out_ptr, at, largest, total, out, r, e, R, E)
 
 
 @triton.jit

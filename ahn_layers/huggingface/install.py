@@ -40,6 +40,11 @@ def check_model(model: Any) -> None:
         raise ValueError(f"{name} is retrofitted already: call restore(model) first.")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only language model.")
+    if (model.tp_size or 1) > 1:
+        raise ValueError(
+            f"{name} is split over {model.tp_size} processes by its heads (tp_plan), the memory is not. Load it "
+            "without tp_plan; device_map puts whole layers on several GPUs."
+        )
     config = model.config.get_text_config(decoder=True)
     base = base_name(config._attn_implementation)  # of a model that was made from a view
     if base not in BASES:

@@ -13,12 +13,12 @@ ENOUGH, FEW = 32, 31
 
 
 def is_static(model, count=ENOUGH, **options):
-    """Whether the layers of the cache have fixed addresses, asked in the middle of ``generate``."""
+    """Whether layers of the cache have fixed addresses, asked in the middle of ``generate``."""
     seen = []
 
     def look(module, args, kwargs):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # before transformers 5.24
-        seen.append({type(u) for u in cache.layers} == {StaticMemoryLayer})
+        seen.append(any(isinstance(u, StaticMemoryLayer) for u in cache.layers))
 
     with model.register_forward_pre_hook(look, with_kwargs=True):
         found = generate(model, tokens(1, 20), count, **options)

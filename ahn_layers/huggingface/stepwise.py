@@ -37,16 +37,23 @@ def what_others_change(model: Any, entry: Any, near: Trial, cache: Any, moves: b
     """
     for layer in getattr(self_attention(cache), "layers", ()):
         layer.update = _handed_through
+    found = _judged(model, 0, entry, near, cache)
+    if moves and any(found.values()):  # a model that counts on its own may count from another number, or not at all
+        found |= {block: reason for block, reason in _judged(model, 2, entry, near, cache).items() if not reason}
+    return {block: reason for block, reason in found.items() if reason}
+
+
+def _judged(model: Any, start: int, entry: Any, near: Trial, cache: Any) -> dict[nn.Module, str]:
+    """What is wrong with each block that got what it gets in the whole text, empty if nothing is."""
     try:
-        step = Trial(model, 2 if moves else 0, entry, use_cache=True, tokens=(2, 3), cache=cache, replayed=near)
+        step = Trial(model, start, entry, use_cache=True, tokens=(2, 3), cache=cache, replayed=near)
     except Exception:  # such as a model that reads no single token
         return {}
     reasons: dict[nn.Module, str] = {}
     for call in step.calls:
         whole = [other for other in near.calls if other.module is call.module]
         if len(whole) == 1 and _same_input(step, near, call.module):
-            reason = _how_they_differ(call, whole[0])
-            reasons |= {call.module: reason} if reason else {}
+            reasons[call.module] = _how_they_differ(call, whole[0])
     return reasons
 
 

@@ -115,7 +115,8 @@ def check_step(device, dtype, tolerance, b, h, g, slots, d, e, sinks, states, de
 
 
 def check_matvec(device, dtype, tolerance):
-    for size, rows in ((2048, [64, 7, 16, 9000]), (1100, [30]), (64, [3, 5, 8, 9, 1, 2, 4, 6, 7, 2])):
+    many = 9000 if device == "cuda" else 1200  # the interpreter is slow
+    for size, rows in ((2048, [64, 7, 16, many]), (1100, [30]), (64, [3, 5, 8, 9, 1, 2, 4, 6, 7, 2])):
         layers = [torch.nn.Linear(size, n, bias=i % 2 == 0).to(device, dtype) for i, n in enumerate(rows)]
         x, residual = torch.randn(1, 1, size).to(device, dtype), torch.randn(1, 1, rows[0]).to(device, dtype)
 
@@ -302,13 +303,13 @@ if __name__ == "__main__":
     decode.in_triton = lambda *tensors, **options: called.append(rule(*tensors, **options)) or called[-1]
     for case in ATTENTION:
         check_attention("cpu", torch.float32, 1e-5, *case)
-        check_attention("cpu", torch.float16, 2e-3, *case)
+    check_attention("cpu", torch.float16, 2e-3, *ATTENTION[0])
     for case in MEMORY:
         check_memory("cpu", *case)
     for seed, case in enumerate(STEPS):
         torch.manual_seed(seed)
         check_step("cpu", torch.float32, 2e-5, *case)
-        check_step("cpu", torch.float16, 4e-3, *case)
+    check_step("cpu", torch.float16, 4e-3, *STEPS[0])
     check_matvec("cpu", torch.float16, 2e-3)
     check_matvecs_in_a_row("cpu", torch.float16, 4e-3)
     check_norms_and_gates("cpu", torch.float16, 4e-3)

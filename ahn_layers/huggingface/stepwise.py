@@ -4,6 +4,7 @@ The cache of a retrofitted block hands back the new keys and values, and no earl
 behind the cache must not depend on the others, nor on how many there are.
 """
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ def what_others_change(model: Any, entry: Any, near: Trial, cache: Any, moves: b
     """
     for layer in getattr(self_attention(cache), "layers", ()):
         layer.update = _handed_through
-    found = _judged(model, 0, entry, near, cache)
-    if moves and any(found.values()):  # a model that counts on its own may count from another number, or not at all
-        found |= {block: reason for block, reason in _judged(model, 2, entry, near, cache).items() if not reason}
+    found = _judged(model, 2 if moves else 0, entry, near, copy.deepcopy(cache))
+    if moves and any(found.values()):  # a model that counts on its own may count from another number
+        found |= {block: reason for block, reason in _judged(model, 0, entry, near, cache).items() if not reason}
     return {block: reason for block, reason in found.items() if reason}
 
 

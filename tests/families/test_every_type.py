@@ -35,12 +35,6 @@ REFUSED = {
 }
 
 
-@pytest.fixture
-def fast(unchecked, monkeypatch):
-    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
-
-
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_types_that_stand_for_others(name):

@@ -6,7 +6,6 @@ import torch
 from ahn_layers import GatedDeltaNet, retrofit
 
 from ..families.checks import Case, judge
-from ..families.test_every_type import fast  # noqa: F401
 from .own_model import own_model
 
 SLIDES = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}

@@ -89,7 +89,6 @@ def test_compiled_models_notice_packed_texts(models):
         assert compiled(row, position_ids=torch.arange(30)[None], use_cache=False).logits.isfinite().all()
 
 
-@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 cannot trace einops")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("compressor", [*NAMES, None])
 def test_a_store_is_one_graph(compressor, padded, models):

@@ -53,8 +53,8 @@ def _make(model_type: str, multimodal: bool) -> Any:
     config = tiny_config(model_type)
     if not multimodal:
         cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        parts = [config, *(u for u in vars(config).values() if isinstance(u, cls.config_class))]
-        config = next(u for u in parts if isinstance(u, cls.config_class) or cls.config_class is None)
+        parts = (u for u in vars(config).values() if cls.config_class is not None and isinstance(u, cls.config_class))
+        config = next(parts, config)
         return cls._from_config(config, experts_implementation="eager")
     return multimodal_auto(model_type).from_config(config, experts_implementation="eager")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .by_name import register
 from .layers import HeadwiseLinear, Scale, project
-from .ops.decode.step import StepRule
+from .ops.decode.rule import StepRule
 from .ops.pointwise.normalize import gated_rms_norm, rms_normalize
 
 State = Tensor | dict[str, Tensor]
@@ -76,11 +76,7 @@ class Compressor(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         register(Compressor.by_name, cls, "compressor")
-        made = {
-            name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
-            for name in ("rule", "fold", "read", "scan", "output")
-        }
-        cls.rule_holds = cls.rule is not Compressor.rule and made["rule"] == min(made.values())
+        cls.rule_holds = cls.rule is not Compressor.rule and _is_latest(cls, "rule", ("fold", "read", "scan", "output"))
 
     def __init__(
         self,
@@ -230,6 +226,12 @@ class Compressor(nn.Module, ABC):
         """
         gate = self.read_gate(x)
         return self.o_proj(rms_normalize(r) if gate is None else gated_rms_norm(r, self.o_norm.weight, gate))
+
+
+def _is_latest(cls: type, method: str, others: tuple[str, ...]) -> bool:
+    """Whether no subclass of the class that defines a method overrides one of the others."""
+    made = {name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in (method, *others)}
+    return made[method] == min(made.values())
 
 
 def _check_sizes(memory: Compressor) -> None:

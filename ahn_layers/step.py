@@ -6,7 +6,10 @@ from torch import Tensor
 from .compressor import Compressor
 from .eviction import FOLDED, LEFT_OUT, RANK, RIDES, Eviction, FoldAll
 from .ops.attention.attend import SoftmaxAttention
-from .ops.decode.step import KeptSlots, StepRule, decode_step, fits_step
+from .ops.decode.forms import fits_step
+from .ops.decode.kept import KeptSlots
+from .ops.decode.rule import StepRule
+from .ops.decode.step import decode_step
 from .positions import Positions
 from .state import MemoryState
 from .tokens import Later, Tokens, per_head

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
 from ..ops.attention.between import Between, Soft
-from ..ops.decode.step import Contest
+from ..ops.decode.kept import Contest
 from ..tokens import Later, Leaving, Tokens
 from .scores import SCORES, UNTRAINED, LearnedScore, key_difference
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..layers import narrower, project
-from ..ops.triton_forms import in_triton
+from ..ops.slots import forms
 from ..tokens import Leaving, Tokens, per_head
 
 Score = Callable[[Tokens], Float[Tensor, "b g t"]]
@@ -98,8 +98,8 @@ class LearnedScore(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:
         """The scores, in float32 at least."""
-        plain = x.dtype != torch.float64 and all(type(u) is nn.Linear for u in (self.up, self.up_v, self.direct))
-        if x.shape[1] == 1 and plain and in_triton(x, v, self.down):
+        plain = all(type(u) is nn.Linear for u in (self.up, self.up_v, self.direct))
+        if plain and forms.scores_in_triton(x, v, self.down):
             return self._of_one(x, v)
         x, v = (F.rms_norm(u, (u.shape[-1],)) for u in (x, v))
         inner = F.silu(linear(self.up, x).unsqueeze(1) + linear(self.up_v, v))

@@ -9,11 +9,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..decode.step import fold_and_read
+from ..decode.fold import fold_and_read
 from .affine_scan import states_between
 from .channel_chunks import Decays
 from .chunks import in_chunks, per_state
-from .flash_linear import runs_in_fla
+from .forms import runs_in_fla
 
 
 def channel_scan(

@@ -10,9 +10,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..decode.step import fold_and_read
+from ..decode.fold import fold_and_read
 from .chunks import cut, decay_matrix, per_state
-from .scan import runs_in_triton, scan_in_triton
+from .forms import runs_in_triton, scan_in_triton
 
 
 def gated_linear_scan(

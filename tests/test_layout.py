@@ -15,7 +15,8 @@ ORDER = [
     *("version", "files", "staging", "by_name", "undo", "missing", "ops", "layers", "peft", "tokens", "ring", "window"),
     *("positions", "compressor", "recurrent", "rank_one", "compressors", "eviction", "evictions", "recall"),
     *("consistency", "state", "without", "rows", "checks", "padded", "step", "memory", "attention", "record"),
-    *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "adapter", "cost"),
+    *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "adapter", "flops"),
+    "cost",
     *("huggingface/saved_model", "huggingface/saving", "distillation", "registration", "testing"),
 ]
 EXCEPTIONS = {

@@ -19,13 +19,26 @@ from .cache_name import accept_cache, refuse_cache
 from .call import ForwardHook, remove_hooks
 from .config_view import base_name, give_views, take_views, view
 from .decoder import DecoderAttention
+from .decoding import CompiledCall, CreateMasks, PrepareInputs
 from .finished import StoppingCriteria
-from .generation import REPLACED, CompiledCall, CreateMasks, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES
+from .prefill import Prefill
+from .prepare_cache import PrepareCache
 from .probe import AttentionBlock, Probed
 from .saving import SavePretrained
 from .weights import Recorded, are_installed
 from .whole_call import WholeCallHook
+
+REPLACED = (
+    "_prepare_cache_for_generation",
+    "_prefill",
+    "prepare_inputs_for_generation",
+    "get_compiled_call",
+    "create_masks_for_generate",
+    "_get_stopping_criteria",
+    "save_pretrained",
+)
+"""Methods that ``retrofit`` replaces."""
 
 
 def check_model(model: Any) -> None:

@@ -240,7 +240,7 @@ def test_a_second_turn_is_read_in_chunks(monkeypatch):
     for options in ({}, {"prefill_chunk_size": 4}):
         cache, seen = HippocampalCache(), calls_of(model)
         generate(model, ids[:, :6], 1, attention_mask=mask[:, :6], cache=cache)
-        monkeypatch.setattr("ahn_layers.huggingface.generation.PREFILL_CHUNK", 4)
+        monkeypatch.setattr("ahn_layers.huggingface.prefill.PREFILL_CHUNK", 4)
         turn = generate(model, ids, NEW, attention_mask=mask, cache=cache, **options)
         assert seen[1:7] == [4, 4, 4, 4, 3, 1]
         monkeypatch.undo()

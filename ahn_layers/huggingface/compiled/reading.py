@@ -22,7 +22,8 @@ from ...memory import MemoryStore
 from ...ops.attention.attend import SoftmaxAttention
 from ..cache_layers import LayerCache, MemoryLayer
 from ..decoder import CACHE, DecoderAttention
-from .region import compiled_region, only_device, run_plainly, twin
+from ..devices import only_device
+from .region import compiled_region, run_plainly, twin
 
 WORTH_COMPILING = 4
 """Full pieces that a prompt must have for its layers to be compiled."""

@@ -43,12 +43,6 @@ def twin(model: nn.Module, cache: Cache, region: Callable[..., Any]) -> nn.Modul
     return copied
 
 
-def only_device(model: nn.Module) -> torch.device | None:
-    """Where all of the model's parameters are, None if they are on several devices, or offloaded."""
-    devices = {u.device for u in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
-
-
 def compiled_region(**options: Any) -> Callable[..., Any]:
     """Runs a layer, ``(module, *args, **kwargs)``, compiled; as it is if that fails.
 

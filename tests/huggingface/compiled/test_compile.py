@@ -292,7 +292,7 @@ def steps(models, monkeypatch):
 
     def use(model, backend):
         call = model.get_compiled_call
-        monkeypatch.setattr(call, "_region", region.compiled_region(dynamic=False, backend=backend))
+        monkeypatch.setattr(call.recorder, "_region", region.compiled_region(dynamic=False, backend=backend))
         monkeypatch.setattr(type(call), "serves", lambda self, config: True)
 
     return use

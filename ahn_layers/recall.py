@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .compressor import Compressor, State
 from .eviction import RIDES
+from .ops.attention.window_attention import add_to_tail
+from .ops.idle import with_idle
 from .positions import Positions
 from .tokens import Leaving, per_head
 
@@ -58,3 +60,15 @@ def recall(
         output = compressor.output(reading, x[:, part])
         outputs.append(output if reads is None else output.masked_fill(~per_head(reads, output), 0))
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
+
+
+def with_reading(
+    out: Float[Tensor, "b h t e"], recalled: Float[Tensor, "b h u e"] | None, compressor: Compressor | None
+) -> Float[Tensor, "b h t e"]:
+    """Attention with what the memory adds to that of the last queries.
+
+    If it adds nothing, its parameters get gradients all the same: zeros.
+    """
+    if recalled is not None:
+        return add_to_tail(out, recalled.to(out.dtype))
+    return out if compressor is None else with_idle(out, compressor.parameters())

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import as_autocast
 from ..compressor import State, map_state
-from ..memory import MemoryStore, as_autocast
+from ..memory import MemoryStore
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
 from .padding import Padding

@@ -64,15 +64,7 @@ class Arrivals:
         self, q: Float[Tensor, "b h t d"], seen: InWindow | InSlots, kept: Between | None, positions: Positions,
         length: int | None,
     ) -> Float[Tensor, "b h t e"]:  # fmt: skip
-        """Softmax attention over what the queries see.
-
-        Args:
-            q: the queries.
-            seen: what they see in the window.
-            kept: what they see beside it.
-            positions: how they face the sinks and what is kept.
-            length: the tokens so far, these included, if the number is known.
-        """
+        """Softmax attention over what the queries see."""
         if self.out is not None:
             return self.out
         q_kept, kept = positions.facing_kept(self.q, kept)

@@ -173,18 +173,6 @@ class Compressor(nn.Module, ABC):
         Returns:
             The readings, in the dtype of the state or of ``k``, and the state after the last token.
         """
-        return self.loop(state, q, k, v, gates, mask)
-
-    def loop(
-        self,
-        state: State,
-        q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b g t d"],
-        v: Float[Tensor, "b g t e"],
-        gates: dict[str, Float[Tensor, "b s t *_"]],
-        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
-    ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """``scan``, token by token: its definition."""
         dtype = state_dtype(q)
         k, v = (u.repeat_interleave(self.num_states // u.shape[1], dim=1) for u in (k, v))
         folds = None if mask is None else self.per_state(mask)
@@ -195,6 +183,9 @@ class Compressor(nn.Module, ABC):
             state = folded if folds is None else map_state(_select(folds[:, :, t]), folded, state)
             readings.append(self.read(state, q[:, :, t].to(dtype)))
         return torch.stack(readings, dim=2), state
+
+    loop = scan
+    """``scan``, token by token: its definition, whatever a subclass makes of it."""
 
     def per_state(self, mask: Bool[Tensor, "*b t"]) -> Bool[Tensor, "b s t"]:
         """The mask of a scan, ``(B, 1, T)`` or for each state ``(B, num_states, T)``, as it masks gates."""

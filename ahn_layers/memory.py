@@ -47,7 +47,7 @@ class MemoryStore(nn.Module):
         eviction: what happens to a token that leaves the window. Default: ``FoldAll``, it is folded.
         memory_positions: what the memory is told of positions. ``"absolute"``: keys are folded, and queries read, as
             the attention rotated them, as in the paper. ``"none"``: with their rotation turned back, so that the
-            memory knows contents only and no distance. A memory has to be used as it was trained.
+            memory knows contents only and no distance. Use a memory as it was trained.
 
     Raises:
         ValueError: if ``memory_positions`` is unknown, or ``"none"`` without ``rotary``.

@@ -24,10 +24,6 @@ def in_parts(new: Arrivals, state: MemoryState) -> list[Arrivals]:
     """The tokens of a call, cut where real ones go on after padding.
 
     Without padding, and for a single token of a state whose slots are all allocated, they stay as they are.
-
-    Args:
-        new: all of them.
-        state: the state before.
     """
     if new.valid is None or _steps(new, state):
         return [new]
@@ -58,17 +54,7 @@ def as_given(
     eviction: Eviction,
     positions: Positions,
 ) -> Float[Tensor, "b h t e"]:
-    """The output of a part, in the order in which its tokens were given, and as queries at padding see the state.
-
-    Args:
-        out: the output, in the order of ``part``.
-        part: what ``padding_last`` made of the part.
-        given: the part.
-        state: the state after it.
-        compressor: the long-term memory.
-        eviction: what happens to tokens that leave the window.
-        positions: what sinks and memory are shown of positions.
-    """
+    """The output of a part, in the order in which its tokens were given, and as queries at padding see the state."""
     if part.out is not None or given.valid is None:
         return out
     if part.order is None:  # a single token: its query has seen the state, if there is anything

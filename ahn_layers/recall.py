@@ -30,14 +30,7 @@ def recall(
 ) -> tuple[Float[Tensor, "b h u e"] | None, State | None]:
     """Fold each token that leaves and read with the query that pushed it out; before the first one, read nothing.
 
-    Args:
-        compressor: the memory; None for none.
-        memory: its state.
-        q: the queries from ``leaving.first`` on.
-        x: hidden states of all queries' tokens.
-        leaving: what leaves.
-        rank: makes the ranks of all queries.
-        positions: what the memory is told of positions.
+    Queries are those from ``leaving.first`` on; hidden states and ranks are those of all tokens of the call.
 
     Returns:
         What is added to the attention of these queries, None for nothing, and the state.
@@ -67,7 +60,7 @@ def with_reading(
 ) -> Float[Tensor, "b h t e"]:
     """Attention with what the memory adds to that of the last queries.
 
-    If it adds nothing, its parameters get gradients all the same: zeros.
+    Without a reading, the memory's parameters still get gradients, of zeros.
     """
     if recalled is not None:
         return add_to_tail(out, recalled.to(out.dtype))

@@ -204,9 +204,6 @@ def window_only(model: nn.Module) -> AbstractContextManager[None]:
 def memory_attention(model: nn.Module) -> AbstractContextManager[None]:
     """Within this context, run with the memory, where a surrounding context has switched it off.
 
-    Args:
-        model: a retrofitted model, or one that contains it.
-
     Raises:
         ValueError: if the model is not retrofitted.
     """

@@ -25,13 +25,6 @@ def kernel_step(
 
     What the equations of ``MemoryStore`` say for such a call.
 
-    Args:
-        new: the token.
-        state: the state.
-        compressor: the long-term memory.
-        eviction: what happens to the token that leaves the window.
-        positions: what sinks and memory are shown of positions.
-
     Returns:
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """

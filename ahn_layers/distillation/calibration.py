@@ -1,6 +1,7 @@
 """Where a model needs its cache: which layers suffer from a window, which heads look things up."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -214,7 +215,8 @@ class _Measuring:
             )
         full, points = self.measure({}).loss, list(measured or _powers(self.least, self.length))
         costs = {layer: {size: self.measure({layer: size}).divergence for size in points} for layer in self.layers}
-        equal = _largest(self.least, self.length, lambda size: total([size] * every) <= budget)
+        sizes = range(self.least, self.length)
+        equal = sizes[bisect_right(sizes, budget, key=lambda size: total([size] * every)) - 1]
         equal_loss = self.measure(dict.fromkeys(self.layers, equal)).loss
         chosen = self._choose(costs, bytes_of, budget)
         factor = (equal_loss - full) / (self._predict(costs, dict.fromkeys(self.layers, equal)) or math.nan)
@@ -259,11 +261,3 @@ def _choices(least: int, length: int) -> list[int]:
         found.append(size)
         i += 1
     return sorted(set(found))
-
-
-def _largest(low: int, high: int, fits: Any) -> int:
-    """The largest number from ``low`` on and below ``high`` that fits; ``low`` does."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -46,10 +46,6 @@ def key_difference(
     ``-cos(k_j, u_S + ... + u_j)`` with the directions ``u`` of the keys that have left the window until then. KeyDiff
     compares with the mean of the whole prompt, which depends on where the prompt ends.
 
-    Args:
-        key_sum: sum of the directions of all keys that left in earlier calls.
-        leaving: the tokens that leave.
-
     Returns:
         The scores, and the sum after them.
     """
@@ -93,7 +89,7 @@ class LearnedScore(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it says anything."""
+        """Whether it has learned anything: an untrained one scores all tokens alike."""
         return bool(self.down.any() or self.direct.weight.any())
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:

@@ -15,11 +15,7 @@ NAME = "cache"
 
 
 class PrepareConfig(ModelMethod):
-    """Stands in for ``model._prepare_generation_config``, the first method that sees the arguments of ``generate``.
-
-    Args:
-        model: the retrofitted model.
-    """
+    """Stands in for ``model._prepare_generation_config``, the first method that sees the arguments of ``generate``."""
 
     def __call__(self, generation_config: Any, **kwargs: Any) -> Any:
         """What the model's own method does, for the renamed arguments."""

@@ -113,11 +113,6 @@ def naming(config: Any) -> Naming | None:
 def view(config: Any, naming: Naming, renamed: Callable[[Any], bool]) -> Any:
     """A view of a config, in which it and its sub-configs have another attention function where ``renamed`` says so.
 
-    Args:
-        config: a config, or a view, whose original is taken.
-        naming: decides on the name.
-        renamed: whether to rename it in a config, given the original.
-
     Returns:
         The view; the original itself if there is nothing to rename.
     """

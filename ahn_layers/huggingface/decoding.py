@@ -24,11 +24,8 @@ from .reconcile import length_of, note_padding, reconcile
 class CompiledCall(ModelMethod):
     """Stands in for ``model.get_compiled_call``: on a CUDA GPU a decoding step is one CUDA graph (see ``speedups``).
 
-    Whoever passes a ``compile_config``, and every other device, gets what transformers makes of it; a model on several
+    With a ``compile_config``, and on any other device, transformers decides what is compiled. A model on several
     devices runs as it is.
-
-    Args:
-        model: the retrofitted model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,12 +56,7 @@ class CompiledCall(ModelMethod):
 
 
 class CreateMasks(ModelMethod):
-    """Stands in for ``model.create_masks_for_generate``: masks for a static cache are made before the model is called.
-
-    Args:
-        model: the retrofitted model.
-        config: a view of its config, whose text config names our functions.
-    """
+    """Stands in for ``model.create_masks_for_generate``: a static cache gets its masks before the model is called."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:
         super().__init__(model)
@@ -82,11 +74,8 @@ class CreateMasks(ModelMethod):
 class PrepareInputs(ModelMethod):
     """Stands in for ``model.prepare_inputs_for_generation``: once a step is recorded, its inputs are known.
 
-    All but the ids and positions of the next token are what they were; to find that out anew takes the host as long as
-    the GPU takes for several layers.
-
-    Args:
-        model: the retrofitted model.
+    Only the ids and positions of the next token change; to prepare all inputs again takes the host as long as several
+    layers take the GPU.
     """
 
     @property

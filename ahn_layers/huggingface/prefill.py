@@ -1,4 +1,4 @@
-"""How ``generate`` reads the prompt: in pieces, unless something speaks against it."""
+"""How ``generate`` reads the prompt: in pieces, where the result is the same."""
 
 from functools import partial
 from typing import Any
@@ -42,9 +42,6 @@ class Prefill(ModelMethod):
     for a size of pieces.
 
     Rotations that depend on the length of the text (longrope, dynamic NTK) need the whole prompt at once.
-
-    Args:
-        model: the retrofitted model.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -23,9 +23,6 @@ class PrepareCache(ModelMethod):
 
     A prompt that may outgrow the window is read in chunks of ``PREFILL_CHUNK`` tokens, which rows share, so that not
     only the cache but the activations too stay bounded.
-
-    Args:
-        model: the retrofitted model.
     """
 
     def __call__(

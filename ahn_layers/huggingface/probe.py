@@ -115,11 +115,7 @@ class Probed:
 
 
 def probe_model(model: Any) -> Probed:
-    """Run three tokens through the model and describe every block that calls the attention interface.
-
-    Args:
-        model: a transformers model whose attention goes through the attention interface.
-    """
+    """Run three tokens through the model and describe every block that calls the attention interface."""
     config = model.config.get_text_config(decoder=True)
     near, entry = _first_trial(model)
     moves = "position_ids" in inspect.signature(entry.forward).parameters

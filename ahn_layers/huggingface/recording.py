@@ -36,11 +36,6 @@ class Recording:
     """The state before the recorded calls, and what they took in since.
 
     Calls that lie further back than ``MAX_ROLLBACK`` tokens are taken into the state for good.
-
-    Args:
-        store: takes tokens in.
-        state: the state before the first call.
-        calls: what the calls took in.
     """
 
     def __init__(self, store: MemoryStore, state: MemoryState | None, calls: tuple[Taken, ...] = ()) -> None:

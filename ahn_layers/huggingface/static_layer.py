@@ -38,13 +38,7 @@ class StaticMemoryLayer(MemoryLayer):
 
     @classmethod
     def of(cls, state: MemoryState, padding: Padding | None, made_with: str) -> "StaticMemoryLayer":
-        """A layer that holds the rows of a state, which belongs to it from now on.
-
-        Args:
-            state: the rows, their length known.
-            padding: of their columns.
-            made_with: the identity of the memory weights that made them.
-        """
+        """A layer that holds the rows of a state, which belongs to it from now on."""
         layer = cls(state.window.capacity)
         slots = state.slots.widened(state.window.capacity)
         layer.pads = torch.zeros_like(state.seen)
@@ -84,7 +78,7 @@ class StaticMemoryLayer(MemoryLayer):
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
             out, after = store(q, k, v, x, self.state, **options)
-            if after is not self.state:  # somebody passed a copy on, as hooks that move arguments do
+            if after is not self.state:  # the store was given a copy, by hooks that move arguments
                 self.state.copy_(after)
             self._known = None
         else:

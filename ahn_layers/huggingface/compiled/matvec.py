@@ -23,9 +23,6 @@ def merge_matvecs(graph: Graph) -> None:
     of which one has gone through SiLU, the sum with the residual after a single layer.
 
     Left alone are rows in other precisions than half, several rows at once, and weights that the graph computes.
-
-    Args:
-        graph: as TorchDynamo made it.
     """
     groups: dict[Node, list[_Linear]] = defaultdict(list)
     for node in graph.nodes:

@@ -12,11 +12,7 @@ from .step_graph import Step, can_record
 
 
 class Recorder:
-    """Makes the steps of a model, and finds the one that is decoding on a cache.
-
-    Args:
-        model: the retrofitted model.
-    """
+    """Makes the steps of a model, and finds the one that is decoding on a cache."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -32,11 +28,7 @@ class Recorder:
         self.__init__(**state)  # type: ignore[misc]
 
     def step(self, usual: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        """What ``generate`` calls for every token: recorded on a cache of fixed addresses.
-
-        Args:
-            usual: makes what it would call otherwise.
-        """
+        """What ``generate`` calls for every token: recorded on a cache of fixed addresses, else the usual."""
         if self._region is None:
             self._region = compiled_region(dynamic=False, backend=decoding_backend)
         step = Step(self.model, self._region)

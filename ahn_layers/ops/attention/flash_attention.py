@@ -48,18 +48,9 @@ def flash_window_attention(
 ) -> Float[Tensor, "b h t d"]:
     """Every query sees the sinks up to itself, and of the other tokens the last ``window_size`` up to its own.
 
-    Args:
-        q: queries; the last ``t`` columns of the context are their own.
-        q_sinks: the queries as they face the sinks, None for ``q``.
-        sink_k: keys of the sinks, possibly none; None if they are the first ``own`` columns of the context.
-        sink_v: their values.
-        context_k: keys.
-        context_v: their values.
-        window_size: tokens a query sees besides the sinks.
-        head: how many of the queries are sinks themselves, the first ones.
-        own: how many columns of the context are sinks, the first ones.
-        scale: logit factor.
-        beside: attention to further keys and its log-sum-exp, as ``attend_beside`` returns them.
+    Arguments as of ``window_attention``, except that all queries face the sinks as ``q_sinks``. The first ``head``
+    queries are sinks themselves, as are the first ``own`` columns of the context. ``beside`` is attention to further
+    keys and its log-sum-exp, as ``attend_beside`` returns them.
     """
     columns = q.shape[2] + window_size - 1  # no query sees further back
     if sink_k is not None and sink_v is not None and not head:
@@ -209,18 +200,7 @@ def flash_backward(
     """Gradients of FlashAttention, as PyTorch has it, by queries, keys and values.
 
     An operation of its own, since PyTorch's reads the log-sum-exp as if it had no gaps between its rows, and a compiler
-    may leave some.
-
-    Args:
-        grad: of the output, ``(b, t, h, d)``.
-        q: ``(b, t, h, d)``.
-        k: ``(b, c, g, d)``.
-        v: ``(b, c, g, d)``.
-        out: ``(b, t, h, d)``.
-        lse: ``(b, h, t)``.
-        extra: the state of the random generator, which nothing draws from.
-        back: how many tokens back a query sees, itself included, None for all.
-        scale: logit factor.
+    may leave some. Shapes as in ``Part``; ``extra`` is the state of the random generator, which nothing draws from.
     """
     grad, out, lse = (u.contiguous() for u in (grad, out, lse))
     grads = torch.ops.aten._flash_attention_backward(

@@ -1,4 +1,4 @@
-"""A tensor and a slice of it, both used: in training their gradients are put together once."""
+"""A tensor and a slice of it, whose gradients are summed in one write."""
 
 from typing import Any
 

@@ -27,14 +27,6 @@ def fold_and_read(
 ) -> tuple[Float[Tensor, "b h e"], Float[Tensor, "b s d e"]]:
     """``S <- exp(g) S``, then ``S + k v^T`` or, with ``beta``, ``S + k (beta (v - S^T k))^T``; read ``S^T q``.
 
-    Args:
-        state: the state before; its dtype is that of all tensors.
-        q: queries; those of one group share a state.
-        k: the folded keys.
-        v: the folded values.
-        g: log decay, one per state or one per channel of the key; None for no decay.
-        beta: write strength of the delta rule, None to add.
-
     Returns:
         What each query reads, and the state after.
     """

@@ -18,14 +18,7 @@ def folds_in_triton(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | 
 
 
 def fits_step(q: Tensor, slots: list[Tensor], memory: object, kept: dict[str, Tensor] | None = None) -> bool:
-    """Whether ``decode_step`` runs in kernels for such tensors.
-
-    Args:
-        q: queries.
-        slots: keys, values and write gates by slot.
-        memory: the state, None for none.
-        kept: what is kept beside the window.
-    """
+    """Whether ``decode_step`` runs in kernels for such tensors."""
     sizes = max(q.shape[-1], slots[1].shape[-1]) <= 256 and len(slots) <= 4 and all(u.ndim == 3 for u in slots[2:])
     dtypes = q.dtype != torch.float64 and len({u.dtype for u in (q, *slots)}) == 1
     state = isinstance(memory, Tensor) and memory.dtype == torch.float32 and memory.is_contiguous()

@@ -25,17 +25,8 @@ def slot_attention(
 ) -> Float[Tensor, "b h 1 e"]:
     """Attention of one query per row over the slots that are filled; an empty row sees its first slot.
 
-    Args:
-        q: queries.
-        k: keys by slot.
-        v: values by slot.
-        seen: tokens seen in each row; slots are filled in order.
-        full: whether every slot of every row is known to be filled.
-        scale: logit factor, default ``d ** -0.5``.
-        softcap: see ``masked_attention``.
-        q_sinks: queries to use against the first ``num_sinks`` slots.
-        num_sinks: how many leading slots are sinks.
-        null_logits: see ``masked_attention``.
+    Slots are filled in order, as many as a row has ``seen`` tokens; ``full`` says that all of them are, in every row.
+    Other arguments as of ``masked_attention``.
     """
     plain = softcap is not None or null_logits is not None
     if not plain and forms.attends_in_triton(q, k, v):

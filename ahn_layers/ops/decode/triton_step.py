@@ -113,45 +113,13 @@ def decode_step(
     kept: list[Tensor], score: Tensor | None, log_rate: Tensor | None, slot_rate: float, scored: bool, compact: bool,
     hidden: bool, freq: Tensor | None, first_channel: int, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ``ops.decode.step.decode_step``.
+    """See ``ops.decode.step.decode_step``, ``StepRule`` and ``KeptSlots``, whose fields these are.
 
-    Args:
-        q: ``(B, H, 1, D)``.
-        turned: the queries as they face the first ``facing`` slots.
-        k: new keys ``(B, G, 1, D)``.
-        v: new values ``(B, G, 1, E)``.
-        new_gates: new gates ``(B, S, 1)``, two at most.
-        k_slots: ``(B, G, C, D)``.
-        v_slots: ``(B, G, C, E)``.
-        gates: ``(B, S, C)`` each.
-        seen: ``(B,)`` int64.
-        num_sinks: leading slots that are never overwritten.
-        facing: 0 if ``turned`` is ``q`` itself.
-        scale: logit factor.
-        memory: ``(B, S, D, E)`` float32, contiguous; None for none.
-        asking: ``(B, H, 1, D)``, None if it is ``q``.
-        key: ``(B, G, 1, D)``, None if it is the one in the slot.
-        decay: which gate is the log decay, -1 for none.
-        strength: which gate is the strength, -1 for none.
-        rate: factor of the decay, ``(S,)``, None for one.
-        delta: see ``StepRule``, as for the rest.
-        eps: in the normalisation of keys and queries.
-        read_scale: factor of the normalised queries.
-        weight: ``(E,)``.
-        gate: ``(B, H)``.
-        matrix: ``(H, E, E)``.
-        norm_eps: in the normalisation of the reading.
-        kept: what is kept, contiguous: keys ``(B, G, N, D)``, values, filled and folded ``(B, G)``, priorities, ranks;
-            if ``compact``, the numbers left out and refused; if ``scored``, scores and those in the window; gates.
-        score: of the new token if ``scored``, else of the one that leaves, ``(B, G, 1)`` float32.
-        log_rate: ``(G,)``; None for ``slot_rate``.
-        slot_rate: what a further token of the text is worth more.
-        scored: whether scores ride in the window.
-        compact: whether kept tokens are shown nearer than they are.
-        hidden: whether the memory is told nothing of positions.
-        freq: the frequencies of the rotation, if one of the two needs them.
-        first_channel: the first rotated channel.
-        interleaved: how channels are paired.
+    ``turned`` are the queries as they face the first ``facing`` slots, 0 if they are ``q`` itself. ``decay`` and
+    ``strength`` are numbers of gates, of which there are two at most, -1 for none. ``kept`` is contiguous: keys
+    ``(B, G, N, D)``, values, filled and folded ``(B, G)``, priorities, ranks; if ``compact``, the numbers left out and
+    refused; if ``scored``, scores and those in the window; gates. ``score`` is that of the new token if ``scored``,
+    else of the one that leaves, ``(B, G, 1)`` float32.
     """
     (b, h), (groups, slots, e) = q.shape[:2], v_slots.shape[1:]
     states = 1 if memory is None else memory.shape[1]

@@ -99,15 +99,7 @@ def declared_step(
     v: Float[Tensor, "b s e"],
     gates: dict[str, Float[Tensor, "b s 1 *_"]],
 ) -> State:
-    """One token folded, in plain PyTorch.
-
-    Args:
-        step: the recurrence.
-        state: see ``declared_scan``.
-        k: its key, not normalised, in the dtype of the state.
-        v: its value, likewise.
-        gates: at least those that the recurrence names.
-    """
+    """One token folded, in plain PyTorch; key and value come in the dtype of the state, the key not normalised."""
     gates = {name: gates[name].to(k.dtype) for name in step.gates}
     g = _decays(step, gates, k.unsqueeze(2), None)
     g = None if g is None else g.squeeze(2).to(k.dtype)

@@ -65,11 +65,6 @@ def as_operand(u: Tensor, state: Tensor, *, by_channel: bool = False) -> Tensor:
 
     In half precision as they are, where kernels run; else in the dtype of the state, and so are single tokens, and
     float16 in training, whose gradients would vanish.
-
-    Args:
-        u: the queries, keys or values.
-        state: the state before.
-        by_channel: whether decays differ between the channels of a key, for which there are other kernels.
     """
     half = u.dtype == torch.bfloat16 or (u.dtype == torch.float16 and not torch.is_grad_enabled())
     in_kernels = runs_in_fla if by_channel else runs_in_triton

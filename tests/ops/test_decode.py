@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ahn_layers import Window
 from ahn_layers.huggingface.compiled.matvec import merge_matvecs
+from ahn_layers.ops.decode import forms
 from ahn_layers.ops.decode import step as decode
 from ahn_layers.ops.decode.fold import fold_and_read
 from ahn_layers.ops.decode.rule import StepRule, follow
@@ -300,8 +301,8 @@ def test_products_of_one_row_on_the_gpu(dtype):
 
 if __name__ == "__main__":
     called = []
-    rule = decode.in_triton
-    decode.in_triton = lambda *tensors, **options: called.append(rule(*tensors, **options)) or called[-1]
+    rule = forms.in_triton
+    forms.in_triton = lambda *tensors, **options: called.append(rule(*tensors, **options)) or called[-1]
     for case in ATTENTION:
         check_attention("cpu", torch.float32, 1e-5, *case)
         check_attention("cpu", torch.float16, 2e-3, *case)

@@ -87,13 +87,7 @@ class MemoryStore(nn.Module):
     def without_memory(self) -> "MemoryStore":
         """The same store without compressor and eviction: sinks and window alone, what leaves is forgotten.
 
-        A view: it has the window of this store, whatever that is at the time. States of the two do not mix.
-
-        Examples:
-            >>> from ahn_layers import GatedDeltaNet
-            >>> store = MemoryStore(Window(4), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
-            >>> store.without_memory().compressor is None
-            True
+        A view: it has the window of this store, also if that is replaced. States of the two do not mix.
         """
         if self.compressor is None and isinstance(self.eviction, FoldAll):
             return self

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from .test_compile import Graphs, fresh, models  # noqa: F401 - fixtures: what is compiled cannot be checked for shapes
+from .graphs import Graphs, fresh, models  # noqa: F401 - fixtures: what is compiled cannot be checked for shapes
 
 PIECE, WINDOW, SINKS = 8, 22, 2
 """Three pieces fill the window."""

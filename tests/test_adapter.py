@@ -14,6 +14,7 @@ from ahn_layers import (
     retrofit,
     save_adapter,
 )
+from ahn_layers.huggingface import install
 from ahn_layers.record import find_retrofitted
 
 from .adapters import interrupt, make, plain, released, same, weights
@@ -148,7 +149,7 @@ def test_ctrl_c_in_retrofit_leaves_the_model_alone(after, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(HippocampalAttention, "__init__", interrupted)
         if after == 3:  # all blocks are replaced
-            patch.setattr("ahn_layers.huggingface.install.CompiledCall", interrupt)
+            patch.setitem(install.REPLACED, "get_compiled_call", interrupt)
         with pytest.raises(KeyboardInterrupt):
             retrofit(model, GatedDeltaNet, window_size=6)
     assert unchanged(model, before) and torch.equal(model(ids).logits, expected)

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ahn_layers
 from ahn_layers.huggingface import speedups
 
-names = [m.name for m in pkgutil.walk_packages(ahn_layers.__path__, "ahn_layers.") if ".triton_" not in m.name]
+found = pkgutil.walk_packages(ahn_layers.huggingface.__path__, "ahn_layers.huggingface.")
+names = [module.name for module in found if ".triton_" not in module.name]
 for name in names:
     importlib.import_module(name)
 torch.manual_seed(0)

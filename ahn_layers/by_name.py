@@ -1,4 +1,4 @@
-"""Classes that files know by their names: a name must not mean two of them."""
+"""Classes that files refer to by name: two of them cannot share one."""
 
 import gc
 from collections.abc import MutableMapping

@@ -1,4 +1,4 @@
-"""The contract of a long-term memory: a fixed-size state that tokens are folded into and queries read."""
+"""The contract of a long-term memory: tokens are folded into a state of fixed size, and queries read it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping

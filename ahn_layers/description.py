@@ -1,4 +1,4 @@
-"""What files say of a model's memory: how it was retrofitted, and its weights."""
+"""The description of a model's memory in files: how it was retrofitted, and its weights."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What happens to a token that leaves the window: the contract, and the policy of the paper."""
+"""What happens to a token that leaves the window: the contract of evictions, and the policy of the paper."""
 
 import copy
 import inspect

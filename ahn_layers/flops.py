@@ -19,7 +19,7 @@ class Sizes:
     """The sizes of a decoder that its cost depends on.
 
     Attributes:
-        num_layers: layers, all alike.
+        num_layers: layers, all of one size.
         hidden_size: N.
         num_heads: query heads, H.
         num_kv_heads: key/value heads, G.

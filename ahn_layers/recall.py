@@ -1,4 +1,4 @@
-"""What leaves goes into the memory, and queries read it."""
+"""Tokens that leave are folded into the memory, and queries read it."""
 
 from collections.abc import Callable
 

@@ -27,7 +27,7 @@ class Window(Ring):
     Args:
         window_size: most recent tokens kept, the current one included, sinks not.
         num_sinks: first tokens, which are never evicted (arXiv 2309.17453).
-        sink_positions: how far away the sinks may seem to a query. ``"absolute"``: as far as they are, as in the paper
+        sink_positions: which distance to the sinks the model is shown. ``"absolute"``: the true one, as in the paper
             (arXiv 2510.07318); beyond the base model's trained length its quality collapses. ``"streaming"``: at most
             ``capacity - 1``. ``"trained"``: at most the base model's trained length, so equal to ``"absolute"`` inside
             it and still in distribution beyond.

@@ -34,7 +34,7 @@ class Budgets:
             for each of ``capacities``.
         costs: what windowing a layer alone costs, by layer and capacity: divergence from full attention.
         bytes: of the caches of all layers in ``capacities``, for one text.
-        equal_capacity: capacity at which all layers alike would take as many bytes.
+        equal_capacity: capacity at which equal layers would take as many bytes.
         full_loss: with full attention.
         equal_loss: with ``equal_capacity`` in every layer, measured.
         expected_loss: what the costs of single layers predict for the proposal.

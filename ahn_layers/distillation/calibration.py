@@ -48,9 +48,9 @@ def calibrate(
     """Measure what each layer loses by a window and which heads look things up, and spend bytes of cache accordingly.
 
     With every other layer at full attention, one layer at a time gets a window of a few capacities. Its cost is the
-    divergence of the predictions from those of full attention, KL(full || windowed): the loss that this adds on the
+    divergence of the predictions from those of full attention, KL(full || windowed): the loss that this adds on
     average, with far less noise than a difference of losses. Costs are taken to add up, and turned into loss by a
-    factor that one run with all layers alike gives. The choice of least cost is then run and measured; where its loss
+    factor that one run with equal layers gives. The choice of least cost is then run and measured; where its loss
     is higher than with the same capacity in every layer, that is proposed instead. One pass through the model for each
     layer and capacity; nothing is trained.
 

@@ -1,4 +1,4 @@
-"""A few evicted tokens kept without loss, chosen by a score; the others are folded."""
+"""Keeps the evicted tokens of highest score without loss, and folds the others."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -18,7 +18,7 @@ Score = Callable[[Tokens], Float[Tensor, "b g t"]]
 
 
 def recent(tokens: Tokens) -> Float[Tensor, "b g t"]:
-    """All tokens alike: with a ``rate`` above zero the slots are a longer window."""
+    """The same score for all tokens: with a ``rate`` above zero the slots are a longer window."""
     return torch.zeros_like(tokens.k[..., 0], dtype=torch.promote_types(tokens.k.dtype, torch.float32))
 
 
@@ -89,7 +89,7 @@ class LearnedScore(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has learned anything: an untrained one scores all tokens alike."""
+        """Whether it has learned anything: an untrained one gives all tokens the same score."""
         return bool(self.down.any() or self.direct.weight.any())
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:

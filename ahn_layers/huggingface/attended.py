@@ -1,4 +1,4 @@
-"""Whether what a model's attention function computes is softmax attention as a memory's window computes it."""
+"""Whether a model's attention function computes the softmax attention that a memory's window computes."""
 
 import torch
 from torch import Tensor

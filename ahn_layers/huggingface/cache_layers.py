@@ -93,7 +93,7 @@ class MemoryLayer(StateLayer):
         self.overwritten |= writes
 
     def changeable(self) -> MemoryState | None:
-        """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
+        """The state, copied if it was made under ``torch.inference_mode`` and will be changed outside of it."""
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state = self.state.clone()
         return self.state

@@ -1,4 +1,4 @@
-"""A retrofitted model takes its cache as ``cache=``, whatever the installed transformers calls it.
+"""Lets a retrofitted model take its cache as ``cache=`` in all supported versions of transformers.
 
 Before transformers 5.24 it is ``past_key_values``: a model would ignore ``cache``, and ``generate`` refuse it.
 """

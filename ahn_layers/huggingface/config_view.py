@@ -1,4 +1,4 @@
-"""Private views of a config: what a retrofitted model's own modules hold in place of an object that others share.
+"""Private views of a config, which a retrofitted model's modules hold in place of the shared object.
 
 A model looks its attention function up by the name ``config._attn_implementation``, and models share config objects.
 The modules of a retrofitted model that make masks, and its retrofitted blocks, hold a view: it has the class, the

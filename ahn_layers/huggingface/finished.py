@@ -1,4 +1,4 @@
-"""Rows of a batch that have finished while others go on: ``generate`` pads them, their cache must not hold the pads."""
+"""Rows of a batch that finish before others: ``generate`` pads them, and their cache must not hold the pads."""
 
 from typing import Any
 

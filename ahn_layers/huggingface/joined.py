@@ -1,4 +1,4 @@
-"""Calls on rows of different lengths that were joined: every row goes on at the position at which it would alone."""
+"""Calls on joined rows of different lengths: each row continues at its own position."""
 
 import inspect
 from typing import Any

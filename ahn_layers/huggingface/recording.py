@@ -1,4 +1,4 @@
-"""The last tokens that a cache layer took in, kept so that they can be taken back (assisted decoding)."""
+"""Keeps the last tokens that a cache layer took in, so that they can be taken back (assisted decoding)."""
 
 from dataclasses import dataclass, replace
 

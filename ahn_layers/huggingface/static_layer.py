@@ -95,7 +95,7 @@ class StaticMemoryLayer(MemoryLayer):
         return out
 
     def changeable(self) -> MemoryState | None:
-        """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
+        """The state, copied if it was made under ``torch.inference_mode`` and will be changed outside of it."""
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state, self.pads, self._empty_memory = self.state.clone(), self.pads.clone(), _copy(self._empty_memory)
             self._empty_kept = {name: u.clone() for name, u in self._empty_kept.items()}

@@ -1,4 +1,4 @@
-"""Tokens that a cache layer has taken in are taken back: while all are there, or if the latest were recorded."""
+"""Takes tokens back out of a cache layer: while none has left the window, or if the latest were recorded."""
 
 from dataclasses import replace
 

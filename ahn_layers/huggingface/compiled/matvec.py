@@ -1,4 +1,4 @@
-"""Products of matrices and a single row, put together: a pass over the graph of a decode step before it is compiled."""
+"""Merges products of matrices with one row: a pass over the graph of a decode step before it is compiled."""
 
 import operator
 from collections import defaultdict

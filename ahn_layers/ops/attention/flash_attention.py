@@ -100,7 +100,7 @@ class _Cut(NamedTuple):
 class _JointAttention(torch.autograd.Function):
     """One softmax over the window and, if there are any, the sinks.
 
-    All slices are taken in here, so that each gradient is put together once.
+    All slices are taken in here, so that each gradient is written once.
     """
 
     @staticmethod

@@ -146,7 +146,7 @@ def probe_model(model: Any) -> Probed:
 
 
 def _returns_cache(model: Any, entry: Any) -> bool:
-    """Whether the decoder returns the cache that it filled: without it, ``generate`` cannot read in pieces."""
+    """Whether the decoder hands back the cache that it filled: without it, ``generate`` cannot read in pieces."""
     try:
         output = Trial(model, entry=entry, use_cache=True).output
     except Exception:

@@ -16,6 +16,8 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _to_mathml(match: re.Match[str]) -> str:
-    display = "block" if match[1] == "div" else "inline"
-    search = " data-search-exclude" if match[1] == "div" else ""
-    return f'<{match[1]} class="maths"{search}>{convert(unescape(match[2]), display=display)}</{match[1]}>'
+    text = unescape(match[2])
+    if match[1] == "span":
+        return f'<span class="maths">{convert(text, display="inline")}</span>'
+    parts = [convert(part, display="block") for part in text.split(r"\qquad")]  # a line may end between them
+    return f'<div class="maths" data-search-exclude>{" ".join(parts)}</div>'

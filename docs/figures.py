@@ -7,6 +7,7 @@ answers about facts that have left the window, the three kinds of questions toge
 share; and the bytes of the cache.
 """
 
+import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,9 @@ def _bytes(arm: str) -> tuple[list[int], list[float]]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw the figures of README and benchmarks page.")
+    parser.add_argument("--output", type=Path, default=DOCS / "assets", help="folder of the pictures")
+    folder = parser.parse_args().output
     found = recall_table((DOCS / "guides" / "recall.md").read_text())
-    draw_recall(found, DOCS / "assets" / "recall.png")
-    draw_recall(found, DOCS / "assets" / "recall-tall.png", tall=True)
+    draw_recall(found, folder / "recall.png")
+    draw_recall(found, folder / "recall-tall.png", tall=True)

@@ -1,4 +1,8 @@
-"""Equations become MathML when the site is built (no script, no font is fetched to read it), papers become links."""
+"""What the site does beside Markdown.
+
+Equations become MathML when it is built (no script, no font is fetched to read it), papers become links, and the search
+leaves out the listings of whole scripts.
+"""
 
 import re
 from html import unescape
@@ -11,7 +15,8 @@ _PAPER = re.compile(r"(?<!>)arXiv (\d{4}\.\d{5})")
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Replace what pymdownx.arithmatex has marked, and the arXiv numbers that are no links yet."""
+    """Replace what pymdownx.arithmatex has marked and the arXiv numbers that are no links yet; mark the listings."""
+    html = html.replace('<details class="example">', '<details class="example" data-search-exclude>')
     return _PAPER.sub(r'<a href="https://arxiv.org/abs/\1">arXiv \1</a>', _MATHS.sub(_to_mathml, html))
 
 

@@ -102,3 +102,10 @@ def held(arm):
 def test_both_commands_say_how_long_they_take_and_what_they_bring():
     for title in ("Run the quickstart", "Run the tests"):
         assert re.search(r"minutes.*\d GB", section(title), re.DOTALL), title
+
+
+def test_links_have_the_one_form_that_the_build_for_an_index_rewrites():
+    """``[text](path)`` and ``![text](path)``: neither HTML nor references nor titles."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`|<!--.*?-->", "", TEXT, flags=re.DOTALL)
+    assert not re.search(r"<[a-z/]", prose) and not re.search(r"^ *\[[^\]]+\]: |\]\[", prose, re.MULTILINE)
+    assert all(re.fullmatch(r"[^\s\"']+", target) for target in re.findall(r"\]\(([^)]*)\)", prose))

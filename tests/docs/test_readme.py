@@ -1,4 +1,4 @@
-"""What the README says of itself: its ten lines, its figure, its numbers, its shape on a package index."""
+"""What the README says of itself: its first example, its figure, its numbers, its shape on a package index."""
 
 import re
 import runpy
@@ -22,10 +22,10 @@ def section(title):
 
 
 @pytest.mark.skipif(not CACHED.exists(), reason="the quickstart has not run here, which brings SmolLM2")
-def test_the_ten_lines_print_what_they_say(monkeypatch, capsys):
+def test_the_example_prints_what_it_says(monkeypatch, capsys):
     """The answer in every word; what the window alone makes up depends on Python's manual."""
-    code, output = re.findall(r"```(?:python|text)\n(.*?)```", section("Ten lines"), re.DOTALL)
-    assert "not run:" in section("Ten lines"), "this test runs it, test_docs.py does not"
+    code, output = re.findall(r"```(?:python|text)\n(.*?)```", section("In a few lines"), re.DOTALL)
+    assert "not run:" in section("In a few lines"), "this test runs it, test_docs.py does not"
     monkeypatch.chdir(ROOT)
     exec(compile(code.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{CACHED}"'), "README.md", "exec"), {})
     printed, said = (u.splitlines() for u in (capsys.readouterr().out, output))

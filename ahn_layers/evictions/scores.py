@@ -89,8 +89,11 @@ class LearnedScore(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has learned anything: an untrained one gives all tokens the same score."""
-        return bool(self.down.any() or self.direct.weight.any())
+        """Whether it has learned anything: an untrained one gives all tokens the same score.
+
+        Weights on the meta device, which have no values, have not.
+        """
+        return not self.down.is_meta and bool(self.down.any() or self.direct.weight.any())
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:
         """The scores, in float32 at least."""

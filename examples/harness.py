@@ -86,21 +86,21 @@ def _manager(of_the_harness: bool, metadata: str) -> TaskManager:
     return TaskManager(include_path=str(TASKS), include_defaults=of_the_harness, metadata=json.loads(metadata))
 
 
-def load_task(spec: str | dict[str, Any], metadata: dict[str, Any]) -> Any:
+def load_task(name: str, metadata: dict[str, Any], spec: str | dict[str, Any] | None = None) -> Any:
     """A task of the harness with its records.
 
     Args:
-        spec: its name, or its name with changes, as ``Protocol.spec`` gives it.
+        name: the task.
         metadata: what the functions that load records take: ``data``, ``max_seq_lengths``, ``tokenizer``.
+        spec: what ``Protocol.spec`` says of it; its name by default.
 
     Raises:
         OSError: if its records cannot be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    name = spec if isinstance(spec, str) else spec["task"]
     ours = any(TASKS.rglob(f"{name}.yaml"))
     try:
-        (task,) = _manager(not ours, json.dumps(metadata)).load([spec])["tasks"].values()
+        (task,) = _manager(not ours, json.dumps(metadata)).load([spec or name])["tasks"].values()
     except Exception as error:  # a network fails in many ways, and its errors share no base class
         raise OSError(f"{name}: no records ({error}). Name a folder that has them by --data.") from None
     task.set_config(key="num_fewshot", value=0)

@@ -121,7 +121,7 @@ def run(tasks: dict[str, Protocol], model: Any, tokenizer: Any, options: argpars
         protocol, began = tasks[name], time.monotonic()
         if loaded[0] != name:
             extra = {} if options.data is None else {"data": str(options.data / protocol.folder)}
-            loaded = (name, load_task(protocol.spec(name, options.data), metadata | extra))
+            loaded = (name, load_task(name, metadata | extra, protocol.spec(name, options.data)))
         window = (options.window or protocol.window_size, count_of(options.sinks, protocol.num_sinks))
         chat = protocol.chat and name not in protocol.plain and tokenizer.chat_template is not None
         with use_arm(model, arm, window):

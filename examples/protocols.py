@@ -40,8 +40,8 @@ class Protocol:
         if self.folder != "longbench" or data is None:
             return task
         path = str(data / self.folder / f"{self.files[task]}.jsonl")
-        return {"task": task, "dataset_path": "json", "dataset_name": None,
-                "dataset_kwargs": {"data_files": {"test": path}}}  # fmt: skip
+        records = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": path}}}
+        return {"group": "from a folder", "task": [{"task": task, **records}]}
 
     def missing(self, task: str, data: Path) -> Path | None:
         """The file of a task, if a folder with data lacks it."""

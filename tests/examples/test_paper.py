@@ -1,4 +1,4 @@
-"""The paper's benchmarks: the harness runs the task files, scores are those worked out by hand, prompts are cut right."""
+"""The paper's benchmarks: the harness runs the task files, with scores worked out by hand and prompts cut right."""
 
 import importlib
 import json
@@ -278,7 +278,7 @@ def test_longbench_and_ruler_are_those_of_the_harness(monkeypatch):
     protocol = PROTOCOLS["longbench"]
     assert (protocol.window_size, protocol.longest, protocol.plain) == (8064, 32_000, {"longbench_triviaqa"})
     for name in ("longbench_triviaqa", "longbench_dureader"):
-        task = load_task(protocol.spec(name, FIXTURES), {"data": str(FIXTURES / "longbench")})
+        task = load_task(name, {"data": str(FIXTURES / "longbench")}, protocol.spec(name, FIXTURES))
         mean, scores, _ = evaluate(task, right_answer)
         assert mean == pytest.approx(1.0, abs=1e-6) and len(scores) == 2
         assert evaluate(task, lambda _: "nobody")[0] == 0.0

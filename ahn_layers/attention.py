@@ -1,7 +1,7 @@
 """A decoder's attention block with its attention replaced by a memory store."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -123,6 +123,9 @@ class HippocampalAttention(nn.Module):
         attend.check()
         assert state is not None
         return out, state
+
+    if TYPE_CHECKING:
+        __call__ = forward  # what a call returns, which a plain module does not say
 
 
 class Attend:

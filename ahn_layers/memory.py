@@ -6,7 +6,7 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -206,6 +206,9 @@ class MemoryStore(nn.Module):
         state = self.init_state(new) if state is None else state
         check_state(state, new, self.window, self.recalling, self.eviction)
         return self.take_in(q, new, x, state, valid, attention or SoftmaxAttention())
+
+    if TYPE_CHECKING:
+        __call__ = forward  # what a call returns, which a plain module does not say
 
     def take_in(
         self,

@@ -1,11 +1,12 @@
 """A decoder's attention block with its attention replaced by a memory store."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .calls import BlockCall
 from .memory import MemoryStore
 from .ops.attention.attend import SoftmaxAttention
 from .peft import running
@@ -48,6 +49,7 @@ class HippocampalAttention(nn.Module):
     """
 
     memory: MemoryStore
+    __call__: BlockCall
 
     def __init__(self, block: nn.Module, store: MemoryStore) -> None:
         if isinstance(block, HippocampalAttention):
@@ -123,9 +125,6 @@ class HippocampalAttention(nn.Module):
         attend.check()
         assert state is not None
         return out, state
-
-    if TYPE_CHECKING:
-        __call__ = forward  # what a call returns, which a plain module does not say
 
 
 class Attend:

@@ -6,12 +6,13 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .calls import StoreCall
 from .checks import check_inputs, check_state, check_whole
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
@@ -71,6 +72,8 @@ class MemoryStore(nn.Module):
         >>> out.shape, len(state.slots), state.memory.shape
         (torch.Size([1, 2, 9, 8]), 5, torch.Size([1, 2, 8, 8]))
     """
+
+    __call__: StoreCall
 
     def __init__(
         self,
@@ -206,9 +209,6 @@ class MemoryStore(nn.Module):
         state = self.init_state(new) if state is None else state
         check_state(state, new, self.window, self.recalling, self.eviction)
         return self.take_in(q, new, x, state, valid, attention or SoftmaxAttention())
-
-    if TYPE_CHECKING:
-        __call__ = forward  # what a call returns, which a plain module does not say
 
     def take_in(
         self,

@@ -14,7 +14,7 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 ORDER = [
     *("version", "files", "staging", "by_name", "undo", "missing", "ops", "layers", "peft", "tokens", "ring", "window"),
     *("positions", "compressor", "recurrent", "rank_one", "compressors", "eviction", "evictions", "recall"),
-    *("consistency", "state", "without", "rows", "checks", "padded", "step", "memory", "attention", "record"),
+    *("consistency", "state", "calls", "without", "rows", "checks", "padded", "step", "memory", "attention", "record"),
     *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "adapter", "cost"),
     *("huggingface/saved_model", "huggingface/saving", "distillation", "registration", "testing"),
 ]

@@ -30,6 +30,7 @@ from smollm2 import load_causal_lm
 from transformers import LlamaConfig
 
 PACKAGES = ("ahn-layers", "torch", "transformers", "lm_eval")
+RULER_LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
 Results = dict[str, Any]
 
 
@@ -64,6 +65,8 @@ def check(options: argparse.Namespace) -> dict[str, Protocol]:
         raise ImportError("lm-evaluation-harness is not installed. Install the extra: pip install '.[paper]'.")
     if options.output.exists() and not options.output.is_dir():
         raise ValueError(f"--output {options.output}: expected a folder, and this is a file.")
+    if options.random_weights and any(u.folder == "ruler" for u in tasks.values()):
+        raise ValueError("--random-weights: RULER needs a tokenizer in a folder or on the hub. Name a --model.")
     if options.data is not None:
         if not options.data.is_dir():
             raise ValueError(f"--data {options.data}: no such folder.")
@@ -116,12 +119,12 @@ def run(tasks: dict[str, Protocol], model: Any, tokenizer: Any, options: argpars
     scores, arms = results["scores"], options.arms or list(arms_of(model))
     left = [(task, arm) for task in tasks for arm in arms if arm not in scores.get(task, {})]
     metadata = {"max_seq_lengths": [options.ruler_length], "tokenizer": tokenizer.name_or_path}
+    metadata |= {} if options.data is None else {"data": str(options.data)}
     start, loaded = time.monotonic(), (None, None)
     for done, (name, arm) in enumerate(left):
         protocol, began = tasks[name], time.monotonic()
         if loaded[0] != name:
-            extra = {} if options.data is None else {"data": str(options.data / protocol.folder)}
-            loaded = (name, load_task(name, metadata | extra, protocol.spec(name, options.data)))
+            loaded = (name, load_task(name, metadata, protocol.spec(name, options.data)))
         window = (options.window or protocol.window_size, count_of(options.sinks, protocol.num_sinks))
         chat = protocol.chat and name not in protocol.plain and tokenizer.chat_template is not None
         with use_arm(model, arm, window):
@@ -199,7 +202,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", choices=["full", "window", "compressor", "slots", "memory"], help="default: all it has")
     add("--limit", type=positive, help="prompts of each task (default: all)")
     add("--data", type=Path, help="folder with lv_eval/, infinite_bench/, longbench/ (default: the hub)")
-    add("--ruler-length", type=positive, default=131_072, help="tokens of RULER's prompts (default: 131072)")
+    add("--ruler-length", type=int, default=131_072, choices=RULER_LENGTHS, help="of its prompts (default: 131072)")
     add("--device", default="cuda" if gpu else "cpu")
     add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     add("--output", type=Path, required=True, help="folder for results.md, results.json, answers")

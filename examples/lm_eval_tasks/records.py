@@ -13,25 +13,25 @@ import datasets
 
 
 def load(name: str, data: str | None, hub: str, archive: str | None = None) -> list[dict[str, Any]]:
-    """Records of ``name.jsonl``.
+    """Records of one file.
 
     Args:
-        name: the file, without ``.jsonl``.
-        data: a folder that has it; None for the hub.
+        name: the file in a folder with data, without ``.jsonl``; on the hub it lies in no folder.
+        data: that folder; None for the hub.
         hub: the repository of the data set there.
         archive: a zip file there that holds the file; None if it is not packed.
 
     Raises:
         FileNotFoundError: if the folder, or the zip file, has no such file.
     """
-    file = f"{name}.jsonl"
     if data is not None:
-        path = Path(data) / file
+        path = Path(data) / f"{name}.jsonl"
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file. Expected the files of {hub} in {data}.")
+            raise FileNotFoundError(f"{path}: no such file. Expected the files of {hub} in {path.parent}.")
         return list(_parsed(path.read_text(encoding="utf-8").split("\n")))
     from huggingface_hub import hf_hub_download
 
+    file = f"{name.rpartition('/')[2]}.jsonl"
     found = hf_hub_download(hub, archive or file, repo_type="dataset")
     if archive is None:
         return list(_parsed(Path(found).read_text(encoding="utf-8").split("\n")))

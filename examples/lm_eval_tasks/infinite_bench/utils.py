@@ -23,9 +23,9 @@ def records(name: str, data: str | None = None, **_: Any) -> dict[str, Any]:
 
     Args:
         name: such as ``longbook_qa_eng``.
-        data: a folder with ``longbook_qa_eng.jsonl`` and the like; None for the hub.
+        data: a folder with ``infinite_bench/longbook_qa_eng.jsonl`` and the like; None for the hub.
     """
-    found = files.load(name, data, "xinrongzhang2022/InfiniteBench")
+    found = files.load(f"infinite_bench/{name}", data, "xinrongzhang2022/InfiniteBench")
     return files.as_test_split([
         {
             "context": record["context"],

@@ -30,9 +30,9 @@ def records(name: str, level: str = "128k", data: str | None = None, **_: Any) -
     Args:
         name: such as ``cmrc_mixup``.
         level: its length, ``16k``, ``32k``, ``64k``, ``128k`` or ``256k``.
-        data: a folder with ``cmrc_mixup_128k.jsonl`` and the like; None for the hub.
+        data: a folder with ``lv_eval/cmrc_mixup_128k.jsonl`` and the like; None for the hub.
     """
-    found = files.load(f"{name}_{level}", data, "infini-ai/LVEval", archive=f"{name}.zip")
+    found = files.load(f"lv_eval/{name}_{level}", data, "infini-ai/LVEval", archive=f"{name}.zip")
     kept = ("input", "context", "answers", "answer_keywords")
     return files.as_test_split([{key: record.get(key) for key in kept} for record in found])
 

@@ -258,10 +258,11 @@ def options_in_the_text(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if options_in_the_text(page)], ids=page_name)
 def test_options_in_the_text_exist(page, parse):
     """They are options of the scripts that the page speaks of."""
-    known = {"--strict", "--multi_gpu", "--num_processes", "--config_file"}  # mkdocs, accelerate
+    known = {"--strict", "--multi_gpu", "--num_processes", "--config_file", "--metadata"}  # mkdocs, accelerate, lm_eval
     required = {
         "compare_compressors.py": ["--output", "o"],
         "evaluate.py": ["--adapter", "a", "--output", "o"],
+        "paper.py": ["--output", "o"],
         "train.py": ["--text", "a", "--output", "o"],
     }
     for path in SCRIPTS:

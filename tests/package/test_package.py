@@ -135,3 +135,14 @@ def test_the_citation_is_of_this_version():
     version = runpy.run_path(str(ROOT / "ahn_layers" / "version.py"))["__version__"]
     assert f"\nversion: {version}\n" in text and "arXiv:2510.07318" in text
     assert f"version = {{{version}}}" in (ROOT / "docs" / "citation.md").read_text()
+
+
+def test_calls_are_those_of_forward():
+    import inspect
+
+    from ahn_layers import HippocampalAttention, MemoryStore
+    from ahn_layers.calls import BlockCall, StoreCall
+
+    for module, call in ((MemoryStore, StoreCall), (HippocampalAttention, BlockCall)):
+        one, other = (inspect.signature(u).parameters for u in (module.forward, call.__call__))
+        assert {k: (u.kind, u.default) for k, u in one.items()} == {k: (u.kind, u.default) for k, u in other.items()}

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         with positioned(model, options.sink_positions) if options.sink_positions else nullcontext():
             run(tasks, model, tokenizer, options, results)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SystemExit(f"paper: {error}") from None
+        print(f"paper: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
     print(f"\n{table(results)}\n\n{options.output}/results.md, results.json, answers")
     return results
 

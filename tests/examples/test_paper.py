@@ -290,3 +290,24 @@ def test_longbench_and_ruler_are_those_of_the_harness(monkeypatch):
 
     known = _manager(True, json.dumps({"data": str(FIXTURES)})).all_subtasks
     assert set(PROTOCOLS["ruler"].files) | set(protocol.files) <= set(known)
+
+
+def test_scores_are_per_cent_with_the_error_of_their_mean(monkeypatch):
+    harness = importlib.import_module("harness")
+    from _chat import SMALL, random_model
+    from protocols import PROTOCOLS
+    from transformers import LlamaConfig
+
+    seen = []
+
+    def answer(self, requests, disable_tqdm=False):
+        seen.extend(request.args[0] for request in requests)
+        return [right_answer(requests[0].doc), *[""] * (len(requests) - 1)]  # the first one is right
+
+    monkeypatch.setattr(harness.HFLM, "generate_until", answer)
+    model, tokenizer = random_model(LlamaConfig(**SMALL))
+    task = harness.load_task("lv_eval_factrecall_en", {"data": str(FIXTURES)})
+    score = harness.run_task(task, model, tokenizer, PROTOCOLS["lv_eval"], True, None)
+    assert (score.mean, score.error, score.prompts, score.was_cut) == (50.0, 50.0, 2, 0)  # sqrt(5000 / 1 / 2)
+    assert [u["score"] for u in score.answers] == [100.0, 0.0] and score.answers[0]["answer"] == "Dora Quill"
+    assert all(prompt.startswith("<s>[user] Please answer") for prompt in seen)

@@ -9,7 +9,7 @@ import torch
 
 from ahn_layers import Compressor, MemoryStore, Rotary, SalientSlots, Window
 
-from ..huggingface.compiled.test_compile import models  # noqa: F401 - a fixture: without checks of shapes
+from ..huggingface.compiled.graphs import models  # noqa: F401 - a fixture: without checks of shapes
 from ..models import tokens
 
 FREQUENCIES = 10.0 ** -torch.linspace(0, 4, 32, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ahn_layers.ops.attention.sharing import share_columns
 from ahn_layers.ops.attention.window_attention import masked_attention, window_attention
-from ahn_layers.ops.decode.step import delta_step
+from ahn_layers.ops.decode.fold import delta_step
 from ahn_layers.ops.pointwise.rotary import turn_back
 from ahn_layers.ops.recurrence.delta_scan import gated_delta_scan
 from ahn_layers.ops.recurrence.linear_scan import gated_linear_scan

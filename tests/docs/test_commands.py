@@ -24,8 +24,8 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text())
 ADAPTERS = sorted(path.parent for path in EXAMPLES.glob("adapters/*/adapter.json"))
 PROGRAMS = ("python", "python3", "pip", "pytest", "accelerate", "mkdocs", "git", "cd", ".", "ruff", "mypy")
-CHATS = re.compile(r"examples/(llama|qwen|mistral)\.py")
-CHEAP = re.compile(r"examples/(llama|qwen|mistral|new_compressor)\.py|sessions\.py$|--output try_adapter")
+CHATS = re.compile(r"examples/(llama|qwen|mistral|gemma3)\.py")
+CHEAP = re.compile(r"examples/(llama|qwen|mistral|gemma3|new_compressor)\.py|sessions\.py$|--output try_adapter")
 
 
 def commands():

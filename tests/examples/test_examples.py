@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ahn_layers import GatedDeltaNet, HippocampalCache, adapter_parameters, retrofit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CHATS = ("llama", "qwen", "mistral")
+CHATS = ("llama", "qwen", "mistral", "gemma3")
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,8 @@ def install(monkeypatch, folder: Path, *, fits_shipped_adapters: bool) -> None:
         if kind is None and fits_shipped_adapters:
             return random_model(LlamaConfig(**SMOLLM2))
         window = {"sliding_window": None} if kind is MistralConfig else {}
+        if kind is Gemma3TextConfig:
+            window = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
         sizes = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 8192, **window}
         return random_model((kind or LlamaConfig)(**sizes))
 

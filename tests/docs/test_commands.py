@@ -262,6 +262,7 @@ def test_the_extra_for_the_examples_has_what_they_import():
     extras = {name: set(re.findall(r'"([\w-]+)', re.search(rf"^{name} = \[.*?\]\n", text, re.MULTILINE | re.DOTALL)[0]))
               for name in ("dependencies", "transformers", "examples", "serving", "ray")}  # fmt: skip
     brought = {"tokenizers", "huggingface_hub", "pydantic", "starlette"}  # by transformers, by fastapi
+    brought |= {"bitsandbytes"}  # for one option, which says so
     available = set().union(*extras.values(), brought, sys.stdlib_module_names, {"ahn_layers"})
     for path in EXAMPLES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -150,18 +150,7 @@ class Attend:
         ahead: Int[Tensor, "b t"] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b h t e"]:
-        """Attend through the store.
-
-        Args:
-            q: queries.
-            k: keys.
-            v: values.
-            scale: see ``SoftmaxAttention``, as for those that follow.
-            softcap: see there.
-            null_logits: see there.
-            dense: see there.
-            ahead: see there.
-            **options: of [`MemoryStore.forward`][ahn_layers.MemoryStore.forward].
+        """Attend through the store, as ``SoftmaxAttention`` with these arguments; other options are the store's.
 
         Raises:
             RuntimeError: at the second call.

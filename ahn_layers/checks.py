@@ -1,4 +1,4 @@
-"""Every way to call a store wrongly, refused before anything has changed."""
+"""Checks of a store's arguments, before anything has changed."""
 
 from itertools import permutations
 from typing import NoReturn

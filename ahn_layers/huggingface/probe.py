@@ -1,4 +1,4 @@
-"""What a model's attention blocks are like, found by running a few tokens through them: nothing is guessed."""
+"""Finds a model's attention blocks, and their properties, by running a few tokens through the model."""
 
 import inspect
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class Probed:
         blocks: its blocks, in the order of the model; those that cannot be retrofitted say why.
         masks: the masks that it made.
         around: models around the decoder, if that had to be run alone.
-        returns_cache: whether the model hands back the cache that it filled.
+        returns_cache: whether the model returns the cache that it filled.
     """
 
     blocks: list[AttentionBlock]
@@ -115,11 +115,7 @@ class Probed:
 
 
 def probe_model(model: Any) -> Probed:
-    """Run three tokens through the model and describe every block that calls the attention interface.
-
-    Args:
-        model: a transformers model whose attention goes through the attention interface.
-    """
+    """Run three tokens through the model and describe every block that calls the attention interface."""
     config = model.config.get_text_config(decoder=True)
     near, entry = _first_trial(model)
     moves = "position_ids" in inspect.signature(entry.forward).parameters
@@ -147,7 +143,7 @@ def probe_model(model: Any) -> Probed:
 
 
 def _returns_cache(model: Any, entry: Any) -> bool:
-    """Whether the decoder hands back the cache that it filled: without it, ``generate`` cannot read in pieces."""
+    """Whether the decoder returns the cache that it filled: without it, ``generate`` cannot read in pieces."""
     try:
         output = Trial(model, entry=entry, use_cache=True).output
     except Exception:

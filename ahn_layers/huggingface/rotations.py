@@ -9,11 +9,7 @@ DEPENDENT = ("dynamic", "longrope")
 
 
 def longest_fixed_rotation(model: nn.Module) -> int | None:
-    """Tokens up to which the model rotates every text alike; None if that holds for all lengths.
-
-    Args:
-        model: a transformers model.
-    """
+    """Length up to which the model rotates every text in the same way; None if it does so for all lengths."""
     limits = [limit for module in model.modules() for limit in _limits(module)]
     return min(limits, default=None)
 

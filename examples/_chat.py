@@ -61,9 +61,16 @@ class Chat:
         capacity = max(window.capacity for window in self.model.hippocampus.windows.values())
         if tokens <= capacity:
             return f"{tokens:,} tokens, cache {held / 1e6:.2f} MB, it grows up to {capacity:,} tokens"
-        token = sum(u.nbytes // u.shape[2] for layer in self.cache.layers for u in (layer.keys, layer.values))
-        full = f"full attention {tokens * token / 1e6:.2f} MB"
-        pays = "" if tokens * token > held else f", which is more from {held // token + 1:,} tokens on"
+        token = others = 0  # bytes of a token where full attention would be; what other layers hold in any case
+        for index, layer in enumerate(self.cache.layers):
+            for u in (layer.keys, layer.values):
+                if index in self.model.hippocampus.layers:
+                    token += u.nbytes // u.shape[2]
+                else:
+                    others += u.nbytes
+        full = f"full attention {(tokens * token + others) / 1e6:.2f} MB"
+        pays = tokens * token + others > held
+        pays = "" if pays else f", which is more from {(held - others) // token + 1:,} tokens on"
         return f"{tokens:,} tokens, cache {held / 1e6:.2f} MB, it grows no further; {full}{pays}"
 
     def _format(self, message: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .calls import BlockCall
 from .memory import MemoryStore
 from .ops.attention.attend import SoftmaxAttention
 from .peft import running
@@ -48,6 +49,7 @@ class HippocampalAttention(nn.Module):
     """
 
     memory: MemoryStore
+    __call__: BlockCall
 
     def __init__(self, block: nn.Module, store: MemoryStore) -> None:
         if isinstance(block, HippocampalAttention):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .arrivals import Arrivals
 from .autocast import outside_autocast
+from .calls import StoreCall
 from .checks import check_inputs, check_state, check_whole
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
@@ -61,6 +62,8 @@ class MemoryStore(nn.Module):
         >>> out.shape, len(state.slots), state.memory.shape
         (torch.Size([1, 2, 9, 8]), 5, torch.Size([1, 2, 8, 8]))
     """
+
+    __call__: StoreCall
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ from ahn_layers import (
     save_adapter,
     window_only,
 )
+from ahn_layers.ops.decode.rule import StepRule
 
 from .models import SINKS, WINDOW, base, logits, retrofitted, tokens
 from .refusing import LONG, refused, size
@@ -93,6 +94,10 @@ MAKING = {
     ),
     "frequencies": (lambda: Rotary(torch.ones(2, 2), 8), ValueError, "(2, 2)", "one frequency per rotated pair"),
     "trained length": (lambda: Rotary(torch.ones(2), 0), ValueError, "trained_length=0", "a positive number of tokens"),
+    "a rule with momentum": (
+        lambda: StepRule(strength="b", delta=True, momentum="m"), ValueError, "momentum and several writes",
+        "expected neither",
+    ),
     "wrapped twice": (
         lambda: HippocampalAttention(custom(), MemoryStore(Window(4))), ValueError, "Block", "wrap the block once",
     ),

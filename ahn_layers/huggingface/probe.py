@@ -21,6 +21,7 @@ from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .native_layer import SHARING
+from .rotations import find_rotary
 from .trial import AttentionCall, MaskCall, Trial
 
 _CACHES = (
@@ -131,7 +132,9 @@ def probe_model(model: Any) -> Probed:
             _describe(block, config, calls, near, layer)
             block.trained_length = getattr(config, "max_position_embeddings", None)
             if not block.reason:
-                _find_rotary(block, calls[0].q, shifted[0].q if shifted else None, frequencies)
+                near_q, far_q = calls[0].q, shifted[0].q if shifted else None
+                found = find_rotary(near_q, far_q, _SHIFT, block.trained_length, frequencies)
+                block.on_meta, (block.rotary, block.fixed_positions) = near_q.is_meta, found
             blocks.append(block)
     _find_sources(blocks, {call.module: call.k for call in near.calls})
     repeated = {b.layer_idx for b in blocks if sum(other.layer_idx == b.layer_idx for other in blocks) > 1}
@@ -143,7 +146,7 @@ def probe_model(model: Any) -> Probed:
 
 
 def _returns_cache(model: Any, entry: Any) -> bool:
-    """Whether the decoder returns the cache that it filled: without it, ``generate`` cannot read in pieces."""
+    """Whether the decoder hands back the cache that it filled: without it, ``generate`` cannot read in pieces."""
     try:
         output = Trial(model, entry=entry, use_cache=True).output
     except Exception:
@@ -238,38 +241,6 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
             "value_dim": call.v.shape[-1],
         }
     block.like = call.q.new_empty(0)
-
-
-def _find_rotary(
-    block: AttentionBlock, near: Tensor, far: Tensor | None, frequencies: list[tuple[Tensor, str]]
-) -> None:
-    """Try every rotation the model could use; the one that takes the far query to the near one is its own."""
-    block.on_meta = near.is_meta
-    if far is None or near.is_meta:
-        block.fixed_positions = "its positions could not be probed"
-        return
-    distance = torch.full((near.shape[2],), _SHIFT, device=near.device)
-    precision = max(torch.finfo(near.dtype).eps, torch.finfo(torch.float32).eps)  # of the angles, float32 in any model
-    tolerance = 8 * precision * float(near.abs().max())
-    if torch.allclose(near, far, rtol=0, atol=tolerance):
-        return  # no positions in this layer, so nothing is ever too far
-    for inv_freq, rope_type in frequencies:
-        if 2 * len(inv_freq) > near.shape[-1]:
-            continue
-        for interleaved in (False, True):
-            for start in sorted({0, near.shape[-1] - 2 * len(inv_freq)}):
-                rotary = Rotary(
-                    inv_freq.to(near.device), block.trained_length or 1, interleaved=interleaved, start=start
-                )
-                if torch.allclose(rotary.turn_back(far, distance), near, rtol=0, atol=tolerance):
-                    if block.trained_length is None:
-                        block.fixed_positions = "the config has no max_position_embeddings"
-                    elif rope_type in ("dynamic", "longrope"):
-                        block.fixed_positions = f"its rope_type {rope_type!r} changes its frequencies with the length"
-                    else:
-                        block.rotary = rotary
-                    return
-    block.fixed_positions = "its position embedding is not a rotation known here"
 
 
 def _frequencies(model: nn.Module) -> list[tuple[Tensor, str]]:

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,22 +11,35 @@ from torch import nn
 SIZE, HEADS, GROUPS = 8, 4, 2
 
 
+UNCHECKED: dict[str, Any] = {}
+"""The copy of the library that ``models`` stands on: one in a process, since compiled code knows modules by name."""
+
+
 @pytest.fixture(scope="module")
 def models():
     """``tests.models`` over a copy of the library whose shapes are not checked: the checks cannot be traced."""
-    ours = [name for name in sys.modules if name.split(".")[0] == "ahn_layers" or name == "tests.models"]
-    checked, finders = {name: sys.modules.pop(name) for name in ours}, sys.meta_path[:]
+    checked, finders = _take_out(), sys.meta_path[:]
     sys.meta_path[:] = [finder for finder in finders if not type(finder).__module__.startswith("jaxtyping")]
+    _put_in(UNCHECKED)
     try:
         yield importlib.import_module("tests.models")
     finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "ahn_layers"]:
-            del sys.modules[name]
-        sys.modules.update(checked)
+        UNCHECKED.update(_take_out())
         sys.meta_path[:] = finders
-        sys.modules["tests"].models = checked.get("tests.models")
-        if "ahn_layers.huggingface.saved_model" in checked:  # transformers' tables name the classes of the copy
-            checked["ahn_layers.huggingface.saved_model"].register()
+        _put_in(checked)
+
+
+def _take_out():
+    names = [name for name in sys.modules if name.split(".")[0] == "ahn_layers" or name == "tests.models"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _put_in(modules):
+    sys.modules.update(modules)
+    if "tests.models" in modules:
+        sys.modules["tests"].models = modules["tests.models"]
+    if "ahn_layers.huggingface.saved_model" in modules:  # transformers' tables name the classes of one copy
+        modules["ahn_layers.huggingface.saved_model"].register()
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,10 @@ def test_compiled_models_notice_packed_texts(models):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 cannot trace einops")
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("compressor", [*NAMES, None])
+@pytest.mark.parametrize(
+    "compressor, padded",
+    [*((name, False) for name in (*NAMES, None)), *((name, True) for name in ("GatedDeltaNet", "MaxPooling", None))],
+)
 def test_a_store_is_one_graph(compressor, padded, models):
     ahn = sys.modules["ahn_layers"]
     store, tokens = store_and_tokens(ahn, compressor)
@@ -86,7 +88,7 @@ def test_a_custom_block_is_one_graph(models):
     same_states(state, expected_state)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_an_uncached_forward_is_one_graph(name, models):
     model, ids = models.retrofitted(name), models.tokens(2, 3 * models.CAPACITY)
     graphs = Graphs()
@@ -124,7 +126,7 @@ def test_compiled_layers_train_as_they_do_without(checkpointing, models):
             found = distillation.distillation_loss(model, ids, ce_weight=0.5, **options)
             return torch.autograd.grad(found.loss, memory)
 
-    windows = [(6, 2), (12, 3), (20, 5), (33, 3)]
+    windows = [(6, 2), (12, 3), (33, 3)]
     expected = [gradients(window) for window in windows]
     with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False, recompile_limit=8):  # put back at the end
         distillation.compile_layers(model, fullgraph=not checkpointing, backend=graphs.backend)
@@ -133,7 +135,7 @@ def test_compiled_layers_train_as_they_do_without(checkpointing, models):
             for one, other in zip(gradients(window), others, strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # norms are float32
             counts.append(graphs.count)
-        assert counts[0] == 3 and counts[1] <= 5 and counts[1:] == counts[1:2] * 3
+        assert counts[0] == 3 and counts[1] <= 5 and counts[1:] == counts[1:2] * 2
         gradients((30, 4), layer_weight=0.3)  # eager: hooks tell layers apart
         distillation.align_layers(model, ids)
         assert graphs.count == counts[-1]

@@ -65,11 +65,11 @@ def count(text: str) -> int:
 def device(text: str) -> str:
     """A device that is there, for the command line."""
     try:
-        kind = torch.device(text).type
+        asked = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected cpu, cuda, cuda:1, ...") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text!r}: this machine has no GPU that PyTorch can use")
+    if asked.type == "cuda" and not (torch.cuda.is_available() and (asked.index or 0) < torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"{text!r}: this machine has no such GPU that PyTorch can use")
     return text
 
 

@@ -14,6 +14,7 @@ import sys
 from functools import cache
 
 import pytest
+import torch
 
 from ahn_layers import SalientSlots
 
@@ -98,6 +99,8 @@ def parse(run, monkeypatch):
     def only_parse(script, arguments):
         with monkeypatch.context() as patch:
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            patch.setattr(torch.cuda, "is_available", lambda: True)  # commands are for machines with a GPU too
+            patch.setattr(torch.cuda, "device_count", lambda: 8)
             with pytest.raises(Parsed) as parsed:
                 run(script, arguments)
         return parsed.value.args[0]

@@ -9,7 +9,7 @@ from ..notebooks import NOTEBOOKS, ROOT, run
 from ..small_models import install
 
 SMALL = {
-    "quickstart": {"TOKENS": 600, "CHUNK": 300},
+    "quickstart": {"TOKENS": 200, "WINDOW": 60, "SINKS": 4, "CHUNK": 100},
     "train": {"STEPS": 2, "LENGTH": 150, "TEXTS": 2},
     "compressor": {"TOKENS": 120},
 }
@@ -23,7 +23,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, unchecked):
     _, names = run(path, SMALL[path.stem])
     assert all(names[name] == value for name, value in SMALL[path.stem].items())
     if path.stem == "quickstart":
-        assert names["losses"]["memory"].shape == (600,) and names["cache"].get_seq_length() > 600
+        assert names["losses"]["memory"].shape == (200,) and names["cache"].get_seq_length() > 200
     elif path.stem == "train":
         assert names["before"]["memory"] == names["before"]["window"] and len(names["losses"]) == 2
     else:

@@ -7,6 +7,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text())
+CHATS = ("llama", "qwen", "mistral", "gemma3")
 OUTPUT = ["--output", "out"]
 WRONG = {
     "benchmark": [(["--length", "many"], "expected a whole number of at least 1")],
@@ -31,7 +32,7 @@ WRONG = {
     "fit_on_a_card": [
         (["--shape", "gpt-9"], "invalid choice: 'gpt-9'"),
         (["--tokens", "-3"], "expected a whole number of at least 1"),
-        (["--measure", "--device", "cuda:7"], "no GPU that PyTorch can use"),
+        (["--measure", "--device", "cuda:77"], "no such GPU that PyTorch can use"),
     ],
     "gpu_benchmark": [
         (["--window", "0"], "expected a whole number of at least 1"),
@@ -46,6 +47,7 @@ WRONG = {
     "nanogpt": [(["--text", "nothing.txt"], "nothing.txt"), (["--temperature", "0"], "expected a positive number")],
     "new_compressor": [(["--tokens", "0"], "expected a whole number of at least 1")],
     "new_eviction": [(["--slots", "x"], "expected a whole number of at least 1")],
+    "paper": [(["--window", "0"], "expected a whole number of at least 1")],
     "planting": [(["--tokens", "x"], "expected a whole number of at least 1")],
     "quickstart": [
         (["--text", "nothing.txt"], "nothing.txt"),
@@ -66,7 +68,7 @@ WRONG = {
     "training_memory": [(["--lengths", "0"], "at least 1"), (["--shape", "gpt-9"], "invalid choice: 'gpt-9'")],
     "what_is_kept": [(["--text", "nothing.txt"], "nothing.txt"), (["--adapter", "nowhere"], "nowhere: no such file")],
 }  # fmt: skip
-for chat in ("llama", "qwen", "mistral", "gemma3"):
+for chat in CHATS:
     WRONG[chat] = [
         (["--document", "nothing.txt"], "nothing.txt"),
         (["--adapter", "nowhere"], "--adapter nowhere: no such file or folder"),
@@ -101,9 +103,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, given, says, capsys):
     module = importlib.import_module(name)
     required = {"evaluate": ["--adapter", "here", *OUTPUT], "train": ["--text", "here", *OUTPUT]}
     if given == ["--no-such"]:
-        given = [*required.get(name, OUTPUT if name == "compare_compressors" else []), "--no-such"]
+        given = [*required.get(name, OUTPUT if name in ("compare_compressors", "paper") else []), "--no-such"]
     with pytest.raises(SystemExit) as stopped:
-        (getattr(module, "run", None) or module.main)(given)
+        (module.run if name in CHATS else module.main)(given)
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert "Traceback" not in said and says in said.strip().splitlines()[-1], said

@@ -221,7 +221,7 @@ def test_a_chat_takes_the_shipped_adapters(adapter, options, run, tmp_path, monk
     import _chat
 
     given = {}
-    monkeypatch.setattr(_chat.Chat, "__init__", lambda self, model, tokenizer: given.update(model=model))
+    monkeypatch.setattr(_chat.Chat, "__init__", lambda self, model, *_: given.update(model=model))
     monkeypatch.setattr(_chat.Chat, "say", lambda self, *_: "")
     monkeypatch.setattr(_chat.Chat, "figures", lambda self: "")
     run("examples/llama.py", ["--adapter", f"examples/adapters/{adapter.name}", "--prompt", "Hello", *options])
@@ -237,7 +237,7 @@ def test_a_chat_takes_the_shipped_adapters(adapter, options, run, tmp_path, monk
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--adapter", "nowhere"], "--adapter nowhere: no such folder"),
+    (["--adapter", "nowhere"], "--adapter nowhere: no such file or folder"),
     (["--adapter", "examples/adapters/smollm2-135m-instruct-gdn", "--compressor", "Mamba2"], "Leave --compressor out"),
     (["--document", "nothing.txt"], "nothing.txt"),
     (["--model", "qwen", "--adapter", "examples/adapters/smollm2-135m-instruct-gdn"], "for another base model"),

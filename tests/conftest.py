@@ -66,3 +66,9 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def fast(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
+    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)

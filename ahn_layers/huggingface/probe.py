@@ -1,6 +1,7 @@
 """Finds a model's attention blocks, and their properties, by running a few tokens through the model."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .native_layer import SHARING
 from .rotations import find_rotary
+from .stepwise import cache_of_two_tokens, what_others_change
 from .trial import AttentionCall, MaskCall, Trial
 
 _CACHES = (
@@ -53,6 +55,7 @@ class AttentionBlock:
         fixed_positions: why queries cannot be turned back, empty if they can.
         trained_length: tokens that the model was trained on, None if its config does not say.
         on_meta: whether the model had no values yet, so that its rotation is not known.
+        elsewhere: whether it attends to something else than the text, so that its index in the cache means nothing.
         reason: why it cannot be retrofitted, empty if it can.
     """
 
@@ -68,6 +71,7 @@ class AttentionBlock:
     fixed_positions: str = ""
     trained_length: int | None = None
     on_meta: bool = False
+    elsewhere: bool = False
     reason: str = ""
 
 
@@ -121,7 +125,8 @@ def probe_model(model: Any) -> Probed:
     near, entry = _first_trial(model)
     moves = "position_ids" in inspect.signature(entry.forward).parameters
     far = Trial(model, _SHIFT, entry).calls if moves else []
-    frequencies, layers = _frequencies(model), _cache_layers(config)
+    frequencies, layers, cache = _frequencies(model), _cache_layers(config), cache_of_two_tokens(model, entry)
+    changed = {} if cache is None else what_others_change(model, entry, near, cache, moves)
     blocks = []
     for name, module in model.named_modules():
         calls = [call for call in near.calls if call.module is module]
@@ -130,6 +135,7 @@ def probe_model(model: Any) -> Probed:
             block = AttentionBlock(name, module, getattr(module, "layer_idx", None) or 0)
             layer = layers[block.layer_idx] if block.layer_idx < len(layers) else None
             _describe(block, config, calls, near, layer)
+            block.reason = block.reason or changed.get(module, "")
             block.trained_length = getattr(config, "max_position_embeddings", None)
             if not block.reason:
                 near_q, far_q = calls[0].q, shifted[0].q if shifted else None
@@ -137,21 +143,12 @@ def probe_model(model: Any) -> Probed:
                 block.on_meta, (block.rotary, block.fixed_positions) = near_q.is_meta, found
             blocks.append(block)
     _find_sources(blocks, {call.module: call.k for call in near.calls})
-    repeated = {b.layer_idx for b in blocks if sum(other.layer_idx == b.layer_idx for other in blocks) > 1}
+    repeated = [index for index, n in Counter(b.layer_idx for b in blocks if not b.elsewhere).items() if n > 1]
     for block in blocks:
         if block.layer_idx in repeated and not block.reason:
             block.reason = f"several blocks share the cache index {block.layer_idx}"
     around = [u for u in model.modules() if isinstance(u, PreTrainedModel) and any(v is entry for v in u.modules())]
-    return Probed(blocks, near.masks, [u for u in around if u is not entry], _returns_cache(model, entry))
-
-
-def _returns_cache(model: Any, entry: Any) -> bool:
-    """Whether the decoder hands back the cache that it filled: without it, ``generate`` cannot read in pieces."""
-    try:
-        output = Trial(model, entry=entry, use_cache=True).output
-    except Exception:
-        return False
-    return any(getattr(output, name, None) is not None for name in CACHE_NAMES)
+    return Probed(blocks, near.masks, [u for u in around if u is not entry], cache is not None)
 
 
 def _first_trial(model: Any) -> tuple[Trial, Any]:
@@ -202,6 +199,8 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
     elif window is not None:
         block.kind = "sliding"
     block.native_window = window if block.kind == "sliding" else None
+    causal = call.mask is not None or getattr(block.module, "is_causal", call.kwargs.get("is_causal")) is not False
+    block.elsewhere = not causal or call.q.shape[2] != call.k.shape[2]
     if len(calls) > 1:
         block.reason = f"calls the attention function {len(calls)} times in one forward, expected once"
     elif getattr(block.module, "layer_idx", None) is None:
@@ -211,6 +210,8 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
             f"is a {its_type!r} layer, whose cache ({type(layer).__name__}) holds more than keys and values, or not "
             "in their order: expected full or sliding attention"
         )
+    elif call.q.shape[2] != call.k.shape[2]:
+        block.reason = f"attends to {call.k.shape[2]} keys when it reads {call.q.shape[2]} tokens: expected one a token"
     elif call.mask is not None and made is None:
         block.reason = "changes the mask that transformers makes for it, and a memory could not honour that"
     elif block.kind not in ("full", "sliding"):
@@ -223,6 +224,8 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
         block.reason = "passes no keyword arguments on to the attention function"
     elif call.q.shape[1] % call.k.shape[1]:
         block.reason = f"{call.q.shape[1]} query heads are no multiple of {call.k.shape[1]} key/value heads"
+    elif isinstance(call.scaling, Tensor):
+        block.reason = "scales its scores by a tensor, expected a number"
     elif not configs_of(block.module):
         block.reason = "holds no config of its own, so its attention function cannot be changed alone"
     else:

@@ -15,6 +15,7 @@ from ..eviction import RIDES
 from ..files import write_atomically
 from ..staging import publish, staged
 from .model_method import ModelMethod
+from .models_around import guard_saving
 from .saved_model import ADVICE, saved_config, variant_of
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -24,6 +25,15 @@ RESUMED = "memory.safetensors"
 
 class SavePretrained(ModelMethod):
     """Stands in for ``model.save_pretrained``: the folder holds the base, the memory, and how they belong together."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        guard_saving()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled, perhaps in a process in which nothing was retrofitted yet."""
+        self.__dict__.update(state)
+        guard_saving()
 
     def __call__(
         self,

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config_view import base_name, configs_of, give_views, original
 from .interface import BASES, base_attention, mask_kind
 
 _NAME = "hippocampal:probe"
+_CACHES = ("cache", "past_key_values")
 
 
 @dataclass
@@ -31,7 +33,7 @@ class AttentionCall:
     v: Tensor
     mask: Any
     dropout: float
-    scaling: float | None
+    scaling: Any
     kwargs: dict[str, Any]
     base: str | None
     out: Tensor | None
@@ -59,9 +61,12 @@ class MaskCall:
 
     def is_given(self, mask: Any) -> bool:
         """Whether this is the mask that was made, or a view of all of it."""
-        if not isinstance(mask, Tensor) or self.mask is None:
-            return False
-        return mask is self.mask or (mask._base is self.mask and mask.shape == self.mask.shape)
+        if not isinstance(mask, Tensor) or self.mask is None or mask is self.mask:
+            return mask is not None and mask is self.mask
+        views = mask._base is not None and mask._base is (self.mask if self.mask._base is None else self.mask._base)
+        return views and all(
+            getattr(mask, what)() == getattr(self.mask, what)() for what in ("size", "stride", "storage_offset")
+        )
 
 
 class Trial:
@@ -72,6 +77,9 @@ class Trial:
         start: position of the first of three tokens.
         entry: what is called: the model, or a decoder in it.
         use_cache: whether a cache is asked for.
+        tokens: which of the three are read, the first and the one behind the last.
+        cache: what holds those before them.
+        replayed: a trial of all three: each attention gives what it gave there.
 
     Attributes:
         calls: of the attention function.
@@ -80,20 +88,26 @@ class Trial:
         output: what was returned.
     """
 
-    def __init__(self, model: Any, start: int = 0, entry: Any = None, use_cache: bool = False) -> None:
+    def __init__(
+        self, model: Any, start: int = 0, entry: Any = None, use_cache: bool = False, tokens: tuple[int, int] = (0, 3),
+        cache: Any = None, replayed: "Trial | None" = None,
+    ) -> None:  # fmt: skip
         entry = model if entry is None else entry
+        self.replayed = {} if replayed is None else {call.module: call.out for call in replayed.calls}
         self.calls: list[AttentionCall] = []
         self.masks: list[MaskCall] = []
         self.hidden: dict[nn.Module, Tensor] = {}
         self._running: list[nn.Module] = []
         self._takers = {m for m in model.modules() if "hidden_states" in inspect.signature(type(m).forward).parameters}
-        tokens = torch.arange(3, device=_device(model)).unsqueeze(0)
-        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        ids = torch.arange(tokens[1], device=_device(model)).unsqueeze(0)
+        arguments: dict[str, Any] = {"input_ids": ids[:, tokens[0] :], "attention_mask": torch.ones_like(ids)}
         arguments["use_cache"] = use_cache
+        if cache is not None:
+            arguments[_cache_name(entry)] = cache
         if getattr(entry.config.get_text_config(decoder=True), "output_attentions", False):
             arguments["output_attentions"] = False  # the stand-ins have none, and hooks would be installed
         if start:
-            arguments["position_ids"] = tokens + start
+            arguments["position_ids"] = torch.arange(tokens[1] - tokens[0], device=ids.device).unsqueeze(0) + start
         with torch.no_grad(), _evaluating(model), self._standing_in(model), self._watching(model):
             self.output = entry(**arguments)
 
@@ -160,7 +174,10 @@ def _attention(
     assert trial is not None, "the probe's attention function was called outside the probe"
     base = next((base_name(original(config)._attn_implementation) for config in configs_of(module).values()), None)
     scaling, out = kwargs.pop("scaling", None), None
-    if base in BASES:
+    replayed = trial.replayed.get(module)
+    if replayed is not None:
+        out = replayed[:, -q.shape[2] :]
+    elif base in BASES:
         given = {"scaling": scaling, "dropout": dropout, **kwargs}
         out = base_attention(base, module)(module, q, k, v, attention_mask, **given)[0]
     trial.calls.append(AttentionCall(module, q, k, v, attention_mask, dropout, scaling, kwargs, base, out))
@@ -203,6 +220,13 @@ def _reads(module: nn.Module, args: Any, kwargs: Any, made: MaskCall) -> bool:
 def _contains(config: Any, other: Any) -> bool:
     parts = (u for u in vars(config).values() if isinstance(u, PreTrainedConfig))
     return config is other or any(_contains(original(part), other) for part in parts)
+
+
+def _cache_name(entry: Any) -> str:
+    """What a decoder calls its cache; what most models of this transformers call it, if it takes any arguments."""
+    names = inspect.signature(entry.forward).parameters
+    known = [name for name in _CACHES if name in names]
+    return known[0] if known else next(u for u in BaseModelOutputWithPast.__dataclass_fields__ if u in _CACHES)
 
 
 def _device(model: Any) -> Any:

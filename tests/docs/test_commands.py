@@ -165,7 +165,9 @@ def check(command, parse):
             patch.setattr(sys, "argv", [program, *rest])
             assert HarnessCLI().parse_args().func
     elif program.startswith("tests."):
-        assert (ROOT / f"{program.replace('.', '/')}.py").is_file() and rest[:1] in ([], [">"]), "no such module"
+        module = ROOT / f"{program.replace('.', '/')}.py"
+        assert module.is_file(), "no such module"
+        assert all(f'"{word}"' in module.read_text() for word in rest if word.startswith("--")), "no such option"
     else:
         known = (["git", "clone"], ["cd", "ahn_layers"], [".", ".venv/bin/activate"], ["venv", ".venv"])
         assert any(words[: len(start)] == start for start in known), "an unknown command"

@@ -6,8 +6,9 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -51,10 +52,18 @@ def build(name: str) -> Case | None:
 def _make(model_type: str, multimodal: bool) -> Any:
     config = tiny_config(model_type)
     if not multimodal:
-        return AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    known = model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    auto = AutoModelForMultimodalLM if known else AutoModelForImageTextToText
-    return auto.from_config(config, experts_implementation="eager")
+        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        parts = (u for u in vars(config).values() if cls.config_class is not None and isinstance(u, cls.config_class))
+        config = next(parts, config)
+        return cls._from_config(config, experts_implementation="eager")
+    return multimodal_auto(model_type).from_config(config, experts_implementation="eager")
+
+
+def multimodal_auto(model_type: str) -> Any:
+    """The Auto class that makes it."""
+    return (
+        AutoModelForMultimodalLM if model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    )
 
 
 def _converted(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -67,7 +76,16 @@ def _with_media(model: Any, modality: str) -> Case:
     Raises:
         ValueError: if it takes none of those that are known here.
     """
-    token, reasons = media.place_token(model.config, modality), []
+    reasons: list[str] = []
+    for token in media.place_tokens(model.config, modality)[:2]:
+        case = _with_places(model, modality, token, reasons)
+        if case is not None:
+            return case
+    raise ValueError(f"no {modality} that it takes: {'; '.join(dict.fromkeys(reasons))[:900]}")
+
+
+def _with_places(model: Any, modality: str, token: int | None, reasons: list[str]) -> Case | None:
+    """The same with this token at the places of the feature; None if there is none, and ``reasons`` says why."""
     known = set(inspect.signature(model.forward).parameters)
     types = {name: {token: value} for name, value in (("mm_token_type_ids", media.MODALITIES[modality]),
              ("token_type_ids", 1)) if name in known and token is not None}  # fmt: skip
@@ -95,4 +113,4 @@ def _with_media(model: Any, modality: str) -> Case:
                 reasons.append(f"{type(error).__name__}: {error}")
                 if token is not None:
                     counts += media.places(error, count) if len(tried) < 12 else []
-    raise ValueError(f"no {modality} that it takes: {'; '.join(dict.fromkeys(reasons))[:900]}")
+    return None

@@ -22,9 +22,6 @@ from .shrink import FIRST_SPECIAL, VOCABULARY
 WINDOW, SINKS = 12, 3
 CAPACITY = WINDOW + SINKS
 LONG, COUNT = 40, 8
-FORBIDDEN = [0, 1, 2, *range(FIRST_SPECIAL, VOCABULARY)]
-"""Tokens that are not generated: they begin or end something, or stand for an image."""
-
 
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 
@@ -38,12 +35,19 @@ class Case:
         prompt: token ids of the prompt, ``(1, p)``, with the places of images and the like.
         media: further arguments of the first call.
         token_types: arguments that tell places of media from text: by name, which value each token has.
+        vocabulary: how many tokens the model knows.
     """
 
     model: Any
     prompt: Tensor
     media: dict[str, Any] = field(default_factory=dict)
     token_types: dict[str, dict[int, int]] = field(default_factory=dict)
+    vocabulary: int = VOCABULARY
+
+    @property
+    def forbidden(self) -> list[int]:
+        """Tokens that are not generated: they begin or end something, or stand for an image."""
+        return [0, 1, 2, *range(FIRST_SPECIAL, self.vocabulary)]
 
     def given(self, text: Tensor) -> dict[str, Any]:
         """The media of every row, and what tells their places."""
@@ -55,7 +59,10 @@ class Case:
     def text(self, length: int, seed: int = 0) -> Tensor:
         """The prompt, and random tokens behind it."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat((self.prompt, torch.randint(3, FIRST_SPECIAL, (1, length), generator=generator)), dim=1)
+        return torch.cat(
+            (self.prompt, torch.randint(3, min(FIRST_SPECIAL, self.vocabulary), (1, length), generator=generator)),
+            dim=1,
+        )
 
 
 @dataclass
@@ -134,7 +141,7 @@ def in_pieces(model: Any, case: Case, text: Tensor, cuts: list[int]) -> Tensor:
 
 def generate(model: Any, text: Tensor, case: Case, **options: Any) -> Any:
     """Greedy ``generate``, unless options say otherwise."""
-    options = {"max_new_tokens": COUNT, "do_sample": False, "suppress_tokens": FORBIDDEN} | options
+    options = {"max_new_tokens": COUNT, "do_sample": False, "suppress_tokens": case.forbidden} | options
     options = {"attention_mask": torch.ones_like(text), "pad_token_id": 0, "eos_token_id": None} | options
     return model.generate(text, **case.given(text), **options)
 
@@ -177,7 +184,7 @@ def follows(model: Any, plain: Any, case: Case, found: Any, row: int, begins: in
             raise BaseFailsError("the base model is not causal on this text") from None
         raise
     allowed = expected.clone()
-    allowed[:, FORBIDDEN] = float("-inf")
+    allowed[:, case.forbidden] = float("-inf")
     worse = float((allowed.amax(dim=-1) - allowed.gather(1, written[0, start - begins :, None])[:, 0]).max())
     assert worse <= tolerance(expected), f"a token is worse than the best by {worse:.1e}"
 

@@ -43,11 +43,11 @@ def candidates(model: Any, modality: str) -> Iterator[dict[str, Tensor]]:
         yield {name: u for name, u in made.items() if name in names}
 
 
-def place_token(config: Any, modality: str) -> int | None:
-    """The token that stands for a feature in the prompt."""
+def place_tokens(config: Any, modality: str) -> list[int | None]:
+    """The tokens that may stand for a feature in the prompt; None if nothing does."""
     parts = [config, *(u for u in vars(config).values() if hasattr(u, "model_type"))]
     found = (getattr(part, name, None) for name in _TOKENS[modality] for part in parts)
-    return next((u for u in found if isinstance(u, int)), None)
+    return list(dict.fromkeys(u for u in found if isinstance(u, int))) or [None]
 
 
 def places(error: Exception, given: int) -> list[int]:

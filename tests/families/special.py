@@ -9,6 +9,15 @@ MAMBA = {"mamba_d_head": 32}
 
 PINPOINTS = {"image_grid_pinpoints": [[32, 32], [32, 64], [64, 32]]}
 DECODER = {"is_decoder": True}
+ROTATION = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+COMPASS = {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "rope_parameters": {"sliding_attention": ROTATION, "full_attention": ROTATION},
+}
+INDEXER = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 EXTRA: dict[str, dict[str, Any]] = {
     "bert": DECODER,
     "bert-generation": DECODER,
@@ -26,7 +35,19 @@ EXTRA: dict[str, dict[str, Any]] = {
     "xlm-roberta": DECODER,
     "xlm-roberta-xl": DECODER,
     "bamba": MAMBA | {"attn_layer_indices": [1], "num_hidden_layers": 3},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "cohere_compass_text": COMPASS,
+    "cohere_compass": {"text_config": COMPASS},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64},
+    },
+    "qwen4_exp_text": INDEXER,
+    "qwen4_exp": {"text_config": INDEXER},
+    "glm5_next": {"text_config": {"index_topk": 16}},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "glmasr": {"audio_config": {"intermediate_size": 256}},
+    "musicgen": {"decoder": {"num_codebooks": 1}},
+    "musicgen_melody": {"decoder": {"num_codebooks": 1}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "bailing_hybrid": {"num_experts_per_tok": 2, "num_experts_per_token": 2},
     "kimi_linear": {"num_experts_per_tok": 2, "num_experts_per_token": 2},

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
+from ahn_layers import GatedDeltaNet, retrofit
+
+from ..models import train_memory
 from . import cases, table
-from .checks import judge
+from .checks import SINKS, WINDOW, judge, one_pass
 from .try_every_type import try_type
 
 REPRESENTATIVE = {
@@ -31,17 +35,28 @@ REFUSED = {
 }
 
 
-@pytest.fixture
-def fast(unchecked, monkeypatch):
-    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
-
-
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_types_that_stand_for_others(name):
     verdict = judge(cases.build(name))
     assert (verdict.word, verdict.layers) == ("passes", REPRESENTATIVE[name]), verdict.cause
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("name", ["image/gemma3", "image/qwen2_vl", "audio/qwen2_audio"])
+def test_a_saved_model_comes_back_whole_or_not_at_all(name, tmp_path):
+    """With its class named, it is refused; with an Auto class, it is the same model."""
+    case = cases.build(name)
+    model = retrofit(case.model.float(), GatedDeltaNet, window_size=WINDOW, num_sinks=SINKS)
+    case.media = {key: u.float() if u.is_floating_point() else u for key, u in case.media.items()}
+    train_memory(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="import ahn_layers"):
+        type(model).from_pretrained(tmp_path)
+    auto = cases.multimodal_auto(name.partition("/")[2])
+    other = auto.from_pretrained(tmp_path, experts_implementation="eager")
+    assert type(other) is type(model)
+    assert torch.equal(one_pass(other, case, case.text(30)), one_pass(model, case, case.text(30)))
 
 
 @pytest.mark.parametrize("name", REFUSED)

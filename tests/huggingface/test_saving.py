@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from ahn_layers import adapter_parameters, full_attention, load_adapter, restore
+from ahn_layers import adapter_parameters, full_attention, load_adapter, restore, save_adapter
 from ahn_layers.record import find_retrofitted
 
 from ..models import FAMILIES, base, logits, retrofitted, tokens, train_memory
@@ -58,7 +58,7 @@ def test_other_auto_classes(tmp_path):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
-def test_a_model_that_reads_images(tmp_path):
+def vision_language_model():
     text = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -66,7 +66,11 @@ def test_a_model_that_reads_images(tmp_path):
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 16, "patch_size": 8, "model_type": "clip_vision_model"}
     config = AutoConfig.for_model("llava", text_config={"model_type": "llama", **text}, vision_config=vision)
-    model = make(model=AutoModelForImageTextToText.from_config(config).eval())
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def test_a_model_that_reads_images(tmp_path):
+    model = make(model=vision_language_model())
     model.save_pretrained(tmp_path)
     other = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(other) is type(model) and find_retrofitted(other)[1].window == find_retrofitted(model)[1].window
@@ -74,6 +78,28 @@ def test_a_model_that_reads_images(tmp_path):
     for kind in (type(model), LlamaForCausalLM):
         with pytest.raises(Exception, match="import ahn_layers"):
             kind.from_pretrained(tmp_path)
+
+
+PARTS = {"the decoder": lambda model: model.model, "a part of it": lambda model: model.model.language_model}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_around_the_retrofitted_one_is_not_saved_without_the_memory(part, tmp_path):
+    model = base(dtype=torch.float32) if part == "the decoder" else vision_language_model()
+    plain, before = copy.deepcopy(model), model.state_dict()
+    expected = memory(make(model=PARTS[part](model)))
+    for around in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        for given in ({}, {"state_dict": around.state_dict()}, {"push_to_hub": True}):
+            with pytest.raises(ValueError, match=r"contains a retrofitted model \(model.*save_adapter"):
+                around.save_pretrained(tmp_path, **given)
+    assert not list(tmp_path.iterdir())
+    save_adapter(model, tmp_path / "adapter")  # what the error advises
+    restore(model).save_pretrained(tmp_path / "base")
+    plain.save_pretrained(tmp_path / "plain")
+    other = type(model).from_pretrained(tmp_path / "base")
+    assert all(torch.equal(u, before[name]) for name, u in other.state_dict().items())
+    found = memory(load_adapter(PARTS[part](other), tmp_path / "adapter"))
+    assert found.keys() == expected.keys() and all(torch.equal(u, expected[name]) for name, u in found.items())
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

@@ -26,7 +26,6 @@ def test_compiled_models_notice_packed_texts(models):
         assert compiled(row, position_ids=torch.arange(30)[None], use_cache=False).logits.isfinite().all()
 
 
-@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 cannot trace einops")
 @pytest.mark.parametrize(
     "compressor, padded",
     [*((name, False) for name in (*NAMES, None)), *((name, True) for name in ("GatedDeltaNet", "MaxPooling", None))],

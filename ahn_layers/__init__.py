@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter import load_adapter, save_adapter
 from .attention import HippocampalAttention
+from .card import adapter_card
 from .compressor import Compressor
 from .compressors import (
     GLA,
@@ -29,6 +30,7 @@ from .memory import MemoryStore
 from .missing import needs_transformers
 from .ops.attention.attend import SoftmaxAttention
 from .positions import Rotary
+from .publishing import push_adapter
 from .rank_one import DiagonalPlusRankOne, Transition
 from .recurrent import Recurrence, Recurrent
 from .registration import register_saved_models
@@ -79,6 +81,8 @@ __all__ = [
     "adapter_parameters",
     "save_adapter",
     "load_adapter",
+    "push_adapter",
+    "adapter_card",
     "HippocampalCache",
     "check_compressor",
     "check_eviction",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import adapter_files
 from .adapter_files import Weights
+from .card import write_card
 from .description import (
     Memory,
     bound_options,
@@ -29,7 +30,7 @@ Checked = Literal["all", "weights", "nothing"]
 """What of the base is compared: config and weights, weights alone, or nothing."""
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, *, card: bool = False) -> None:
     """Write the memory weights of a retrofitted model, and what is needed to load them, to a folder.
 
     Sharded weights (FSDP2) are gathered: all processes have to call it, and all write the same files.
@@ -37,6 +38,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: a retrofitted model, or one that contains it.
         folder: made if it is not there; earlier adapter files in it are replaced.
+        card: also write a model card, ``README.md``: what [`adapter_card`][ahn_layers.adapter_card] returns. A
+            ``README.md`` that somebody has worked on stays.
 
     Raises:
         ValueError: if the model is not retrofitted or has neither compressor nor eviction.
@@ -48,6 +51,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             "the model was retrofitted without a compressor and without an eviction: there is no memory to save."
         )
     adapter_files.write(folder, gather_weights(inner), describe_adapter(inner, record))
+    if card:
+        write_card(folder)
 
 
 def load_adapter(
@@ -57,6 +62,7 @@ def load_adapter(
     window_size: int | None = None,
     num_sinks: int | None = None,
     check_base: bool = True,
+    revision: str | None = None,
 ) -> nn.Module:
     """Load memory weights into a model, in place; the model is unchanged if anything about them is wrong.
 
@@ -65,10 +71,11 @@ def load_adapter(
             adapter says; released files do not say, so for them call [`retrofit`][ahn_layers.retrofit] first.
         source: a folder written by [`save_adapter`][ahn_layers.save_adapter]; a safetensors file, or a folder of
             them, with the released names ``model.layers.<i>.ahn.fn.<parameter>``; or the id of a hub repository that
-            holds either.
+            holds either, of which safetensors and JSON files alone are downloaded.
         window_size: of a model that is not retrofitted yet, instead of the adapter's own.
         num_sinks: likewise.
         check_base: False loads the memory into another base model than the one it was trained for, if its shapes fit.
+        revision: branch, tag or commit of a hub repository. Default: its main branch.
 
     Returns:
         The same model.
@@ -76,18 +83,25 @@ def load_adapter(
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
         ValueError: if the adapter belongs to another base model or compressor, a parameter is missing, unknown, wrongly
-            shaped or not finite, or a file is damaged. The message names it.
+            shaped or not finite, a file is damaged, or there is a revision of something on this machine. The message
+            names it.
     """
     asked = {"window_size": window_size, "num_sinks": num_sinks}
     chosen = {name: value for name, value in asked.items() if value is not None}
-    return load_checked(model, source, chosen, "all" if check_base else "nothing")
+    return load_checked(model, source, chosen, "all" if check_base else "nothing", revision=revision)
 
 
 def load_checked(
-    model: nn.Module, source: str | Path, chosen: dict[str, int], checked: Checked, *, keep_dtype: bool = False
+    model: nn.Module,
+    source: str | Path,
+    chosen: dict[str, int],
+    checked: Checked,
+    *,
+    keep_dtype: bool = False,
+    revision: str | None = None,
 ) -> nn.Module:
     """``load_adapter``, with a choice of what is compared; ``keep_dtype`` gives the memory the dtype of the file."""
-    files = adapter_files.read(source)
+    files = adapter_files.read(source, revision)
     description = files.description
     with unchanged_on_failure(model):
         if description is not None and not _is_retrofitted(model):

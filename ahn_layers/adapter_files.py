@@ -13,14 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapter_schema import check_checksum, check_schema, with_checksum
+from .adapter_schema import CHECKSUM, check_checksum, check_schema, with_checksum
 from .compressor import Compressor
 from .eviction import Eviction
 from .files import digest, reading, sha256, write_atomically
+from .hub import download
 
 FORMAT_VERSION = 3
 """What this library writes for memories whose windows differ by layer; version 2 with an eviction, else 1."""
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+HASHES = ("weights_sha256", CHECKSUM)
+"""What is added to a description when it is written."""
 _INSIDE = "adapter"
 """What the description is called in the file of the weights."""
 Weights = dict[int, dict[str, Tensor]]
@@ -80,14 +83,18 @@ class AdapterFiles:
         check_checksum(self.description, self.path.with_name(DESCRIPTION))
 
 
-def read(source: str | Path) -> AdapterFiles:
+def read(source: str | Path, revision: str | None = None) -> AdapterFiles:
     """The memory weights of a folder, a file or a hub repository.
+
+    Args:
+        source: where they are.
+        revision: of a hub repository.
 
     Raises:
         FileNotFoundError: if there is nothing at ``source``.
-        ValueError: if a file is damaged.
+        ValueError: if a file is damaged, or a folder was given with a revision.
     """
-    files = _find(source)
+    files = _find(source, revision)
     description = _read_both(files[0]) if files[0].name == WEIGHTS else None
     return AdapterFiles(files[0], _read_weights(files), description)
 
@@ -129,11 +136,13 @@ def check_known(description: dict[str, Any], source: str | Path) -> None:
             )
 
 
-def _find(source: str | Path) -> list[Path]:
+def _find(source: str | Path, revision: str | None) -> list[Path]:
     """The safetensors files of a source: our own file if there is one."""
     path = Path(source)
     if not path.exists():
-        path = _download(str(source))
+        path = download(str(source), revision)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r}: {source} is on this machine, where there are no revisions.")
     if path.is_file():
         return [path]
     if (path / WEIGHTS).is_file():
@@ -142,20 +151,6 @@ def _find(source: str | Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{source}: no safetensors file in this folder.")
     return files
-
-
-def _download(source: str) -> Path:
-    missing = FileNotFoundError(f"{source}: no such file or folder, and not a hub repository that can be reached.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise missing
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise missing from None
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:
-        raise FileNotFoundError(f"{missing} ({type(error).__name__}: {error})") from error
 
 
 def _read_weights(files: list[Path]) -> Weights:

@@ -1,12 +1,13 @@
 """What llama.py, qwen.py and mistral.py share: a chat in bounded memory, with live memory figures."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import add_memory_options, find_adapter, give_memory, positive
+from _common import add_memory_options, device, find_adapter, give_memory, positive, user_errors
 from smollm2 import load_causal_lm
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -14,8 +15,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from ahn_layers import HippocampalCache
 
-CHUNK = 512
-"""Tokens read per call of the model: bounds the activations."""
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Sizes of a model with random weights."""
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -28,10 +27,11 @@ class Chat:
     Args:
         model: a retrofitted model.
         tokenizer: its tokenizer, with a chat template.
+        piece: tokens read per call of the model: bounds the activations.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, piece: int = 2048) -> None:
+        self.model, self.tokenizer, self.piece = model, tokenizer, piece
         self.cache = HippocampalCache()
         self.ids = torch.empty(1, 0, dtype=torch.long, device=model.device)
 
@@ -61,9 +61,16 @@ class Chat:
         capacity = max(window.capacity for window in self.model.hippocampus.windows.values())
         if tokens <= capacity:
             return f"{tokens:,} tokens, cache {held / 1e6:.2f} MB, it grows up to {capacity:,} tokens"
-        token = sum(u.nbytes // u.shape[2] for layer in self.cache.layers for u in (layer.keys, layer.values))
-        full = f"full attention {tokens * token / 1e6:.2f} MB"
-        pays = "" if tokens * token > held else f", which is more from {held // token + 1:,} tokens on"
+        token = others = 0  # bytes of a token where full attention would be; what other layers hold in any case
+        for index, layer in enumerate(self.cache.layers):
+            for u in (layer.keys, layer.values):
+                if index in self.model.hippocampus.layers:
+                    token += u.nbytes // u.shape[2]
+                else:
+                    others += u.nbytes
+        full = f"full attention {(tokens * token + others) / 1e6:.2f} MB"
+        pays = tokens * token + others > held
+        pays = "" if pays else f", which is more from {(held - others) // token + 1:,} tokens on"
         return f"{tokens:,} tokens, cache {held / 1e6:.2f} MB, it grows no further; {full}{pays}"
 
     def _format(self, message: str) -> str:
@@ -79,8 +86,8 @@ class Chat:
     def _read(self) -> None:
         """Take in all tokens but the last, which ``generate`` needs."""
         begin, end = self.cache.get_seq_length(), self.ids.shape[1] - 1
-        with tqdm(total=end - begin, desc="reading", unit=" tokens", disable=end - begin <= CHUNK) as bar:
-            for part in self.ids[:, begin:end].split(CHUNK, dim=1):
+        with tqdm(total=end - begin, desc="reading", unit=" tokens", disable=end - begin <= self.piece) as bar:
+            for part in self.ids[:, begin:end].split(self.piece, dim=1):
                 self.model(part, cache=self.cache, use_cache=True, logits_to_keep=1)
                 bar.update(part.shape[1])
                 bar.set_postfix_str(self.figures())
@@ -99,16 +106,14 @@ def main(argv: Sequence[str] | None, *, description: str, config: PretrainedConf
         The replies.
     """
     args = _parse(argv, description, default)
-    try:
+    with user_errors(Path(sys.argv[0]).stem or "chat"):
         document = f"{args.document.read_text(encoding='utf-8')}\n\n" if args.document else ""
         adapter = find_adapter(args.adapter)
         model, tokenizer = random_model(config) if args.random_weights else _load(args)
         give_memory(model, adapter, window=args.window, sinks=args.sinks, compressor=args.compressor)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(str(error)) from None
     if not args.adapter:
         print("No --adapter: the memory is untrained and adds nothing. What has left the window is forgotten.")
-    chat, replies = Chat(model, tokenizer), []
+    chat, replies = Chat(model, tokenizer, args.piece), []
     for prompt in args.prompt or _typed():
         replies.append(chat.say(document + prompt, args.max_new_tokens))
         print(f"[{chat.figures()}]")
@@ -128,7 +133,9 @@ def _parse(argv: Sequence[str] | None, description: str, default: str | None) ->
     parser.add_argument("--document", type=Path, help="text file that stands before the first message")
     parser.add_argument("--prompt", action="append", help="message, may be repeated (default: type them)")
     parser.add_argument("--max-new-tokens", type=positive, default=256)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    piece = 8192 if gpu else 2048
+    parser.add_argument("--piece", type=positive, default=piece, help="tokens of a document read at a time")
+    parser.add_argument("--device", type=device, default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     return parser.parse_args(argv)
 

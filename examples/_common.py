@@ -2,16 +2,37 @@
 
 import argparse
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import torch
 
 from ahn_layers import Compressor, load_adapter, retrofit
+from ahn_layers.hub import download
 
 WINDOW, SINKS = 1920, 128
 """The window of a memory that comes without a description of its own."""
+
+
+class Refused(SystemExit):
+    """Ends a script with exit code 2 and one line on standard error, as argparse ends it for a wrong option."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = 2
+        print(message, file=sys.stderr)
+
+
+@contextmanager
+def user_errors(program: str) -> Iterator[None]:
+    """Within this context, an error that a user can put right ends the script, without a traceback."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise Refused(f"{program}: {' '.join(str(error).split())}") from None
 
 
 def compressor_names() -> list[str]:
@@ -41,6 +62,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def device(text: str) -> str:
+    """A device that is there, for the command line."""
+    try:
+        asked = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected cpu, cuda, cuda:1, ...") from None
+    if asked.type == "cuda" and not (torch.cuda.is_available() and (asked.index or 0) < torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"{text!r}: this machine has no such GPU that PyTorch can use")
+    return text
+
+
 def number(most: float) -> Callable[[str], float]:
     """A number from 0 to ``most``, for the command line."""
 
@@ -65,11 +97,9 @@ def find_adapter(adapter: str | Path | None) -> Path | None:
     if adapter is None or Path(adapter).exists():
         return None if adapter is None else Path(adapter)
     try:
-        return Path(huggingface_hub.snapshot_download(str(adapter), allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # a network fails in many ways, and its errors share no base class
-        raise FileNotFoundError(
-            f"--adapter {adapter}: no such folder or file, and no hub repository that can be reached ({error})."
-        ) from None
+        return download(str(adapter))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--adapter {error}") from None
 
 
 def give_memory(

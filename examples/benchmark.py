@@ -15,6 +15,7 @@ from datetime import date
 from typing import Any
 
 import torch
+from _common import positive
 from peak_memory import PeakMemory
 from tqdm import tqdm
 
@@ -102,9 +103,11 @@ def attention(lengths: list[int]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=4096, help="tokens for the scans")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens for the attention")
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=positive, default=4096, help="tokens for the scans")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", default=[8192, 16384, 32768], help="tokens for the attention"
+    )
+    parser.add_argument("--peak", type=positive, help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import openai
-from _common import count, positive
+from _common import Refused, count, positive
 
 QUESTIONS = (
     "Tell me about the history of bridges.",
@@ -70,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--max-tokens", type=count, default=64, help="of each reply (default: 64)")
     args = parser.parse_args(argv)
     client = openai.OpenAI(base_url=args.url, api_key="none", max_retries=0, timeout=3600)
-    model = next(iter(client.models.list())).id
+    try:
+        model = next(iter(client.models.list())).id
+    except openai.OpenAIError as error:
+        raise Refused(f"clients: --url {args.url}: no server answers there ({error})") from None
     begin = time.monotonic()
     with ThreadPoolExecutor(args.clients) as pool:
         futures = [

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from _common import compressor_names, count, number, positive
+from _common import compressor_names, count, device, number, positive, user_errors
 from arms import arm_bytes, use_arm
 from gap import SEGMENT, measure, measure_spans, swapped_memories
 from gpu_measurements import forget_peak, synchronize, time_tokens
@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from measures import table
 from needles import make, score_all
 from quickstart import load_text
-from smollm2 import load_causal_lm
+from smollm2 import load_causal_lm, load_tokenizer
 from texts import Crops, read_texts, stretches, tokenize
 from torch import Tensor
 from tqdm import tqdm
@@ -66,9 +66,9 @@ class Comparison:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.window = options, (options.window, options.sinks)
         self.start = options.window + options.sinks
+        train, dev = load_texts(load_tokenizer(options.model), options)  # before the model is loaded
         self.model, self.tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
         self.model.requires_grad_(False)
-        train, dev = load_texts(self.tokenizer, options)
         crops = Crops(train, options.length, options.steps * options.batch, copies=0.5, seed=options.seed)
         self.batches = [
             torch.stack([crops[i]["input_ids"] for i in range(at, at + options.batch)])
@@ -306,15 +306,14 @@ def plot(results: Results, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Compare; returns what is written to ``results.json``."""
     options = parse(arguments)
-    find(options)
-    options.output.mkdir(parents=True, exist_ok=True)
+    with user_errors("compare_compressors"):
+        find(options)
+        options.output.mkdir(parents=True, exist_ok=True)
     if options.device == "cuda" and not options.autotune:
         one_configuration()
     begin = time.perf_counter()
-    try:
+    with user_errors("compare_compressors"):
         comparison = Comparison(options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"compare_compressors: {error}") from None
     references, goals = comparison.references(), comparison.teach()
     results: Results = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
@@ -366,7 +365,7 @@ def find(options: argparse.Namespace) -> None:
         importlib.import_module(module.removesuffix(".py"))
     unknown = sorted(set(options.compressors) - set(Compressor.by_name))
     if unknown:
-        raise SystemExit(f"compare_compressors: no compressor {', '.join(unknown)}; there are {compressor_names()}")
+        raise ValueError(f"no compressor {', '.join(unknown)}; there are {compressor_names()}")
 
 
 def one_configuration() -> None:
@@ -388,7 +387,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dev", type=Path, nargs="*", default=[], help="held-out texts, with --text")
     add("--compressors", nargs="+", default=list(COMPRESSORS), metavar="NAME", help="default: those of the library")
     add("--module", nargs="*", default=[], help="Python modules that define further compressors")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--device", type=device, default="cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     add("--steps", type=positive, help="default: 48 on a GPU, 12 on a CPU")
     add("--batch", type=positive, help="sequences a step (default: 8; 2 on a CPU)")

@@ -10,10 +10,12 @@ nearly every question, and most of them even after four times the noise that it 
 """
 
 import argparse
-import inspect
 import time
 from collections.abc import Sequence
 
+from _common import compressor_names, count, positive
+
+# isort: split
 # --8<-- [start:imports]
 import torch
 import torch.nn.functional as F
@@ -152,10 +154,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         Accuracies by decoder: ``before``, ``after``, ``long`` (after training, with the longest noise).
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800, help="training steps of each decoder (default: 800)")
-    names = sorted(name for name, cls in Compressor.by_name.items() if not inspect.isabstract(cls))
-    parser.add_argument("--compressor", default="GatedDeltaNet", choices=names)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=positive, default=800, help="training steps of each decoder (default: 800)")
+    parser.add_argument("--compressor", default="GatedDeltaNet", choices=compressor_names())
+    parser.add_argument("--seed", type=count, default=0)
     args = parser.parse_args(argv)
 
     results, seconds = {}, time.perf_counter()

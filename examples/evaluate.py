@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import compressor_names, count, find_adapter, give_memory, positive
+from _common import compressor_names, count, device, find_adapter, give_memory, positive, user_errors
 from arms import arms_of, equal_window, own_window, set_slots, slots_of
 from evaluation_plots import plot
 from gap import SEGMENT
@@ -36,10 +36,8 @@ from ahn_layers.evictions.scores import UNTRAINED
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Run the parts that were asked for; returns what is written to ``results.json``."""
     options = parse(arguments)
-    try:
+    with user_errors("evaluate"):
         model, tokenizer, documents = load(options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"evaluate: {error}") from None
     print(memory_report(model).splitlines()[-1])
     capacities = options.capacities or [own_window(model)]
     results: Results = {"model": options.model, "adapter": str(options.adapter), "tables": []}
@@ -150,8 +148,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--scores", nargs="*", default=[], choices=UNTRAINED, help="further arms: slots by scores without training")
     add("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=f"needle tasks (default: {', '.join(TASKS)})")
     add("--sink-positions", nargs="*", default=[], choices=["trained", "streaming", "absolute"], help="ways to compare")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if gpu else "cpu")
+    add("--seed", type=count, default=0)
+    add("--device", type=device, default="cuda" if gpu else "cpu")
     add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     add("--output", type=Path, required=True, help="folder for results.json, results.txt, results.png")
     return parser.parse_args(arguments)

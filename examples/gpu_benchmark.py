@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from _common import compressor_names
+from _common import compressor_names, count, device, positive
 from gpu_measurements import PARTS, SHAPES, Results
+from looks import color
 from matplotlib.figure import Figure
 
 import ahn_layers
@@ -67,7 +68,7 @@ def plot(results: Results, path: Path) -> None:
     figure = Figure(figsize=(4.5 * len(parts), 3.5), layout="constrained")
     for ax, (part, unit) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         cells = {name: cell[unit] for name, cell in results[part].items() if isinstance(cell, dict)}
-        ax.barh(list(cells), list(cells.values()))
+        ax.barh(list(cells), list(cells.values()), color=[color(name) for name in cells])
         ax.set(title=part, xlabel=unit)
         ax.invert_yaxis()
     figure.savefig(path, dpi=120)
@@ -79,21 +80,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", default="qwen2.5-3b", choices=sorted(SHAPES))
-    add("--layers", type=int, default=0, help="fewer layers than the shape has")
+    add("--layers", type=count, default=0, help="fewer layers than the shape has")
     add("--compressor", default=GatedDeltaNet.__name__, choices=compressor_names())
-    add("--window", type=int, default=32_640)
-    add("--sinks", type=int, default=128)
-    add("--length", type=int, default=131_072, help="tokens of the prompt")
-    add("--lengths", type=int, nargs="*", default=[1_048_576], help="further lengths, with the memory only")
-    add("--batches", type=int, nargs="*", default=[8, 32], help="batch sizes to decode")
-    add("--new-tokens", type=int, default=128)
-    add("--train-length", type=int, default=8192)
-    add("--train-batch", type=int, default=1)
+    add("--window", type=positive, default=32_640)
+    add("--sinks", type=count, default=128)
+    add("--length", type=positive, default=131_072, help="tokens of the prompt")
+    add("--lengths", type=positive, nargs="*", default=[1_048_576], help="further lengths, with the memory only")
+    add("--batches", type=positive, nargs="*", default=[8, 32], help="batch sizes to decode")
+    add("--new-tokens", type=positive, default=128)
+    add("--train-length", type=positive, default=8192)
+    add("--train-batch", type=positive, default=1)
     add("--parts", nargs="+", default=[name for name in PARTS if name != "first"], choices=PARTS)
-    add("--device", default="cuda" if gpu else "cpu")
-    add("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16 if gpu else torch.float32)
+    add("--device", type=device, default="cuda" if gpu else "cpu")
+    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     add("--output", type=Path, help="folder for results.json and results.png")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.dtype = getattr(torch, options.dtype)
+    return options
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import compressor_names, count, number, positive
+from _common import compressor_names, count, device, find_adapter, number, positive, user_errors
+from looks import look
 from matplotlib.figure import Figure
 from needles import Example, make, score
 from planting import PlantedCrops
@@ -65,21 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     random.seed(options.seed)
     torch.manual_seed(options.seed)
-    try:
+    with user_errors("learn_to_recall"):
         options.output.mkdir(parents=True, exist_ok=True)
         texts = read_texts(options.text) if options.text else [load_text(None)]
+        ask = find_adapter(options.ask)
         model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
         compressor = Compressor.by_name[options.compressor] if options.compressor else None
         sizes = {"window_size": options.window, "num_sinks": options.sinks}
         if options.ask is None:
             retrofit(model, compressor, eviction=SalientSlots(options.slots), **sizes)
         else:
-            load_adapter(model, options.ask)
+            load_adapter(model, ask)
             (options.window, options.sinks, options.slots) = sizes_of(model)
         documents = tokenize(tokenizer, texts, "texts")
         train, held_out = split(documents, options.held_out)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"learn_to_recall: {' '.join(str(error).split())}") from None
     print(memory_report(model).splitlines()[-1])
     freeze_base(model)
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
@@ -218,7 +218,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for i, arm in enumerate(results["recall"]):
         heights = [100 * results["recall"][arm][task] / results["of"] for task in ASKED]
-        left.bar([j + 0.25 * i for j in range(len(ASKED))], heights, 0.22, label=arm)
+        left.bar([j + 0.25 * i for j in range(len(ASKED))], heights, 0.22, **look(arm))
     left.set_xticks([j + 0.25 for j in range(len(ASKED))], list(ASKED))
     left.set(ylabel="right answers, %", ylim=(0, 105), title="Facts that have left the window")
     left.legend(fontsize=8)
@@ -266,7 +266,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--test-length", type=positive, default=2048, help="tokens in each text of a question (default: 2048)")
     add("--workers", type=count, default=0, help="processes that make training texts (default: 0)")
     add("--seed", type=count, default=0)
-    add("--device", default="cuda" if gpu else "cpu")
+    add("--device", type=device, default="cuda" if gpu else "cpu")
     add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     add("--output", type=Path, default=Path("recall"), help="folder for adapter, figures and picture (default: recall)")
     options = parser.parse_args(arguments)

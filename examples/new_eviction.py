@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from _common import positive
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # --8<-- [start:eviction]
@@ -50,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ``cache``: the cache after generation; ``gap``: how much the policy changed the logits.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=400, help="length of the prompt (default: 400)")
-    parser.add_argument("--new-tokens", type=int, default=40, help="tokens to generate (default: 40)")
-    parser.add_argument("--slots", type=int, default=8, help="tokens kept in each key/value head (default: 8)")
+    parser.add_argument("--tokens", type=positive, default=400, help="length of the prompt (default: 400)")
+    parser.add_argument("--new-tokens", type=positive, default=40, help="tokens to generate (default: 40)")
+    parser.add_argument("--slots", type=positive, default=8, help="tokens kept in each key/value head (default: 8)")
     args = parser.parse_args(argv)
 
     check_eviction(LargestKeys, num_slots=args.slots)

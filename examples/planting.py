@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import positive
+from _common import count, positive, user_errors
 from facts import MARK, NAMES, invent
 from quickstart import load_text
 from smollm2 import load_tokenizer
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print an example."""
     parser = argparse.ArgumentParser(description="Print a text with facts to recall.")
     parser.add_argument("--tokens", type=positive, default=600, help="length of the text")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count, default=0)
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(None)
 
@@ -320,11 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids
 
-    try:
+    with user_errors("planting"):
         crops = PlantedCrops([torch.tensor(encode(load_text(None)))], options.tokens, 1, encode, seed=options.seed)
         planted = crops.planted(0)
-    except ValueError as error:
-        raise SystemExit(f"planting: {error}") from None
     print(marked(planted, tokenizer.decode))
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import SINKS, WINDOW, count, find_adapter, give_memory, positive
+from _common import SINKS, WINDOW, count, device, find_adapter, give_memory, positive, user_errors
+from looks import look
 from matplotlib.figure import Figure
 from peak_memory import PeakMemory
 from smollm2 import load_causal_lm
@@ -139,16 +140,12 @@ def plot(readings: dict[str, Reading], capacity: int, trained: int, path: Path) 
     """
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     loss_axes, cache_axes = figure.subplots(2, 1, sharex=True)
-    styles = {
-        "full attention": ("tab:gray", "-", 2.0),
-        "window only": ("tab:orange", "-", 3.5),
-        "memory": ("tab:blue", "--", 1.5),
-    }
+    lines = {"full attention": ("-", 2.0), "window only": ("-", 3.5), "memory": ("--", 1.5)}
     for name, arm in readings.items():
-        color, line, width = styles[name]
-        look = {"color": color, "linestyle": line, "linewidth": width, "label": name}
-        loss_axes.plot(*smooth(arm.losses, max(1, len(arm.losses) // 32)), **look)
-        cache_axes.plot([0, *arm.positions], [0, *(size / 1e6 for size in arm.cache_bytes)], **look)
+        style, width = lines[name]
+        drawn = look(name) | {"linestyle": style, "linewidth": width}
+        loss_axes.plot(*smooth(arm.losses, max(1, len(arm.losses) // 32)), **drawn)
+        cache_axes.plot([0, *arm.positions], [0, *(size / 1e6 for size in arm.cache_bytes)], **drawn)
     tokens = len(next(iter(readings.values())).losses)
     for axes, label in ((loss_axes, "loss, nats per token"), (cache_axes, "cache, MB")):
         for position, meaning in ((capacity, "window full"), (trained, "trained length")):
@@ -212,7 +209,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=positive, default=WINDOW, help="most recent tokens kept without loss")
     parser.add_argument("--sinks", type=count, default=SINKS, help="first tokens kept without loss")
     parser.add_argument("--plot", type=Path, default=Path("quickstart.png"), help="where the picture goes")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     return parser.parse_args(argv)
 
@@ -224,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ``readings`` by arm, ``table``, ``continuation`` and ``plot``.
     """
     args = parse(argv)
-    try:
+    with user_errors("quickstart"):
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         text, adapter = load_text(args.text), find_adapter(choose_adapter(args))
         model, tokenizer = load_causal_lm(args.model, getattr(torch, args.dtype), args.device)
@@ -232,8 +229,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
         if ids.shape[1] < 2:
             raise ValueError(f"--text {args.text}: expected at least 2 tokens, found {ids.shape[1]}.")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"quickstart: {' '.join(str(error).split())}") from None
     print(memory_report(model))
 
     readings, cache = compare(model, ids, args.chunk)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import uvicorn
 from _chat import SMALL, random_model
-from _common import add_memory_options, count, find_adapter, give_memory, positive
+from _common import add_memory_options, count, device, find_adapter, give_memory, positive, user_errors
 from serving.app import Service, create_app
 from serving.conversations import Conversations
 from serving.engine import Engine
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=positive, default=1024, help="tokens of a reply, at most and by default (default: 1024)")
     add("--max-prompt", type=positive, default=1_000_000, help="tokens of a prompt at most (default: 1000000)")
     add("--grace", type=count, default=20, help="seconds that replies have to finish at the end (default: 20)")
-    add("--device", default="cuda" if gpu else "cpu")
+    add("--device", type=device, default="cuda" if gpu else "cpu")
     add("--dtype", default="bfloat16" if gpu else "float32", choices=["float64", "float32", "bfloat16", "float16"])
     return made
 
@@ -89,10 +89,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until the process is told to end."""
     args = parser().parse_args(argv)
-    try:
+    with user_errors("serve"):
         service = build(args)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(str(error)) from None
     if not args.adapter:
         print("No --adapter: the memory is untrained and adds nothing. What has left the window is forgotten.")
     window = service.engine.model.hippocampus.window

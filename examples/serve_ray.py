@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _common import find_adapter, number, positive, user_errors
 from serve import build
 from serve import parser as options_of_a_server
 from serving.app import create_app
@@ -26,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
         parents=[options_of_a_server()],
         conflict_handler="resolve",
     )
-    made.add_argument("--replicas", type=int, default=2, help="servers (default: 2)")
-    made.add_argument("--gpus", type=float, default=0, help="GPUs of each (default: 0)")
-    made.add_argument("--cpus", type=float, default=1, help="CPU cores of each (default: 1)")
+    made.add_argument("--replicas", type=positive, default=2, help="servers (default: 2)")
+    made.add_argument("--gpus", type=number(64), default=0, help="GPUs of each (default: 0)")
+    made.add_argument("--cpus", type=number(1024), default=1, help="CPU cores of each (default: 1)")
     return made
 
 
@@ -59,6 +60,8 @@ def deployment(args: argparse.Namespace) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until the process is told to end."""
     args = parser().parse_args(argv)
+    with user_errors("serve_ray"):
+        find_adapter(args.adapter)  # before any replica is started
     if args.conversations is not None:
         args.conversations = args.conversations.resolve()
     import ray

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import positive, user_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -69,14 +70,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, bool]:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: a small random model)")
-    parser.add_argument("--tokens", type=int, default=1000, help="length of the prefix (default: 1000)")
+    parser.add_argument("--tokens", type=positive, default=1000, help="length of the prefix (default: 1000)")
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.resume:
         resume(args.model, args.tokens, args.resume)
         return {}
 
-    model = build(args.model)
+    with user_errors("sessions"):
+        model = build(args.model)
     ids, questions = prefix_and_questions(model.config.vocab_size, args.tokens)
     prefix = HippocampalCache()
     feed(model, ids, prefix)  # read once

@@ -38,14 +38,21 @@ def load_causal_lm(name: str | None, dtype: torch.dtype, device: str = "cpu") ->
         RuntimeError: if SmolLM2 is available neither from the Hub nor from the package index.
     """
     source = _source(name)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 
 def load_tokenizer(name: str | None) -> Any:
     """The tokenizer alone, which takes no time: for what can be checked before the model is loaded."""
-    return AutoTokenizer.from_pretrained(_source(name))
+    source = _source(name)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        if Path(source).exists():
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise OSError(f"--model {name}: no such folder, and no hub model that can be reached ({first})") from None
 
 
 def _source(name: str | None) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from _common import find_adapter, give_memory
+from _common import Refused, find_adapter, give_memory, user_errors
 from arms import slots_of
 from gap import Difference
 from planting import PlantedCrops
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments, __doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    try:
+    with user_errors("train"):
         resume, adapter = last_checkpoint(options), find_adapter(options.start_from)
         tokenizer = load_tokenizer(options.model)
         documents, dev = load_data(tokenizer, options)
@@ -75,8 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         check_stages(options)
         train = crops_of(documents, tokenizer, options)
         check_dev_length(options, max(u.capacity for u in model.hippocampus.windows.values()) + options.slots)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"train: {error}") from None
     parameters = freeze_base(model)
     half = dtype in (torch.bfloat16, torch.float16)
     if (device == "cuda" and half and not options.slots) if options.compile is None else options.compile:
@@ -168,7 +166,7 @@ def prepare_slots(
             parameter.requires_grad_(False)
     groups = answer_groups(model, decay=0.01, lr=options.lr)
     if not groups:
-        raise SystemExit(f"train: --teach {options.teach}: this memory has nothing of the kind.")
+        raise Refused(f"train: --teach {options.teach}: this memory has nothing of the kind.")
     trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups})
 
 

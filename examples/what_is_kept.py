@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import count, find_adapter, give_memory, number, positive
+from _common import count, device, find_adapter, give_memory, number, positive, user_errors
 from kept import kept_tokens, read
 from kept_page import plot, to_html
 from kept_text import describe, format_table, legend, mark_text, split_text
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--chunk", type=positive, default=512, help="tokens per call of the model (default: 512)")
     add("--html", type=Path, help="write the marked text to this page")
     add("--plot", type=Path, help="draw the kept tokens to this picture")
-    add("--device", default="cuda" if gpu else "cpu")
+    add("--device", type=device, default="cuda" if gpu else "cpu")
     add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
     if args.adapter and (args.slots or args.score or args.rate is not None):
@@ -101,10 +101,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         None.
     """
     args = parse(argv)
-    try:
+    with user_errors("what_is_kept"):
         model, ids, pieces = load(args)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"what_is_kept: {' '.join(str(error).split())}") from None
     found = kept_tokens(read(model, ids, args.chunk))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     text, table = mark_text(found, pieces, color=color), format_table(found, pieces)

@@ -29,13 +29,23 @@ def install(monkeypatch, folder: Path, *, fits_shipped_adapters: bool) -> None:
     import huggingface_hub
     import smollm2
     from _chat import SMALL, random_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+    )
 
     def make(name, **_):
-        kind = next((u for key, u in (("qwen", Qwen2Config), ("mistral", MistralConfig)) if key in name.lower()), None)
+        kinds = {"qwen": Qwen2Config, "mistral": MistralConfig, "gemma": Gemma3TextConfig}
+        kind = next((u for key, u in kinds.items() if key in str(name).lower()), None)
         if kind is None and fits_shipped_adapters:
             return random_model(LlamaConfig(**SMOLLM2))
         window = {"sliding_window": None} if kind is MistralConfig else {}
+        if kind is Gemma3TextConfig:
+            window = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
         sizes = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 8192, **window}
         return random_model((kind or LlamaConfig)(**sizes))
 

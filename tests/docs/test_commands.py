@@ -14,6 +14,7 @@ import sys
 from functools import cache
 
 import pytest
+import torch
 
 from ahn_layers import SalientSlots
 
@@ -38,8 +39,8 @@ PROGRAMS = (
     "lm_eval",
     "twine",
 )
-CHATS = re.compile(r"examples/(llama|qwen|mistral)\.py")
-CHEAP = re.compile(r"examples/(llama|qwen|mistral|new_compressor)\.py|sessions\.py$|--output try_adapter")
+CHATS = re.compile(r"examples/(llama|qwen|mistral|gemma3)\.py")
+CHEAP = re.compile(r"examples/(llama|qwen|mistral|gemma3|new_compressor)\.py|sessions\.py$|--output try_adapter")
 
 
 def commands():
@@ -98,6 +99,8 @@ def parse(run, monkeypatch):
     def only_parse(script, arguments):
         with monkeypatch.context() as patch:
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            patch.setattr(torch.cuda, "is_available", lambda: True)  # commands are for machines with a GPU too
+            patch.setattr(torch.cuda, "device_count", lambda: 8)
             with pytest.raises(Parsed) as parsed:
                 run(script, arguments)
         return parsed.value.args[0]
@@ -220,7 +223,7 @@ def test_a_chat_takes_the_shipped_adapters(adapter, options, run, tmp_path, monk
     import _chat
 
     given = {}
-    monkeypatch.setattr(_chat.Chat, "__init__", lambda self, model, tokenizer: given.update(model=model))
+    monkeypatch.setattr(_chat.Chat, "__init__", lambda self, model, *_: given.update(model=model))
     monkeypatch.setattr(_chat.Chat, "say", lambda self, *_: "")
     monkeypatch.setattr(_chat.Chat, "figures", lambda self: "")
     run("examples/llama.py", ["--adapter", f"examples/adapters/{adapter.name}", "--prompt", "Hello", *options])
@@ -236,7 +239,7 @@ def test_a_chat_takes_the_shipped_adapters(adapter, options, run, tmp_path, monk
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--adapter", "nowhere"], "--adapter nowhere: no such folder"),
+    (["--adapter", "nowhere"], "--adapter nowhere: no such file or folder"),
     (["--adapter", "examples/adapters/smollm2-135m-instruct-gdn", "--compressor", "Mamba2"], "Leave --compressor out"),
     (["--document", "nothing.txt"], "nothing.txt"),
     (["--model", "qwen", "--adapter", "examples/adapters/smollm2-135m-instruct-gdn"], "for another base model"),
@@ -287,6 +290,7 @@ def test_the_extra_for_the_examples_has_what_they_import():
     extras = {name: set(re.findall(r'"([\w-]+)', re.search(rf"^{name} = \[.*?\]\n", text, re.MULTILINE | re.DOTALL)[0]))
               for name in ("dependencies", "transformers", "examples", "serving", "ray", "paper")}  # fmt: skip
     brought = {"tokenizers", "huggingface_hub", "pydantic", "starlette"}  # by transformers, by fastapi
+    brought |= {"bitsandbytes"}  # for one option, which says so
     available = set().union(*extras.values(), brought, sys.stdlib_module_names, {"ahn_layers"})
     available |= {name.replace("-", "_") for name in available}
     for path in EXAMPLES.rglob("*.py"):

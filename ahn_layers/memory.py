@@ -23,6 +23,7 @@ from .padded import LARGEST_MASK, attend_at_end, ends_of_padding
 from .peft import is_choosing, is_of_peft, running
 from .positions import MemoryPositions, Positions, Rotary
 from .recall import recall
+from .split import Split
 from .state import MemoryState
 from .step import kernel_step
 from .tokens import Tokens, take
@@ -91,6 +92,7 @@ class MemoryStore(nn.Module):
         self.rotary = rotary
         self.eviction = FoldAll() if eviction is None else eviction
         self.memory_positions = memory_positions
+        self.split: Split | None = None  # of a model that is split over several processes by its heads
         if compressor is not None or eviction is not None:
             self._make_plain()  # now, since compiled code makes no modules
 

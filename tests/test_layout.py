@@ -13,7 +13,7 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 # from the bottom up: a module imports what stands above it in this list, types included; a package is all its modules
 ORDER = [
     *("version", "files", "staging", "by_name", "undo", "missing", "ops", "layers", "peft", "tokens", "ring", "window"),
-    *("positions", "compressor", "recurrent", "rank_one", "compressors", "eviction", "evictions", "recall"),
+    *("positions", "compressor", "recurrent", "rank_one", "compressors", "eviction", "evictions", "recall", "split"),
     *("consistency", "state", "without", "rows", "checks", "padded", "step", "memory", "attention", "record"),
     *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "adapter", "cost"),
     *("huggingface/saved_model", "huggingface/saving", "distillation", "registration", "testing"),

@@ -16,11 +16,13 @@ from transformers.cache_utils import (
 )
 
 from ..positions import Rotary
+from ..split import Split
 from .attended import how_it_differs
 from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .native_layer import SHARING
+from .split_model import find_splits, group_of, why_unsplit
 from .trial import AttentionCall, MaskCall, Trial
 
 _CACHES = (
@@ -52,6 +54,7 @@ class AttentionBlock:
         fixed_positions: why queries cannot be turned back, empty if they can.
         trained_length: tokens that the model was trained on, None if its config does not say.
         on_meta: whether the model had no values yet, so that its rotation is not known.
+        split: which of its heads this process holds, None if there is one process; sizes are those of the process.
         reason: why it cannot be retrofitted, empty if it can.
     """
 
@@ -67,6 +70,7 @@ class AttentionBlock:
     fixed_positions: str = ""
     trained_length: int | None = None
     on_meta: bool = False
+    split: Split | None = None
     reason: str = ""
 
 
@@ -137,7 +141,13 @@ def probe_model(model: Any) -> Probed:
             if not block.reason:
                 _find_rotary(block, calls[0].q, shifted[0].q if shifted else None, frequencies)
             blocks.append(block)
-    _find_sources(blocks, {call.module: call.k for call in near.calls})
+    its_call = {call.module: call for call in near.calls}
+    _find_sources(blocks, {module: call.k for module, call in its_call.items()})
+    group = group_of(model)
+    if group is not None:
+        for block, split in zip(blocks, find_splits(group, [its_call[b.module] for b in blocks]), strict=True):
+            block.split = split if isinstance(split, Split) else None
+            block.reason = block.reason or (split if isinstance(split, str) else "")
     repeated = {b.layer_idx for b in blocks if sum(other.layer_idx == b.layer_idx for other in blocks) > 1}
     for block in blocks:
         if block.layer_idx in repeated and not block.reason:
@@ -169,9 +179,10 @@ def _first_trial(model: Any) -> tuple[Trial, Any]:
             return Trial(model, entry=entry), entry
         except Exception as error:
             first = error if first is None else first
+    why = why_unsplit(model) or "retrofit its decoder, model.get_decoder(), or see whether the base model runs"
     raise ValueError(
         f"{type(model).__name__} could not read three tokens of text ({type(first).__name__}: {first}), so its "
-        "attention is unknown: retrofit its decoder, model.get_decoder(), or see whether the base model runs."
+        f"attention is unknown: {why}."
     ) from first
 
 

@@ -23,7 +23,7 @@ from .test_docs import FENCE, PAGES, ROOT, fences, markdown, page_name
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text())
 ADAPTERS = sorted(path.parent for path in EXAMPLES.glob("adapters/*/adapter.json"))
-PROGRAMS = ("python", "python3", "pip", "pytest", "accelerate", "mkdocs", "git", "cd", ".", "ruff", "mypy")
+PROGRAMS = ("python", "python3", "pip", "pytest", "accelerate", "torchrun", "mkdocs", "git", "cd", ".", "ruff", "mypy")
 CHATS = re.compile(r"examples/(llama|qwen|mistral)\.py")
 CHEAP = re.compile(r"examples/(llama|qwen|mistral|new_compressor)\.py|sessions\.py$|--output try_adapter")
 
@@ -118,6 +118,11 @@ def check(command, parse):
         options = launch_command_parser().parse_args([u for u in rest[1:] if u != "..."])
         if "..." not in rest:
             parse(options.training_script, options.training_script_args)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(rest)
+        parse(options.training_script, options.training_script_args)
     elif program == "pip":
         extras, known = requirements()
         for word in (u for u in rest[1:] if not u.startswith("-")):

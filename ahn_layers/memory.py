@@ -163,7 +163,8 @@ class MemoryStore(nn.Module):
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
     ) -> Tokens:
         """New tokens with their gates, which ride in the window: write gates in the dtype of ``k``."""
-        gates = {} if self.recalling is None or x is None else self.recalling.gates(x)
+        compressor = self.recalling
+        gates = {} if compressor is None or x is None else compressor.gates(x)
         gates = {name: gate.to(k.dtype) for name, gate in gates.items()}
         if x is not None:  # those of the eviction are compared with each other: they keep their precision
             gates |= {RIDES + name: score for name, score in self.eviction.gates(x, k, v).items()}
@@ -203,10 +204,11 @@ class MemoryStore(nn.Module):
             q, k, v = (as_autocast(u) for u in (q, k, v))
             with torch.autocast(device, enabled=False):
                 return self.forward(q, k, v, x, state, valid=valid, attention=attention)
-        check_inputs(q, k, v, x, valid, self.recalling, self.eviction)
+        compressor = self.recalling
+        check_inputs(q, k, v, x, valid, compressor, self.eviction)
         new = self.arrive(k, v, x)
         state = self.init_state(new) if state is None else state
-        check_state(state, new, self.window, self.recalling, self.eviction)
+        check_state(state, new, self.window, compressor, self.eviction)
         return self.take_in(q, new, x, state, valid, attention or SoftmaxAttention())
 
     def take_in(
@@ -259,17 +261,18 @@ class MemoryStore(nn.Module):
         """The equations of this class; padding comes last in each row."""
         check_whole(state, self.eviction)
         held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
+        compressor, positions = self.recalling, self.positions
         if single and held.overwritten and valid is None:
-            out = kernel_step(q, new, x, state, self.recalling, self.eviction, self.positions, attention)
+            out = kernel_step(q, new, x, state, compressor, self.eviction, positions, attention)
             if out is not None:
                 return out, state
         seen, leaving, held = self.window.push(held, new, valid)
         others, leaving, kept = evict(self.eviction, state.kept, leaving, len(new))
         queries = q
         ((q, readers),) = share_columns((q, leaving.first, len(new)))
-        recalled, memory = recall(self.recalling, state.memory, readers, x, leaving, seen.rank, self.positions)
-        q_kept, others = self.positions.facing_kept(queries, others)
-        facing, later = self.positions.facing_sinks(q, seen.rank, held.length), attention.later(new.k, new.v)
+        recalled, memory = recall(compressor, state.memory, readers, x, leaving, seen.rank, positions)
+        q_kept, others = positions.facing_kept(queries, others)
+        facing, later = positions.facing_sinks(q, seen.rank, held.length), attention.later(new.k, new.v)
         out = attention(q, [seen, others], facing, q_kept, later)
         out = self._idle(out) if recalled is None else add_to_tail(out, recalled.to(out.dtype))
         if single and valid is not None:

@@ -7,6 +7,7 @@ from .compressor import Compressor
 from .eviction import FOLDED, LEFT_OUT, RANK, RIDES, Eviction, FoldAll
 from .ops.attention.attend import SoftmaxAttention
 from .ops.decode.step import KeptSlots, StepRule, decode_step, fits_step
+from .ops.triton_forms import in_triton
 from .positions import Positions
 from .state import MemoryState
 from .tokens import Later, Tokens, per_head
@@ -42,6 +43,8 @@ def kernel_step(
     Returns:
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
+    if not in_triton(q):
+        return None
     memory, window, slots = state.memory, state.window, state.slots
     folds_all = isinstance(eviction, FoldAll)
     if not attention.is_plain or (compressor is None and folds_all):

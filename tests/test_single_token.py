@@ -72,10 +72,10 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("memory", "most"), [(True, 118), (False, 14)])
+@pytest.mark.parametrize(("memory", "most"), [(True, 125), (False, 14)])
 @torch.no_grad()
 def test_a_token_takes_few_operations(memory, most):
-    """On a CPU they are what a token of a small model waits for: 165 and 20 before there was a short way."""
+    """On a CPU they are what a token of a small model waits for: without the short way it is a third more."""
     store = make() if memory else make().without_memory()
     _, state = store(*inputs(11, seed=1))
     state.inplace = True

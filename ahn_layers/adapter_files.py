@@ -38,11 +38,6 @@ def write(folder: str | Path, weights: Weights, description: dict[str, Any]) -> 
     """Write an adapter. A crash leaves the earlier adapter or the new one, wherever it comes.
 
     The description is in both files: the one of the weights appears complete, and from then on it is the new adapter.
-
-    Args:
-        folder: made if it is not there; earlier adapter files in it are replaced.
-        weights: in one piece, on any device.
-        description: JSON values.
     """
     from safetensors.torch import save
 
@@ -165,21 +160,18 @@ def _download(source: str) -> Path:
 
 def _read_weights(files: list[Path]) -> Weights:
     """All memory weights by layer and name; anything else in released full checkpoints is passed over."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     weights: Weights = {}
     for path in files:
         pattern = _OURS if path.name == WEIGHTS else _RELEASED
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    match = pattern.fullmatch(key)
-                    if match:
-                        weights.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
-                    elif pattern is _OURS:
-                        raise ValueError(f"{path}: unknown key {key!r}, expected layers.<index>.<parameter>.")
-        except (SafetensorError, RuntimeError, OverflowError) as error:
-            raise ValueError(f"{path}: damaged or truncated safetensors file ({error}).") from error
+        with reading(path), safe_open(str(path), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                match = pattern.fullmatch(key)
+                if match:
+                    weights.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
+                elif pattern is _OURS:
+                    raise ValueError(f"{path}: unknown key {key!r}, expected layers.<index>.<parameter>.")
     if not weights:
         raise ValueError(
             f"{', '.join(str(path) for path in files)}: no memory weights, expected keys like "

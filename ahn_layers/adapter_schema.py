@@ -1,4 +1,4 @@
-"""What the description of an adapter has to look like: a file may say anything."""
+"""Whether the description of an adapter is well formed: a file may hold anything."""
 
 import json
 from collections.abc import Callable

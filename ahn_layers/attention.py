@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .calls import BlockCall
 from .memory import MemoryStore
 from .ops.attention.attend import SoftmaxAttention
 from .peft import running
@@ -48,6 +49,7 @@ class HippocampalAttention(nn.Module):
     """
 
     memory: MemoryStore
+    __call__: BlockCall
 
     def __init__(self, block: nn.Module, store: MemoryStore) -> None:
         if isinstance(block, HippocampalAttention):
@@ -150,18 +152,7 @@ class Attend:
         ahead: Int[Tensor, "b t"] | None = None,
         **options: Any,
     ) -> Float[Tensor, "b h t e"]:
-        """Attend through the store.
-
-        Args:
-            q: queries.
-            k: keys.
-            v: values.
-            scale: see ``SoftmaxAttention``, as for those that follow.
-            softcap: see there.
-            null_logits: see there.
-            dense: see there.
-            ahead: see there.
-            **options: of [`MemoryStore.forward`][ahn_layers.MemoryStore.forward].
+        """Attend through the store, as ``SoftmaxAttention`` with these arguments; other options are the store's.
 
         Raises:
             RuntimeError: at the second call.

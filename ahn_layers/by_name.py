@@ -1,4 +1,4 @@
-"""Classes that files know by their names: a name must not mean two of them."""
+"""Classes that files refer to by name: two of them cannot share one."""
 
 import gc
 from collections.abc import MutableMapping
@@ -7,16 +7,11 @@ from collections.abc import MutableMapping
 def register(table: MutableMapping[str, type], cls: type, kind: str) -> None:
     """Enter a class under its name; one that was defined in the same place before is replaced.
 
-    Args:
-        table: the classes by name, held weakly.
-        cls: the class.
-        kind: what such a class is called in messages.
-
     Raises:
         ValueError: if another class has this name.
     """
     if _namesake(table, cls) is not None:
-        gc.collect()  # classes are parts of cycles: one that nobody can use any more counts until it is collected
+        gc.collect()  # classes are parts of cycles: an unreachable one counts until it is collected
     other = _namesake(table, cls)
     if other is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Every way to call a store wrongly, refused before anything has changed."""
+"""Checks of a store's arguments, before anything has changed."""
 
 from itertools import permutations
 from typing import NoReturn
@@ -163,6 +163,17 @@ def check_state(
                 f"{mine.shape[1]} heads of {mine.shape[3]}: it was made by another layer or model, or from keys "
                 "and values that were repeated for the query heads. Continue it as it was begun."
             )
+    _check_memory(state, new, compressor)
+    if state.slots.gates.keys() != new.gates.keys():
+        raise ValueError(
+            f"the state holds the write gates {sorted(state.slots.gates)}, the compressor makes {sorted(new.gates)}: "
+            "it was made by another compressor."
+        )
+    _check_kept(state, new, eviction)
+
+
+def _check_memory(state: MemoryState, new: Tokens, compressor: Compressor | None) -> None:
+    """Whether the compressor can go on with the memory of a state."""
     remembers = compressor is not None
     if remembers != (state.memory is not None):
         made, asked = ("without", "with") if remembers else ("with", "without")
@@ -178,11 +189,10 @@ def check_state(
                 f"the state holds a memory of shape {held} in each row, the compressor has {expected_shape}: it was "
                 "made by another compressor."
             )
-    if state.slots.gates.keys() != new.gates.keys():
-        raise ValueError(
-            f"the state holds the write gates {sorted(state.slots.gates)}, the compressor makes {sorted(new.gates)}: "
-            "it was made by another compressor."
-        )
+
+
+def _check_kept(state: MemoryState, new: Tokens, eviction: Eviction) -> None:
+    """Whether the eviction can go on with what a state keeps for it."""
     if isinstance(eviction, FoldAll) and not state.kept:
         return
     kept = first_kept(eviction, new.map(lambda u: u.to("meta")))

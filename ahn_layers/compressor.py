@@ -1,4 +1,4 @@
-"""The contract of a long-term memory: a fixed-size state that tokens are folded into and queries read."""
+"""The contract of a long-term memory: tokens are folded into a state of fixed size, and queries read it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .by_name import register
 from .layers import HeadwiseLinear, Scale, project
-from .ops.decode.step import StepRule
+from .ops.decode.rule import StepRule
 from .ops.pointwise.normalize import gated_rms_norm, rms_normalize
 
 State = Tensor | dict[str, Tensor]
@@ -78,11 +78,7 @@ class Compressor(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         register(Compressor.by_name, cls, "compressor")
-        made = {
-            name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
-            for name in ("rule", "fold", "read", "scan", "output")
-        }
-        cls.rule_holds = cls.rule is not Compressor.rule and made["rule"] == min(made.values())
+        cls.rule_holds = cls.rule is not Compressor.rule and _is_latest(cls, "rule", ("fold", "read", "scan", "output"))
 
     def __init__(
         self,
@@ -179,18 +175,6 @@ class Compressor(nn.Module, ABC):
         Returns:
             The readings, in the dtype of the state or of ``k``, and the state after the last token.
         """
-        return self.loop(state, q, k, v, gates, mask)
-
-    def loop(
-        self,
-        state: State,
-        q: Float[Tensor, "b h t d"],
-        k: Float[Tensor, "b g t d"],
-        v: Float[Tensor, "b g t e"],
-        gates: dict[str, Float[Tensor, "b s t *_"]],
-        mask: Bool[Tensor, "b t"] | Bool[Tensor, "b g t"] | None = None,
-    ) -> tuple[Float[Tensor, "b h t e"], State]:
-        """``scan``, token by token: its definition."""
         dtype = state_dtype(q)
         k, v = (u.repeat_interleave(self.num_states // u.shape[1], dim=1) for u in (k, v))
         folds = None if mask is None else self.per_state(mask)
@@ -201,6 +185,9 @@ class Compressor(nn.Module, ABC):
             state = folded if folds is None else map_state(_select(folds[:, :, t]), folded, state)
             readings.append(self.read(state, q[:, :, t].to(dtype)))
         return torch.stack(readings, dim=2), state
+
+    loop = scan
+    """``scan``, token by token: its definition, whatever a subclass makes of it."""
 
     def per_state(self, mask: Bool[Tensor, "*b t"]) -> Bool[Tensor, "b s t"]:
         """The mask of a scan, ``(B, 1, T)`` or for each state ``(B, num_states, T)``, as it masks gates."""
@@ -232,6 +219,12 @@ class Compressor(nn.Module, ABC):
         """
         gate = self.read_gate(x)
         return self.o_proj(rms_normalize(r) if gate is None else gated_rms_norm(r, self.o_norm.weight, gate))
+
+
+def _is_latest(cls: type, method: str, others: tuple[str, ...]) -> bool:
+    """Whether no subclass of the class that defines a method overrides one of the others."""
+    made = {name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in (method, *others)}
+    return made[method] == min(made.values())
 
 
 def _check_sizes(memory: Compressor) -> None:

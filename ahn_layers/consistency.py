@@ -1,4 +1,4 @@
-"""What the parts of a memory state have to be to each other: a file may say anything."""
+"""Whether the parts of a memory state fit together: a file may hold anything."""
 
 from typing import Any
 
@@ -15,16 +15,7 @@ _LONGEST = 1 << 53
 def check_parts(
     window: Window, slots: Tokens, seen: Tensor, length: Any, padded: Any, others: dict[str, Tensor]
 ) -> None:
-    """Raise a ValueError unless these can be the parts of one state.
-
-    Args:
-        window: sizes of the window.
-        slots: resident tokens.
-        seen: tokens seen in each row.
-        length: columns seen, None where only the device knows.
-        padded: whether some of them may have been padding.
-        others: further tensors, which have a row for each row of the state.
-    """
+    """Raise a ValueError unless these can be the parts of one state."""
     rows, groups, held = slots.k.shape[:3] if slots.k.ndim == 4 else (0, 0, 0)
     if slots.k.ndim != 4 or slots.v.ndim != 4 or slots.v.shape[:3] != slots.k.shape[:3]:
         _refuse("k and v", (slots.k.shape, slots.v.shape), "two tensors (rows, heads, slots, size)")

@@ -1,4 +1,4 @@
-"""What files say of a model's memory: how it was retrofitted, and its weights."""
+"""The description of a model's memory in files: how it was retrofitted, and its weights."""
 
 import json
 from collections.abc import Mapping
@@ -165,11 +165,6 @@ def check_described(description: dict[str, Any], weights: Weights, source: str |
     """Raise a ValueError if what a description names cannot be made, or has weights of other shapes than there are.
 
     It is made on the meta device, so that sizes in a damaged file take no memory.
-
-    Args:
-        description: what a file says.
-        weights: what it holds.
-        source: for messages.
     """
     sizes, name, options = description["sizes"], description["compressor"], description["compressor_options"]
     evictions: dict[int, Eviction] = {}

@@ -1,4 +1,4 @@
-"""What happens to a token that leaves the window: the contract, and the policy of the paper."""
+"""What happens to a token that leaves the window: the contract of evictions, and the policy of the paper."""
 
 import copy
 import inspect
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .by_name import register
 from .ops.attention.between import Between, Turn
-from .ops.decode.step import Contest
+from .ops.decode.kept import Contest
 from .ops.slots.top_slots import running_top
 from .tokens import Later, Leaving, Tokens
 

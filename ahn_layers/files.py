@@ -26,12 +26,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, descri
 
 
 def digest(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """A text that is the same for the same names, dtypes, shapes and values, wherever the tensors are.
-
-    Args:
-        named: the tensors.
-        text: counts as well.
-    """
+    """A hash of names, dtypes, shapes and values, wherever the tensors are, and of a text."""
     found = hashlib.sha256(text.encode())
     for name, u in named:
         u = u.detach().cpu().contiguous()
@@ -42,7 +37,7 @@ def digest(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that it is complete or not there, whatever happens meanwhile.
+    """Write a file so that it is complete or not there, even after a crash.
 
     Its permissions are those of any new file (0666 without the umask).
 

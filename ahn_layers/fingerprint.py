@@ -1,4 +1,4 @@
-"""Which base model and which memory weights: what adapters and caches are compared by."""
+"""Fingerprints of base models and of memory weights, by which adapters and caches are compared."""
 
 import hashlib
 import re
@@ -124,12 +124,7 @@ def memory_identity(model: nn.Module) -> str:
 
 
 def identity_of(module: nn.Module, record: Retrofitted) -> str:
-    """``memory_identity``, of whatever module the retrofitted blocks are in.
-
-    Args:
-        module: the model, or its decoder.
-        record: what the retrofit did.
-    """
+    """``memory_identity``, of whatever module the retrofitted blocks are in."""
     known = _identities.get(record)
     if known is not None and known.holds():
         return known.identity

@@ -1,4 +1,4 @@
-"""The small pieces that compressors are made of."""
+"""Building blocks of compressors."""
 
 import torch
 from jaxtyping import Float
@@ -63,11 +63,7 @@ class HeadwiseLinear(nn.Module):
 
 
 class Scale(nn.Module):
-    """A learned factor per channel, one at initialisation.
-
-    Args:
-        size: channels.
-    """
+    """A learned factor per channel, one at initialisation."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

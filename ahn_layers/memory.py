@@ -4,38 +4,29 @@ Dimensions: b batch, h query heads, g key/value heads, t new tokens, d key size,
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import pairwise
 from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .arrivals import Arrivals
+from .autocast import outside_autocast
+from .calls import StoreCall
 from .checks import check_inputs, check_state, check_whole
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
 from .ops.attention.attend import SoftmaxAttention
 from .ops.attention.sharing import share_columns
-from .ops.attention.window_attention import add_to_tail
-from .ops.idle import with_idle
-from .padded import LARGEST_MASK, attend_at_end, ends_of_padding
+from .padded import as_given, in_parts, padding_last
 from .peft import is_choosing, is_of_peft, running
 from .positions import MemoryPositions, Positions, Rotary
-from .recall import recall
+from .recall import recall, with_reading
 from .split import Split
 from .state import MemoryState
 from .step import kernel_step
-from .tokens import Tokens, take
+from .tokens import Tokens
 from .window import Window
-
-
-def as_autocast(u: Tensor) -> Tensor:
-    """A query, key or value in the dtype of attention under ``torch.autocast``; the memory chooses its own dtypes."""
-    device = u.device.type
-    if device == "meta" or u.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return u
-    return u.to(torch.get_autocast_dtype(device))
 
 
 class MemoryStore(nn.Module):
@@ -58,7 +49,7 @@ class MemoryStore(nn.Module):
         eviction: what happens to a token that leaves the window. Default: ``FoldAll``, it is folded.
         memory_positions: what the memory is told of positions. ``"absolute"``: keys are folded, and queries read, as
             the attention rotated them, as in the paper. ``"none"``: with their rotation turned back, so that the
-            memory knows contents only and no distance. A memory has to be used as it was trained.
+            memory knows contents only and no distance. Use a memory as it was trained.
 
     Raises:
         ValueError: if ``memory_positions`` is unknown, or ``"none"`` without ``rotary``.
@@ -72,6 +63,8 @@ class MemoryStore(nn.Module):
         >>> out.shape, len(state.slots), state.memory.shape
         (torch.Size([1, 2, 9, 8]), 5, torch.Size([1, 2, 8, 8]))
     """
+
+    __call__: StoreCall
 
     def __init__(
         self,
@@ -99,13 +92,7 @@ class MemoryStore(nn.Module):
     def without_memory(self) -> "MemoryStore":
         """The same store without compressor and eviction: sinks and window alone, what leaves is forgotten.
 
-        A view: it has the window of this store, whatever that is at the time. States of the two do not mix.
-
-        Examples:
-            >>> from ahn_layers import GatedDeltaNet
-            >>> store = MemoryStore(Window(4), GatedDeltaNet(hidden_size=32, num_heads=2, head_dim=8))
-            >>> store.without_memory().compressor is None
-            True
+        A view: it has the window of this store, also if that is replaced. States of the two do not mix.
         """
         if self.compressor is None and isinstance(self.eviction, FoldAll):
             return self
@@ -163,13 +150,13 @@ class MemoryStore(nn.Module):
         self, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"], x: Float[Tensor, "b t n"] | None
     ) -> Tokens:
         """New tokens with their gates, which ride in the window: write gates in the dtype of ``k``."""
-        compressor = self.recalling
-        gates = {} if compressor is None or x is None else compressor.gates(x)
+        gates = {} if self.recalling is None or x is None else self.recalling.gates(x)
         gates = {name: gate.to(k.dtype) for name, gate in gates.items()}
         if x is not None:  # those of the eviction are compared with each other: they keep their precision
             gates |= {RIDES + name: score for name, score in self.eviction.gates(x, k, v).items()}
         return Tokens(k, v, gates)
 
+    @outside_autocast
     def forward(
         self,
         q: Float[Tensor, "b h t d"],
@@ -199,85 +186,24 @@ class MemoryStore(nn.Module):
         Raises:
             ValueError: if shapes, devices or dtypes do not fit together or do not fit the state. Nothing has changed.
         """
-        device = q.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            q, k, v = (as_autocast(u) for u in (q, k, v))
-            with torch.autocast(device, enabled=False):
-                return self.forward(q, k, v, x, state, valid=valid, attention=attention)
-        compressor = self.recalling
-        check_inputs(q, k, v, x, valid, compressor, self.eviction)
-        new = self.arrive(k, v, x)
-        state = self.init_state(new) if state is None else state
-        check_state(state, new, self.window, compressor, self.eviction)
-        return self.take_in(q, new, x, state, valid, attention or SoftmaxAttention())
-
-    def take_in(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        valid: Bool[Tensor, "b t"] | None,
-        attention: SoftmaxAttention,
-    ) -> tuple[Tensor, MemoryState]:
-        """``push`` with padding wherever it is: real tokens first, the call cut where they go on after padding."""
-        if valid is None or (len(new) == 1 and len(state.slots) == self.window.capacity):
-            return self.push(q, new, x, state, valid, attention)
-        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-        lossless = state.uniform == 0 and len(new) <= self.window.capacity
-        if attention.dense is not None and lossless and len(q) * len(new) ** 2 <= LARGEST_MASK:
-            out = attention.dense(q, new.k, new.v, valid)
-            if torch.compiler.is_compiling() or not bool(out.isnan().any()):  # of rows that see nothing, in float64
-                held = self.window.push(state.held, new.take(order), valid.gather(1, order))[2]
-                return self._idle(out), state.after(held, state.memory, state.kept)
-        attention, outs = replace(attention, dense=None), []
-        ends = ends_of_padding(valid, state.seen)
-        for a, b in pairwise((0, *ends, len(new))) if ends else ():
-            part = None if x is None else x[:, a:b]
-            how = attention.columns(a, b)
-            out, state = self.take_in(q[:, :, a:b], new.columns(a, b), part, state, valid[:, a:b], how)
-            outs.append(out)
-        if outs:
-            return torch.cat(outs, dim=2), state
-        ordered = None if x is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
-        how = attention.reordered(order)
-        out, state = self.push(take(q, order), new.take(order), ordered, state, valid.gather(1, order), how)
-        out = take(out, order.argsort(dim=1)).masked_fill(~valid[:, None, :, None], 0)
-        return attend_at_end(out, q, x, state, valid, attention, self.recalling, self.eviction, self.positions), state
-
-    def _idle(self, out: Tensor) -> Tensor:
-        """The output of a call that folds nothing: the memory's parameters get gradients all the same, zeros."""
-        return out if self.recalling is None else with_idle(out, self.recalling.parameters())
-
-    def push(
-        self,
-        q: Tensor,
-        new: Tokens,
-        x: Tensor | None,
-        state: MemoryState,
-        valid: Bool[Tensor, "b t"] | None,
-        attention: SoftmaxAttention,
-    ) -> tuple[Tensor, MemoryState]:
-        """The equations of this class; padding comes last in each row."""
-        check_whole(state, self.eviction)
-        held, single = state.held, len(new) == 1 and len(state.slots) == self.window.capacity
-        compressor, positions = self.recalling, self.positions
-        if single and held.overwritten and valid is None:
-            out = kernel_step(q, new, x, state, compressor, self.eviction, positions, attention)
-            if out is not None:
-                return out, state
-        seen, leaving, held = self.window.push(held, new, valid)
-        others, leaving, kept = evict(self.eviction, state.kept, leaving, len(new))
-        queries = q
-        ((q, readers),) = share_columns((q, leaving.first, len(new)))
-        recalled, memory = recall(compressor, state.memory, readers, x, leaving, seen.rank, positions)
-        q_kept, others = positions.facing_kept(queries, others)
-        facing, later = positions.facing_sinks(q, seen.rank, held.length), attention.later(new.k, new.v)
-        out = attention(q, [seen, others], facing, q_kept, later)
-        out = self._idle(out) if recalled is None else add_to_tail(out, recalled.to(out.dtype))
-        if single and valid is not None:
-            out = out.masked_fill((held.seen == 0).view(-1, 1, 1, 1), 0)
-        return out, state.after(held, memory, kept)
+        compressor, eviction, positions = self.recalling, self.eviction, self.positions
+        check_inputs(q, k, v, x, valid, compressor, eviction)
+        tokens, outs = self.arrive(k, v, x), []
+        state = self.init_state(tokens) if state is None else state
+        check_state(state, tokens, self.window, compressor, eviction)
+        for given in in_parts(Arrivals(q, tokens, x, valid, attention or SoftmaxAttention()), state):
+            check_whole(state, eviction)
+            new = padding_last(given, state)
+            out = kernel_step(new, state, compressor, eviction, positions)
+            if out is None:
+                seen, leaving, held = self.window.push(state.held, new.tokens, new.valid)
+                slots, leaving, kept = evict(eviction, state.kept, leaving, len(new))
+                ((q, readers),) = share_columns((new.q, leaving.first, len(new)))
+                reading, memory = recall(compressor, state.memory, readers, new.x, leaving, seen.rank, positions)
+                out = with_reading(new.attend(q, seen, slots, positions, held.length), reading, compressor)
+                state = state.after(held, memory, kept)
+            outs.append(as_given(out, new, given, state, compressor, eviction, positions))
+        return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], state
 
     def bytes_per_row(
         self, like: Tensor, *, num_kv_heads: int, head_dim: int, value_dim: int, hidden_size: int = 0, **_: int

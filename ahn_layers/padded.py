@@ -1,23 +1,79 @@
-"""What queries at padding see, and where a call with padding has to be cut."""
+"""Padding wherever it is: each part of a call takes its real tokens in first; what queries at padding see."""
+
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .arrivals import Arrivals
 from .compressor import Compressor
 from .eviction import Eviction, evict
-from .ops.attention.attend import InSlots, SoftmaxAttention
+from .ops.attention.attend import InSlots
 from .positions import Positions
 from .recall import recall
 from .state import MemoryState
-from .tokens import Later, Leaving
+from .tokens import Later, Leaving, take
 
-LARGEST_MASK = 1 << 28
+_LARGEST_MASK = 1 << 28
 """Entries of a dense mask of padded rows that is still made to get the bits of the base model."""
 
 
-def ends_of_padding(valid: Bool[Tensor, "b t"], seen: Int[Tensor, " b"]) -> list[int]:
-    """Columns at which real tokens go on after padding, in a row that has had some: a call is cut there."""
+def in_parts(new: Arrivals, state: MemoryState) -> list[Arrivals]:
+    """The tokens of a call, cut where real ones go on after padding.
+
+    Without padding, and for a single token of a state whose slots are all allocated, they stay as they are.
+    """
+    if new.valid is None or _steps(new, state):
+        return [new]
+    dense, lossless = new.attention.dense, state.uniform == 0 and len(new) <= state.window.capacity
+    if dense is not None and lossless and len(new.q) * len(new) ** 2 <= _LARGEST_MASK:
+        out = dense(new.q, new.tokens.k, new.tokens.v, new.valid)
+        if torch.compiler.is_compiling() or not bool(out.isnan().any()):  # of rows that see nothing, in float64
+            order = _real_first(new.valid)
+            return [replace(new, tokens=new.tokens.take(order), valid=new.valid.gather(1, order), out=out)]
+    ends = _ends_of_padding(new.valid, state.seen)
+    new = replace(new, attention=replace(new.attention, dense=None))
+    return [new.columns(a, b) for a, b in pairwise((0, *ends, len(new)))] if ends else [new]
+
+
+def padding_last(part: Arrivals, state: MemoryState) -> Arrivals:
+    """One of these parts in the order in which the state takes it in."""
+    if part.valid is None or part.out is not None or _steps(part, state):
+        return part
+    return part.ordered(_real_first(part.valid))
+
+
+def as_given(
+    out: Float[Tensor, "b h t e"],
+    part: Arrivals,
+    given: Arrivals,
+    state: MemoryState,
+    compressor: Compressor | None,
+    eviction: Eviction,
+    positions: Positions,
+) -> Float[Tensor, "b h t e"]:
+    """The output of a part, in the order in which its tokens were given, and as queries at padding see the state."""
+    if part.out is not None or given.valid is None:
+        return out
+    if part.order is None:  # a single token: its query has seen the state, if there is anything
+        return out.masked_fill((state.seen == 0).view(-1, 1, 1, 1), 0)
+    out = take(out, part.order.argsort(dim=1)).masked_fill(~given.valid[:, None, :, None], 0)
+    return _attend_at_end(out, given, state, compressor, eviction, positions)
+
+
+def _steps(new: Arrivals, state: MemoryState) -> bool:
+    """Whether this is one token in each row of a state whose slots are all allocated."""
+    return len(new) == 1 and len(state.slots) == state.window.capacity
+
+
+def _real_first(valid: Bool[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    return (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def _ends_of_padding(valid: Bool[Tensor, "b t"], seen: Int[Tensor, " b"]) -> list[int]:
+    """Columns at which real tokens go on after padding, in a row that has had some."""
     if torch.compiler.is_compiling():
         return []
     begun = (valid.cumsum(dim=1) + seen.unsqueeze(1)) > 0
@@ -25,23 +81,21 @@ def ends_of_padding(valid: Bool[Tensor, "b t"], seen: Int[Tensor, " b"]) -> list
     return (goes_on.any(dim=0).nonzero().flatten() + 1).tolist()
 
 
-def attend_at_end(
+def _attend_at_end(
     out: Float[Tensor, "b h t e"],
-    q: Float[Tensor, "b h t d"],
-    x: Float[Tensor, "b t n"] | None,
+    new: Arrivals,
     state: MemoryState,
-    valid: Bool[Tensor, "b t"],
-    attention: SoftmaxAttention,
     compressor: Compressor | None,
     eviction: Eviction,
     positions: Positions,
 ) -> Float[Tensor, "b h t e"]:
     """The outputs, with those at padding behind the last real token: its queries see the state as it is now."""
-    follows = (valid.flip(1).cumsum(dim=1) == 0).flip(1) & (state.seen > 0).unsqueeze(1)
-    count = q.shape[2] if torch.compiler.is_compiling() else int(follows.sum(dim=1).max())
+    assert new.valid is not None
+    follows = (new.valid.flip(1).cumsum(dim=1) == 0).flip(1) & (state.seen > 0).unsqueeze(1)
+    count = len(new) if torch.compiler.is_compiling() else int(follows.sum(dim=1).max())
     if not count:
         return out
-    q, x = q[:, :, -count:], None if x is None else x[:, -count:]
+    q, x = new.q[:, :, -count:], None if new.x is None else new.x[:, -count:]
     slots, folds = state.slots, torch.zeros(len(q), count, dtype=torch.bool, device=q.device)
     rank = Later(lambda: (state.seen - 1).clamp(min=0).unsqueeze(1).expand(-1, count))
     nothing = Later(lambda: slots.columns(0, 1).map(lambda u: u.expand(*u.shape[:2], count, *u.shape[3:])))
@@ -51,7 +105,7 @@ def attend_at_end(
     filled = InSlots(lambda: (slots.k, slots.v), rank, state.seen, False, min(positions.window.num_sinks, len(slots)))
     q_kept, kept = positions.facing_kept(q, kept)
     beside = [] if kept is None else [kept.of(0, count)]
-    seen = attention.over_slots(q, filled, beside, positions.facing_sinks(q, rank, None), q_kept)
+    seen = new.attention.over_slots(q, filled, beside, positions.facing_sinks(q, rank, None), q_kept)
     recalled, _ = recall(compressor, state.memory, q, x, leaving, rank, positions)
     seen = seen if recalled is None else seen + recalled.to(seen.dtype)
     tail = torch.where(follows[:, None, -count:, None], seen, out[:, :, -count:])

@@ -35,7 +35,7 @@ def is_choosing() -> bool:
 
 
 def is_of_peft(module: nn.Module) -> bool:
-    """Whether PEFT put this module there: what it made itself it has to find again, to switch it and to take it out."""
+    """Whether PEFT made this module: it has to find its own modules again, to switch and to remove them."""
     return type(module).__module__.partition(".")[0] == "peft"
 
 

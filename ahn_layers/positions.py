@@ -1,4 +1,4 @@
-"""What sinks and memory are shown of positions, and the rotation that has to be known for it."""
+"""Which positions sinks and memory are shown, and the model's rotation, which this needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -87,10 +87,7 @@ class Positions:
     ) -> Float[Tensor, "b h far d"] | None:
         """Queries as the sinks see them, from the first one that is too far away; None while all are near.
 
-        Args:
-            q: queries.
-            rank: makes the rank of each query's token.
-            length: the tokens so far, these included, if the number is known.
+        The length counts the tokens so far, these included; None if it is not known.
         """
         limit = None if self.rotary is None else self.window.farthest_sink(self.rotary.trained_length)
         if limit is None or self.rotary is None or (length is not None and length - 1 <= limit):
@@ -101,12 +98,7 @@ class Positions:
     def facing_kept(
         self, q: Float[Tensor, "b h t d"], seen: Between | None
     ) -> tuple[Float[Tensor, "b h t d"] | None, Between | None]:
-        """Queries as the tokens that an eviction keeps see them, None for as they are; and these tokens, likewise.
-
-        Args:
-            q: all queries of the call.
-            seen: the tokens.
-        """
+        """Queries as the tokens that an eviction keeps see them, None for as they are; and these tokens, likewise."""
         if seen is None or seen.turn is None or self.rotary is None:
             return None, seen
         k = _turn_each(self.rotary, seen.k, seen.turn.keys)

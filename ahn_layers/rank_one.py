@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .compressor import Compressor, State, state_dtype
 from .ops.recurrence.channel_scan import rank_one_scan, rank_one_step
-from .ops.recurrence.flash_linear import channel_operand
+from .ops.recurrence.forms import as_operand
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class DiagonalPlusRankOne(Compressor):
     ) -> tuple[Float[Tensor, "b h t e"], State]:
         """The same, chunk by chunk."""
         assert isinstance(state, Tensor)
-        dtype, operand = state_dtype(state), channel_operand(k, state).dtype
+        dtype, operand = state_dtype(state), as_operand(k, state, by_channel=True).dtype
         wide = [u.repeat_interleave(self.num_states // u.shape[1], dim=1).to(dtype) for u in (k, v)]
         step = self.transition(*wide, **{name: gate.to(dtype) for name, gate in gates.items()})
         vectors = [step.decay, step.erased, step.along, step.key, step.value]

@@ -1,4 +1,4 @@
-"""What leaves goes into the memory, and queries read it."""
+"""Tokens that leave are folded into the memory, and queries read it."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .compressor import Compressor, State
 from .eviction import RIDES
+from .ops.attention.window_attention import add_to_tail
+from .ops.idle import with_idle
 from .positions import Positions
 from .tokens import Leaving, per_head
 
@@ -28,14 +30,7 @@ def recall(
 ) -> tuple[Float[Tensor, "b h u e"] | None, State | None]:
     """Fold each token that leaves and read with the query that pushed it out; before the first one, read nothing.
 
-    Args:
-        compressor: the memory; None for none.
-        memory: its state.
-        q: the queries from ``leaving.first`` on.
-        x: hidden states of all queries' tokens.
-        leaving: what leaves.
-        rank: makes the ranks of all queries.
-        positions: what the memory is told of positions.
+    Queries are those from ``leaving.first`` on; hidden states and ranks are those of all tokens of the call.
 
     Returns:
         What is added to the attention of these queries, None for nothing, and the state.
@@ -77,3 +72,15 @@ def _recall(
     reading, memory = compressor.scan(memory, q, k, v, gates, folds)
     output = compressor.output(reading, x)
     return output if reads is None else output.masked_fill(~per_head(reads, output), 0), memory
+
+
+def with_reading(
+    out: Float[Tensor, "b h t e"], recalled: Float[Tensor, "b h u e"] | None, compressor: Compressor | None
+) -> Float[Tensor, "b h t e"]:
+    """Attention with what the memory adds to that of the last queries.
+
+    Without a reading, the memory's parameters still get gradients, of zeros.
+    """
+    if recalled is not None:
+        return add_to_tail(out, recalled.to(out.dtype))
+    return out if compressor is None else with_idle(out, compressor.parameters())

@@ -1,4 +1,4 @@
-"""What ``retrofit`` did to a model, and what the model's retrofitted layers do at present."""
+"""The record of a retrofit, and the mode that the retrofitted layers are in."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,7 +24,7 @@ class Retrofitted:
         skipped: why the other attention blocks were left alone, by name.
         owned: whose masks are ours: ``full``, ``local``, ``full+local`` or ``none``.
         mode: what all retrofitted layers do at present, in every thread.
-        returns_cache: whether the model hands back the cache that it filled.
+        returns_cache: whether the model returns the cache that it filled.
     """
 
     windows: dict[int, Window]

@@ -7,10 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .compressor import Compressor, State
-from .ops.decode.step import StepRule, delta_step, log_decay
+from .ops.decode.rule import StepRule
 from .ops.pointwise.normalize import l2_normalize
-from .ops.recurrence.declared import Recurrence, declared_scan
-from .ops.recurrence.momentum_scan import momentum_step
+from .ops.recurrence.declared import Recurrence, declared_scan, declared_step
 
 __all__ = ["Recurrence", "Recurrent"]
 
@@ -69,26 +68,7 @@ class Recurrent(Compressor):
         """One step of the recurrence; gates by name or in its order."""
         step = self.recurrence()
         gates |= dict(zip(step.gates, args, strict=False))
-        gates = {n: u.squeeze(2) for n, u in self.expand({n: u.unsqueeze(2) for n, u in gates.items()}).items()}
-        g = log_decay(step.decay, step.rate, gates, k[..., 0])
-        strength = k.new_ones(k.shape[:2]) if step.strength is None else gates[step.strength]
-        if step.momentum is not None:
-            assert isinstance(state, dict)
-            key, m = l2_normalize(k, step.eps), gates[step.momentum]
-            after = momentum_step(state["memory"], state["momentum"], key, v, strength, m, g)
-            return dict(zip(("memory", "momentum"), after, strict=True))
-        assert isinstance(state, Tensor)
-        if g is not None:
-            state = state * (g if g.ndim == 3 else g.unsqueeze(-1)).exp().unsqueeze(-1)
-        keys, values = step.all_of(k.unsqueeze(2), v.unsqueeze(2))
-        strengths = strength if strength.ndim == 3 else strength.unsqueeze(-1)
-        for i in range(step.writes):
-            key, value, beta = l2_normalize(keys[:, :, 0, i], step.eps), values[:, :, 0, i], strengths[:, :, i]
-            if step.delta:
-                state = delta_step(state, key, value, beta)
-            else:
-                state = state + key.unsqueeze(-1) * (beta.unsqueeze(-1) * value).unsqueeze(-2)
-        return state
+        return declared_step(step, state, k, v, self.expand({name: u.unsqueeze(2) for name, u in gates.items()}))
 
     def read(self, state: State, q: Float[Tensor, "b h d"]) -> Float[Tensor, "b h e"]:
         """``S^T q'``."""

@@ -1,4 +1,4 @@
-"""Put a memory into a loaded model, take it out again, and switch between the two."""
+"""Retrofit a loaded model with a memory, remove the memory, and switch between the two."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -152,7 +152,7 @@ def _by_layer(eviction: Eviction | Mapping[int, Eviction] | None, layers: list[i
 
 
 def restore(model: Model) -> Model:
-    """Take the memory out again: the model is what it was before ``retrofit``, with its current base weights.
+    """Remove the memory: the model is what it was before ``retrofit``, with its current base weights.
 
     Args:
         model: a retrofitted model, or one that contains it.
@@ -203,9 +203,6 @@ def window_only(model: nn.Module) -> AbstractContextManager[None]:
 
 def memory_attention(model: nn.Module) -> AbstractContextManager[None]:
     """Within this context, run with the memory, where a surrounding context has switched it off.
-
-    Args:
-        model: a retrofitted model, or one that contains it.
 
     Raises:
         ValueError: if the model is not retrofitted.

@@ -14,9 +14,6 @@ from .state import MemoryState
 def join_rows(states: Sequence[MemoryState]) -> MemoryState:
     """One state with the rows of all, in that order; they may have seen different numbers of tokens.
 
-    Args:
-        states: at least one; they stay as they are.
-
     Returns:
         A state that shares nothing with them, detached from any graph.
 
@@ -50,11 +47,6 @@ def join_rows(states: Sequence[MemoryState]) -> MemoryState:
 @torch.no_grad()
 def put_rows(state: MemoryState, rows: Int[Tensor, " r"], other: MemoryState) -> None:
     """Replace rows of a state by those of another one. Tensors stay where they are, unless the others hold more tokens.
-
-    Args:
-        state: the state that is changed.
-        rows: numbers of the rows, all different.
-        other: a state with as many rows; it stays as it is.
 
     Raises:
         ValueError: if the states do not fit together. Nothing has changed.

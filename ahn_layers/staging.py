@@ -1,36 +1,20 @@
 """A folder of files that is replaced once all of them are there: a crash or a full disk leaves the earlier ones."""
 
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Within this context, a folder to write to; ``publish`` moves its files. It is removed at the end.
-
-    Args:
-        folder: where the files are to be; made if it is not there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    stage = folder / f".{secrets.token_hex(8)}.tmp"  # on the same disk, so that files can be moved
-    stage.mkdir()
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+def staged(folder: Path) -> AbstractContextManager[str]:
+    """Within this context, a folder to write to, whose files ``publish`` moves to the given one; removed at the end."""
+    folder.mkdir(parents=True, exist_ok=True)  # on the same disk, so that files can be moved
+    return TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder, ignore_cleanup_errors=True)
 
 
 def publish(stage: Path, folder: Path, last: Sequence[str] = ()) -> set[str]:
-    """Move all files of a stage into its folder, over those of the same names.
-
-    Args:
-        stage: where they are.
-        folder: where they go.
-        last: names of files to move after all others, in this order.
+    """Move all files of a stage into its folder, over those of the same names: the last ones in the order given.
 
     Returns:
         The names.

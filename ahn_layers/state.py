@@ -32,7 +32,7 @@ class MemoryState:
         length: columns seen so far, padding included; None where it is known on the device only (static caches).
         padded: whether any column was padding, so that rows may have seen different numbers of tokens.
         inplace: whether a store may overwrite the tensors once the window is full, for speed. Set it on a state that
-            nobody else keeps; the states that follow have it too. Where gradients are recorded, nothing is overwritten.
+            nothing else refers to; later states inherit it. Where gradients are recorded, nothing is overwritten.
         kept: what the eviction policy carries, by name.
     """
 

@@ -3,11 +3,13 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .arrivals import Arrivals
 from .compressor import Compressor
 from .eviction import FOLDED, LEFT_OUT, RANK, RIDES, Eviction, FoldAll
-from .ops.attention.attend import SoftmaxAttention
-from .ops.decode.step import KeptSlots, StepRule, decode_step, fits_step
-from .ops.triton_forms import in_triton
+from .ops.decode.forms import fits_step
+from .ops.decode.kept import KeptSlots
+from .ops.decode.rule import StepRule
+from .ops.decode.step import decode_step
 from .positions import Positions
 from .state import MemoryState
 from .tokens import Later, Tokens, per_head
@@ -17,34 +19,18 @@ _NAMES = {f"gates.{RIDES}priority": "priority", f"gates.{RANK}": "rank", f"gates
 
 
 def kernel_step(
-    q: Float[Tensor, "b h 1 d"],
-    new: Tokens,
-    x: Float[Tensor, "b 1 n"] | None,
-    state: MemoryState,
-    compressor: Compressor | None,
-    eviction: Eviction,
-    positions: Positions,
-    attention: SoftmaxAttention,
+    new: Arrivals, state: MemoryState, compressor: Compressor | None, eviction: Eviction, positions: Positions
 ) -> Float[Tensor, "b h 1 e"] | None:
     """One new token in every row of a state whose slots are all allocated; the state is changed in place.
 
-    The same as ``MemoryStore.push`` for such a call.
-
-    Args:
-        q: queries.
-        new: the token.
-        x: hidden states of the token.
-        state: the state.
-        compressor: the long-term memory.
-        eviction: what happens to the token that leaves the window.
-        positions: what sinks and memory are shown of positions.
-        attention: how the base model attends.
+    What the equations of ``MemoryStore`` say for such a call.
 
     Returns:
         The attention output; None, and nothing has changed, if the kernels do not serve this call.
     """
-    if not in_triton(q):
+    if len(new) > 1 or new.valid is not None or len(state.slots) < state.window.capacity or not state.held.overwritten:
         return None
+    q, x, attention, arriving = new.q, new.x, new.attention, new.tokens
     memory, window, slots = state.memory, state.window, state.slots
     folds_all = isinstance(eviction, FoldAll)
     if not attention.is_plain or (compressor is None and folds_all):
@@ -61,7 +47,7 @@ def kernel_step(
     length, rank = None if state.length is None else state.length + 1, state.seen.unsqueeze(1)
     kept = None
     if not folds_all:
-        kept = _kept_slots(new, state, eviction, rank, positions)
+        kept = _kept_slots(arriving, state, eviction, rank, positions)
         if kept is None:
             return None
     assert not isinstance(memory, dict)
@@ -70,9 +56,10 @@ def kernel_step(
         asking = positions.for_memory(q, rank)
         if kept is None:  # else it is known in the kernel only
             key = positions.for_memory(slots.take(window.slot(rank)).k, rank - window.window_size)
+    token = (arriving.k, arriving.v, {name: arriving.gates[name] for name in gates})
     out, reading = decode_step(
-        q, (new.k, new.v, {name: new.gates[name] for name in gates}), (slots.k, slots.v, gates), state.seen, memory,
-        rule, num_sinks=window.num_sinks, scale=attention.scale, asking=asking, key=key, kept=kept,
+        q, token, (slots.k, slots.v, gates), state.seen, memory, rule, num_sinks=window.num_sinks,
+        scale=attention.scale, asking=asking, key=key, kept=kept,
         q_sinks=positions.facing_sinks(q, lambda: rank, length),
     )  # fmt: skip
     state.length = length

@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 class Later(Generic[T]):
-    """Something that is made when it is first asked for, once: what nobody asks for costs nothing.
-
-    Args:
-        make: makes it.
-    """
+    """A value that is made when it is first asked for, and once: if it is not needed, it costs nothing."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make: Callable[[], T] | None = make

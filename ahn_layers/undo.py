@@ -1,10 +1,11 @@
-"""Changes to a model that happen completely or not at all."""
+"""Changes to a model that are undone: after an error, or at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -12,10 +13,7 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Within this context, any exception (Ctrl-C too) puts back the modules of the model as they were.
 
     Children, hooks and attributes of every module are put back, and those of its config. Values of parameters are not:
-    who writes into them keeps the old ones.
-
-    Args:
-        model: what is about to be changed.
+    code that writes into them keeps the old ones.
     """
     objects: dict[int, Any] = {}
     for module in model.modules():
@@ -39,3 +37,14 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 def _contents(u: Any) -> dict[str, Any]:
     """What the dictionaries among the attributes hold: children, parameters, hooks."""
     return {name: value.copy() for name, value in u.__dict__.items() if isinstance(value, dict)}
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Within this context, hooks are there, which are registered as it begins."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()

@@ -20,14 +20,14 @@ class Window(Ring):
     """Attention sinks and a sliding window over one row of ``num_sinks + window_size`` slots.
 
     A token's *rank* is its number among the real tokens of its row, from 0; padding has none. Rank ``r`` sits in slot
-    ``r`` if ``r < num_sinks`` (a sink, kept for ever), else in slot ``num_sinks + (r - num_sinks) % window_size``: when
+    ``r`` if ``r < num_sinks`` (a sink, never evicted), else in slot ``num_sinks + (r - num_sinks) % window_size``: when
     the window is full, a new token takes the place of the one that leaves. Keys carry their rotation, so the order of
     the slots does not matter.
 
     Args:
         window_size: most recent tokens kept, the current one included, sinks not.
-        num_sinks: first tokens kept for ever (arXiv 2309.17453).
-        sink_positions: how far away the sinks may seem to a query. ``"absolute"``: as far as they are, as in the paper
+        num_sinks: first tokens, which are never evicted (arXiv 2309.17453).
+        sink_positions: which distance to the sinks the model is shown. ``"absolute"``: the true one, as in the paper
             (arXiv 2510.07318); beyond the base model's trained length its quality collapses. ``"streaming"``: at most
             ``capacity - 1``. ``"trained"``: at most the base model's trained length, so equal to ``"absolute"`` inside
             it and still in distribution beyond.

@@ -1,4 +1,4 @@
-"""A state without some of its tokens, as if these had never arrived."""
+"""Removes tokens from a state, as if they had never arrived."""
 
 from dataclasses import replace
 

@@ -1,4 +1,8 @@
-"""Equations become MathML when the site is built (no script, no font is fetched to read it), papers become links."""
+"""What the site does beside Markdown.
+
+Equations become MathML when it is built (no script, no font is fetched to read it), papers become links, and the search
+leaves out the listings of whole scripts.
+"""
 
 import re
 from html import unescape
@@ -11,11 +15,14 @@ _PAPER = re.compile(r"(?<!>)arXiv (\d{4}\.\d{5})")
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Replace what pymdownx.arithmatex has marked, and the arXiv numbers that are no links yet."""
+    """Replace what pymdownx.arithmatex has marked and the arXiv numbers that are no links yet; mark the listings."""
+    html = html.replace('<details class="example">', '<details class="example" data-search-exclude>')
     return _PAPER.sub(r'<a href="https://arxiv.org/abs/\1">arXiv \1</a>', _MATHS.sub(_to_mathml, html))
 
 
 def _to_mathml(match: re.Match[str]) -> str:
-    display = "block" if match[1] == "div" else "inline"
-    search = " data-search-exclude" if match[1] == "div" else ""
-    return f'<{match[1]} class="maths"{search}>{convert(unescape(match[2]), display=display)}</{match[1]}>'
+    text = unescape(match[2])
+    if match[1] == "span":
+        return f'<span class="maths">{convert(text, display="inline")}</span>'
+    parts = [convert(part, display="block") for part in text.split(r"\qquad")]  # a line may end between them
+    return f'<div class="maths" data-search-exclude>{" ".join(parts)}</div>'

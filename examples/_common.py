@@ -100,7 +100,7 @@ def give_memory(
         ValueError: if the adapter does not fit the model, or is not what the arguments ask for.
     """
     asked = {name: value for name, value in options.items() if value is not None}
-    if adapter is not None and _describes_itself(adapter):
+    if adapter is not None and describes_itself(adapter):
         load_adapter(model, adapter, window_size=window, num_sinks=sinks)
         _compare(model, asked if compressor is None else {"compressor": compressor, **asked}, adapter)
         return
@@ -113,7 +113,7 @@ def give_memory(
         load_adapter(model, adapter)
 
 
-def _describes_itself(adapter: Path) -> bool:
+def describes_itself(adapter: Path) -> bool:
     """Whether this is an adapter of the library, and not released weights."""
     name = "adapter.safetensors"
     return adapter.name == name if adapter.is_file() else (adapter / name).exists()

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from ahn_layers import Compressor, adapter_parameters, full_attention, retrofit, window_only
 from ahn_layers.distillation import compile_layers, distillation_loss, freeze_base
-from ahn_layers.ops.decode.step import StepRule, decode_step, fits_step, slot_attention
+from ahn_layers.ops.decode.forms import fits_step
+from ahn_layers.ops.decode.rule import StepRule
+from ahn_layers.ops.decode.step import decode_step, slot_attention
 
 SHAPES = {
     "qwen2.5-3b": Qwen2Config(
@@ -123,7 +125,8 @@ def step_rate(options: Namespace, dtype: torch.dtype, size: int, heads: int, kv_
         {"g": g[0, ..., :1].clone(), "beta": beta[0, ..., :1].clone()},
     )
     matrix, gate = torch.randn(heads, size, size, device=device, dtype=dtype), torch.randn(1, heads, device=device)
-    rule = StepRule("g", None, "beta", True, size**-0.5, weight=gate.new_ones(size), gate=gate, matrix=matrix)
+    recurrence = {"decay": "g", "strength": "beta", "delta": True, "read_scale": size**-0.5}
+    rule = StepRule(**recurrence, weight=gate.new_ones(size), gate=gate, matrix=matrix)
     seen = torch.full((1,), slots * 3, device=device)
 
     def step(i: int) -> None:

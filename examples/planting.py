@@ -8,7 +8,7 @@ prints one such text: a stated value as ``[[1: value]]``, the answer to the ques
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,13 +40,18 @@ class Asked:
 class Planted:
     """A text with facts and questions about them.
 
+    Repeated spans are no answers: nothing in a text says which of its spans will come again, so a memory of fixed size
+    cannot choose to keep them, and as answers they would outweigh the facts.
+
     Attributes:
         tokens: int64, as many as the text had before.
-        asked: one for each question and for each repeated span, in the order of the answers.
+        asked: one for each question, in the order of the answers.
+        repeated: one for each span that comes again, from its eighth token on, in the order of the copies.
     """
 
     tokens: Tensor
     asked: list[Asked]
+    repeated: list[Asked]
 
     @property
     def answers(self) -> Tensor:
@@ -59,8 +64,11 @@ class Planted:
     def after(self, begin: list[int]) -> "Planted":
         """The same behind other tokens."""
         first, shift = torch.tensor(begin, dtype=self.tokens.dtype), len(begin)
-        moved = [Asked(*((a + shift, b + shift) for a, b in (u.value, u.answer))) for u in self.asked]
-        return replace(self, tokens=torch.cat((first, self.tokens)), asked=moved)
+        asked, repeated = (
+            [Asked(*((a + shift, b + shift) for a, b in (u.value, u.answer))) for u in places]
+            for places in (self.asked, self.repeated)
+        )
+        return Planted(torch.cat((first, self.tokens)), asked, repeated)
 
 
 @dataclass
@@ -103,8 +111,7 @@ def plant(
         nearest: least number of tokens between a fact and its questions, and between a span and its copy.
 
     Returns:
-        A text of the same length with the places of the values and of the answers. A repeated span counts as a value
-        from its eighth token on.
+        A text of the same length with the places of the values, of the answers and of the repeated spans.
 
     Raises:
         ValueError: if the text is too short.
@@ -133,17 +140,20 @@ def plant(
         for _, question in questions:
             after = max(statement.cut for statement in stated) + nearest
             question.cut = _outside(_later(after, room, nearest, rng), spans, 1)
-    repeated = [_Insertion(text[a:b], [(7, b - a)]) for a, b in spans]
-    for (_, end), copy in zip(spans, repeated, strict=True):
+    copies_of = [_Insertion(text[a:b], [(7, b - a)]) for a, b in spans]
+    for (_, end), copy in zip(spans, copies_of, strict=True):
         copy.cut = _outside(_later(end + nearest, room, nearest, rng), spans, 1)
 
     first = [u for stated, _ in groups for u in stated]
     second = [question for _, asked in groups for _, question in asked]
-    result, starts = _assemble(text, [*first, *second, *repeated])
-    found = [Asked(stated[-1].place_of(i), u.place_of(0)) for stated, questions in groups for i, u in questions]
-    for (a, b), copy in zip(spans, repeated, strict=True):
-        found.append(Asked((starts[a] + 7, starts[a] + b - a), copy.place_of(0)))
-    return Planted(torch.tensor(result), sorted(found, key=lambda asked: asked.answer))
+    result, starts = _assemble(text, [*first, *second, *copies_of])
+    asked = [Asked(stated[-1].place_of(i), u.place_of(0)) for stated, questions in groups for i, u in questions]
+    repeated = [
+        Asked((starts[a] + 7, starts[a] + b - a), copy.place_of(0))
+        for (a, b), copy in zip(spans, copies_of, strict=True)
+    ]
+    asked, repeated = (sorted(places, key=lambda u: u.answer) for places in (asked, repeated))
+    return Planted(torch.tensor(result), asked, repeated)
 
 
 def _groups(wanted: int, budget: int, encode: Encode, rng: random.Random) -> list[_Group]:
@@ -228,7 +238,8 @@ def _assemble(text: list[int], insertions: list[_Insertion]) -> tuple[list[int],
 class PlantedCrops(Dataset[dict[str, Any]]):
     """Random stretches of texts with facts in them; number ``i`` is always the same one.
 
-    Each is a dictionary with ``input_ids``, ``answers`` (True at the tokens of answers) and ``asked``.
+    Each is a dictionary with ``input_ids``, ``answers`` (True at the tokens of answers, not of repeated spans) and
+    ``asked``.
 
     Args:
         documents: token ids; texts shorter than ``length`` are joined end to end.

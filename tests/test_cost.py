@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from ahn_layers import DeltaNet, GatedDeltaNet, Mamba2, restore, retrofit
+from ahn_layers import DeltaNet, GatedDeltaNet, Mamba2, SalientSlots, memory_report, restore, retrofit
 from ahn_layers.cost import Sizes, cache_ratio, cost_report, memory_parameters, mixing_flops, model_flops, num_gates
 
 L, C = 128_000, 32_768
@@ -101,3 +101,11 @@ def test_a_window_alone_has_no_memory_to_report_on():
     model = retrofit(restore(small()), None, window_size=4)
     with pytest.raises(ValueError, match="without a compressor"):
         cost_report(model, [8])
+
+
+def test_a_report_needs_no_weights():
+    """Bytes of a model that is too large to be made here."""
+    options = {"eviction": SalientSlots(8)}
+    expected = memory_report(small(**options))
+    with torch.device("meta"):
+        assert memory_report(small(**options)) == expected

@@ -12,9 +12,22 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 
 # from the bottom up: a module imports what stands above it in this list, types included; a package is all its modules
 ORDER = [
-    *("version", "files", "staging", "by_name", "undo", "missing", "ops", "layers", "peft", "tokens", "ring", "window"),
-    *("positions", "compressor", "recurrent", "rank_one", "compressors", "eviction", "evictions", "recall", "split"),
-    *("consistency", "state", "without", "rows", "checks", "padded", "step", "memory", "attention", "record"),
+    *("version", "files", "staging", "by_name", "undo", "missing", "autocast", "ops", "layers", "peft", "tokens"),
+    *("ring", "window", "positions", "arrivals", "compressor", "recurrent", "rank_one", "compressors", "flops"),
+    *(
+        "eviction",
+        "evictions",
+        "recall",
+        "split",
+        "consistency",
+        "state",
+        "calls",
+        "without",
+        "rows",
+        "checks",
+        "padded",
+    ),
+    *("step", "memory", "attention", "record"),
     *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "adapter", "cost"),
     *("huggingface/saved_model", "huggingface/saving", "distillation", "registration", "testing"),
 ]
@@ -91,6 +104,60 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
         if Path(path).name.startswith("triton_"):  # nothing but kernels, imported where they run
             break
         assert level or name.split(".")[0] not in ("triton", "fla"), f"{path} imports {name} at its top"
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_files_and_classes_are_short(path):
+    text = (PACKAGE / path).read_text()
+    assert len(text.splitlines()) <= 300, f"{path} has {len(text.splitlines())} lines, at most 300: split it by concept"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            size = node.end_lineno - node.lineno + 1
+            assert size <= 200, f"{path}: {node.name} has {size} lines, at most 200"
+
+
+def parameters(function: ast.FunctionDef) -> list[ast.arg]:
+    """The named parameters of a method but ``self``."""
+    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs][1:]
+
+
+def test_a_forward_has_few_parameters():
+    for path in MODULES:
+        for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+            method = isinstance(node, ast.FunctionDef) and node.name == "forward"
+            if method and "staticmethod" not in map(ast.unparse, node.decorator_list):
+                assert len(parameters(node)) <= 7, f"{path}: forward has {len(parameters(node))} parameters, at most 7"
+
+
+def test_the_forward_of_a_store_is_its_equations():
+    tree = ast.parse((PACKAGE / "memory.py").read_text())
+    forward = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "forward")
+    body = forward.body[1:]  # after the docstring
+    assert body[-1].end_lineno - body[0].lineno + 1 <= 25
+    names = [parameter.arg for parameter in parameters(forward)]
+    assert len(names) <= 7
+    modes = [p.arg for p in parameters(forward) if "bool" in ast.unparse(p.annotation)]
+    assert not modes, f"{modes}: a mode is a store or a state of its own"
+
+
+def test_one_place_of_each_folder_chooses_between_forms():
+    """Which operations run in kernels, and in whose, is asked for in ``forms.py`` of their folder alone."""
+    for path in MODULES:
+        if Path(path).name not in ("forms.py", "triton_forms.py") and path != "huggingface/compiled/matvec.py":
+            asks = {"has_triton", "in_triton"} & names_in(path)
+            assert not asks, f"{path} asks for {asks}: this belongs into forms.py of a folder of operations"
+
+
+def test_one_place_asks_for_what_can_be_deleted():
+    for path in MODULES:
+        if not path.startswith("huggingface/compiled") and path != "huggingface/speedups.py":
+            assert not any("compiled" in target.split("/") for target in targets(path)), f"{path} imports compiled"
+
+
+def names_in(path: str) -> set[str]:
+    """All names and attributes in a module."""
+    nodes = list(ast.walk(ast.parse((PACKAGE / path).read_text())))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
 
 
 def test_importing_is_light():

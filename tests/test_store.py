@@ -7,67 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ahn_layers import Compressor, DeltaNet, GatedDeltaNet, MemoryState, MemoryStore, RetNet, Window
-from ahn_layers.layers import outer
+from ahn_layers import GatedDeltaNet, MemoryStore, RetNet, Window
 from ahn_layers.ops.attention.attend import SoftmaxAttention
 
 from . import oracle
 from .methods import COMPRESSORS, KINDS, OPTIONS, RELEASED
-
-WINDOWS = [(0, 1), (1, 3), (4, 8), (4, 5), (0, 8)]  # sinks, window
-B, H, G, D, E, N, T = 2, 4, 2, 8, 6, 10, 31
-
-
-def make(compressor=GatedDeltaNet, sinks=4, window=8, **options):
-    """A store in float64 whose memory contributes, and tokens for it."""
-    memory = None
-    if compressor is not None:
-        options = OPTIONS.get(compressor, {}) | options
-        memory = compressor(N, H, D, num_kv_heads=G, value_dim=E, **options).double()
-        with torch.no_grad():
-            for parameter in memory.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    shapes = ((H, T, D), (G, T, D), (G, T, E), (T, N))
-    tokens = [torch.randn(B, *shape, dtype=torch.float64) for shape in shapes]
-    return MemoryStore(Window(window, num_sinks=sinks), memory), tokens
-
-
-def run(store, tokens, cuts, valid=None, state=None, inplace=False, **options):
-    """The sequence cut at the given places, one call a piece; ``inplace`` without gradients."""
-    if inplace:
-        with torch.no_grad():
-            return _run(store, tokens, cuts, valid, state, True, **options)
-    return _run(store, tokens, cuts, valid, state, False, **options)
-
-
-def _run(store, tokens, cuts, valid, state, inplace, **options):
-    q, k, v, x = tokens
-    outs = []
-    for a, b in pairwise([0, *cuts, q.shape[2]]):
-        mask = None if valid is None else valid[:, a:b]
-        if state is not None:
-            state.inplace = inplace
-        out, state = store(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], x[:, a:b], state, valid=mask, **options)
-        outs.append(out)
-    return torch.cat(outs, dim=2), state
-
-
-def tensors_of(memory):
-    """Those of a compressor's state, in a fixed order."""
-    return [memory[name] for name in sorted(memory)] if isinstance(memory, dict) else [memory]
-
-
-def per_state(name, u):
-    """A weight of a memory with one state per key/value head, for one with a state per query head."""
-    of_states = ("A_log", "dt_bias", "a_proj", "b_proj", "m_proj", "w_proj", "dt_proj", "more_keys", "more_values")
-    if name.split(".")[0] not in (*of_states, "k_erased", "k_written"):
-        return u
-    rows = u.unflatten(0, (G, -1)) if u.ndim == 2 or name.endswith("weight") else u.unsqueeze(1)
-    return rows.repeat_interleave(H // G, dim=0).flatten(0, 1)
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+from .stores import WINDOWS, B, D, E, G, H, N, T, close, make, per_state, run, tensors_of
 
 
 @pytest.mark.parametrize(
@@ -254,53 +199,6 @@ def test_exactly_once():
             assert reached == seen
 
 
-def test_a_state_is_never_changed_unless_asked():
-    store, tokens = make(sinks=2, window=5)
-    _, state = run(store, tokens, [])
-    before = state.clone()
-    one, _ = run(store, tokens, [1, 2], state=state)
-    other, _ = run(store, tokens, [1, 2], state=state)
-    assert torch.equal(one, other)
-    for name, u in state.tensors().items():
-        assert torch.equal(u, before.tensors()[name]), name
-
-
-def test_size_is_fixed_once_the_window_is_full():
-    store, tokens = make(sinks=2, window=5)
-    sizes = [run(store, [u[:, :, :t] if u.ndim == 4 else u[:, :t] for u in tokens], [])[1].nbytes for t in (7, 8, T)]
-    assert sizes[0] == sizes[1] == sizes[2]
-    like = torch.zeros((), dtype=torch.float64)
-    rowwise = store.bytes_per_row(like, num_kv_heads=G, head_dim=D, value_dim=E)
-    assert sizes[0] == B * rowwise
-
-
-def test_one_token_at_a_time_in_place_keeps_addresses():
-    store, tokens = make(sinks=2, window=5)
-    _, state = run(store, tokens, [])
-    addresses = {name: u.data_ptr() for name, u in state.tensors().items() if name != "memory"}
-    _, end = run(store, tokens, range(1, T), state=state, inplace=True)
-    assert end is state
-    assert addresses.items() <= {name: u.data_ptr() for name, u in end.tensors().items()}.items()
-
-
-def test_in_place_steps_leave_earlier_states_alone():
-    """A state kept from before the window was full shares nothing with the one that is overwritten later."""
-    store, tokens = make(sinks=2, window=5)
-    kept = []
-    state = None
-    for t in range(T):
-        part = [u[..., t : t + 1, :] for u in tokens]
-        if state is not None:
-            state.inplace = True
-        with torch.no_grad():
-            _, state = store(*part, state)
-        if t < 7:
-            kept.append((state, state.clone()))
-    for early, kept_copy in kept[:-1]:
-        for name, u in early.tensors().items():
-            assert torch.equal(u, kept_copy.tensors()[name]), name
-
-
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_gradients_do_not_depend_on_the_cutting(compressor):
     store, tokens = make(compressor, sinks=2, window=5)
@@ -329,30 +227,6 @@ def test_low_precision_keeps_a_float32_state(dtype):
     assert end.memory.dtype == torch.float32
     assert (low.double() - exact).abs().max() < 0.1 * exact.abs().max()
     assert (end.memory.double() - state.memory).abs().max() < 0.05 * state.memory.abs().max()
-
-
-def test_a_state_of_several_tensors():
-    class Momentum(Compressor):
-        """A running sum of a running mean."""
-
-        def init_state(self, batch_size, like):
-            return {"mean": super().init_state(batch_size, like), "total": super().init_state(batch_size, like)}
-
-        def fold(self, state, k, v):
-            mean = 0.9 * state["mean"] + outer(k, v)
-            return {"mean": mean, "total": state["total"] + mean}
-
-        def read(self, state, q):
-            return super().read(state["total"], q)
-
-    store, tokens = make(Momentum, sinks=2, window=5)
-    valid = torch.rand(B, T) < 0.6
-    whole, end = run(store, tokens, [], valid)
-    steps, state = run(store, tokens, range(1, T), valid, inplace=True)
-    close(steps, whole)
-    for name, u in state.memory.items():
-        close(u, end.memory[name])
-    assert isinstance(end.clone().memory, dict) and "memory.total" in end.tensors()
 
 
 @pytest.mark.parametrize("sink_positions, limit", [("streaming", 6), ("trained", 11), ("absolute", 10**9)])
@@ -406,97 +280,3 @@ def test_a_memory_may_know_no_positions(compressor, valid):
             torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)  # angles are as precise as the queries
             torch.testing.assert_close(end, state, rtol=0, atol=2e-6)
     assert (added(MemoryStore(plain.window, plain.compressor, rotary), rotated)[0] - expected).norm() > 0.1
-
-
-BAD_CALLS = {
-    "three dimensions": (lambda c: c.update(q=c["q"][0]), "q has shape"),
-    "no tokens": (lambda c: c.update(q=c["q"][:, :, :0]), "no tokens"),
-    "cached keys passed again": (lambda c: c.update(k=c["k"].repeat(1, 1, 2, 1)), "Pass the new tokens only"),
-    "heads that do not divide": (
-        lambda c: c.update(k=c["k"].repeat(1, 2, 1, 1)[:, :3], v=c["v"].repeat(1, 2, 1, 1)[:, :3]),
-        "3 key/value heads",
-    ),
-    "two dtypes": (lambda c: c.update(v=c["v"].float()), "one dtype"),
-    "head size": (lambda c: c.update(q=c["q"][..., :4], k=c["k"][..., :4]), "head_dim=8, the attention has 4"),
-    "value size": (lambda c: c.update(v=c["v"][..., :4]), "value_dim=6, the attention has 4"),
-    "no hidden states": (lambda c: c.update(x=None), "x=None"),
-    "hidden size": (lambda c: c.update(x=c["x"][..., :4]), "hidden_size"),
-    "mask shape": (lambda c: c.update(valid=torch.ones(B, T + 1, dtype=torch.bool)), "valid has shape"),
-    "mask dtype": (lambda c: c.update(valid=torch.ones(B, T)), "boolean mask"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_calls_name_what_is_wrong(case, unchecked):
-    spoil, message = BAD_CALLS[case]
-    store, tokens = make()
-    call = dict(zip("qkvx", tokens, strict=True))
-    spoil(call)
-    with pytest.raises(ValueError, match=message):
-        store(**call)
-
-
-BAD_STATES = {
-    "another batch": (lambda s: s.reorder(torch.tensor([0])), "1 rows"),
-    "another dtype": (lambda s: s._map(lambda u: u.float() if u.is_floating_point() else u), "torch.float32"),
-    "another window": (lambda s: MemoryState(Window(9, 4), s.slots, s.seen, s.memory), "same window"),
-    "another layer": (
-        lambda s: MemoryState(s.window, s.slots.map(lambda u: u[:, :1]), s.seen, s.memory),
-        "another layer",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_STATES)
-def test_a_state_that_does_not_fit_is_refused_unchanged(case, unchecked):
-    spoil, message = BAD_STATES[case]
-    store, tokens = make()
-    state = spoil(run(store, tokens, [])[1])
-    before = state.clone().tensors()
-    state.inplace = True
-    with pytest.raises(ValueError, match=message), torch.no_grad():
-        store(*tokens, state)
-    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items())
-
-
-def test_a_state_without_memory_is_refused():
-    store, tokens = make()
-    _, state = store.without_memory()(*tokens)
-    with pytest.raises(ValueError, match="made without the long-term memory"):
-        store(*tokens, state)
-    _, state = store(*tokens)
-    before = state.clone().tensors()
-    with pytest.raises(ValueError, match="made with the long-term memory and is continued without it"):
-        store.without_memory()(*tokens, state)
-    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items())
-
-
-def test_without_memory_is_a_view_of_the_store():
-    store, tokens = make(sinks=2, window=5)
-    view = store.without_memory()
-    assert view.without_memory() is view and not list(view.parameters())
-    store.window = Window(7, num_sinks=1)
-    torch.testing.assert_close(store.without_memory()(*tokens)[0], MemoryStore(Window(7, num_sinks=1))(*tokens)[0])
-    copied = copy.deepcopy(store)
-    copied.window = Window(3)
-    assert store.without_memory().window.window_size == 7 and copied.without_memory().window.window_size == 3
-
-
-def test_a_state_of_another_compressor_is_refused():
-    store, tokens = make(GatedDeltaNet)
-    _, state = store(*tokens)
-    with pytest.raises(ValueError, match="another compressor"):
-        make(DeltaNet)[0](*tokens, state)
-
-
-def test_empty_slots_hold_zeros():
-    """So that a padded row's state is the row's own, whatever stood at the padding."""
-    store, tokens = make(sinks=2, window=9)
-    valid = torch.zeros(B, T, dtype=torch.bool)
-    valid[0, 3:6], valid[1, 4] = True, True
-    for end in (8, 20, T):
-        part = [u[..., :end, :] for u in tokens]
-        _, state = run(store, part, [8] if end > 8 else [], valid[:, :end])
-        for u in state.slots.tensors:
-            assert not u[0, :, 3:].any() and not u[1, :, 1:].any()
-            assert u[0, :, :3].abs().min() > 0

@@ -11,11 +11,6 @@ def decay_parameters(
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """``A_log`` with ``A`` uniform in [1, 16], and ``dt_bias`` with ``softplus(dt_bias)`` log-uniform in its range.
 
-    Args:
-        num_states: how many of each.
-        shortest: smallest time step.
-        longest: largest time step.
-
     Returns:
         Two vectors ``(num_states,)``.
     """

@@ -1,7 +1,5 @@
 """Layer by layer: each memory learns on the teacher's own hidden states, without a pass through the model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..retrofit import full_attention, memory_attention
+from ..undo import hooked
 from .passes import least_capacity, relative_error
 
 
@@ -45,17 +44,8 @@ def align_layers(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
         error.backward()  # type: ignore[no-untyped-call]
         errors.append(error.detach())
 
-    with torch.compiler.set_stance("force_eager"), _hooks(model, learn), torch.no_grad(), full_attention(model):
+    blocks = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
+    hooks = hooked(block.register_forward_hook(learn, with_kwargs=True) for block in blocks)
+    with torch.compiler.set_stance("force_eager"), hooks, torch.no_grad(), full_attention(model):
         model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     return torch.stack(errors)
-
-
-@contextmanager
-def _hooks(model: nn.Module, hook: Any) -> Iterator[None]:
-    blocks = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
-    handles = [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,4 @@
-"""How many tokens each layer keeps: a value that ``retrofit`` takes, and the best choice for a number of bytes."""
+"""How many tokens each layer keeps, as arguments of ``retrofit``, and the best choice for a number of bytes."""
 
 import math
 from bisect import bisect_left
@@ -34,7 +34,7 @@ class Budgets:
             for each of ``capacities``.
         costs: what windowing a layer alone costs, by layer and capacity: divergence from full attention.
         bytes: of the caches of all layers in ``capacities``, for one text.
-        equal_capacity: capacity at which all layers alike would take as many bytes.
+        equal_capacity: capacity at which equal layers would take as many bytes.
         full_loss: with full attention.
         equal_loss: with ``equal_capacity`` in every layer, measured.
         expected_loss: what the costs of single layers predict for the proposal.
@@ -139,14 +139,7 @@ def spend(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budg
 def rates_of(
     retrieval: Float[Tensor, "layers g"], share: float, keep: float = KEEP, forget: float = FORGET
 ) -> list[list[float]]:
-    """For each head, the rate of one that keeps its tokens or of one that forgets them.
-
-    Args:
-        retrieval: how much each head looks up.
-        share: of the heads, those that look up most keep.
-        keep: rate of these.
-        forget: rate of the others.
-    """
+    """For each head a rate: the given share of them that looks up most keeps its tokens, the others forget."""
     count = max(1, round(share * retrieval.numel()))
     chosen = retrieval >= retrieval.flatten().topk(count).values[-1]
     return torch.where(chosen, keep, forget).tolist()  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 """Where a model needs its cache: which layers suffer from a window, which heads look things up."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,9 +48,9 @@ def calibrate(
     """Measure what each layer loses by a window and which heads look things up, and spend bytes of cache accordingly.
 
     With every other layer at full attention, one layer at a time gets a window of a few capacities. Its cost is the
-    divergence of the predictions from those of full attention, KL(full || windowed): the loss that this adds on the
+    divergence of the predictions from those of full attention, KL(full || windowed): the loss that this adds on
     average, with far less noise than a difference of losses. Costs are taken to add up, and turned into loss by a
-    factor that one run with all layers alike gives. The choice of least cost is then run and measured; where its loss
+    factor that one run with equal layers gives. The choice of least cost is then run and measured; where its loss
     is higher than with the same capacity in every layer, that is proposed instead. One pass through the model for each
     layer and capacity; nothing is trained.
 
@@ -214,7 +215,8 @@ class _Measuring:
             )
         full, points = self.measure({}).loss, list(measured or _powers(self.least, self.length))
         costs = {layer: {size: self.measure({layer: size}).divergence for size in points} for layer in self.layers}
-        equal = _largest(self.least, self.length, lambda size: total([size] * every) <= budget)
+        sizes = range(self.least, self.length)
+        equal = sizes[bisect_right(sizes, budget, key=lambda size: total([size] * every)) - 1]
         equal_loss = self.measure(dict.fromkeys(self.layers, equal)).loss
         chosen = self._choose(costs, bytes_of, budget)
         factor = (equal_loss - full) / (self._predict(costs, dict.fromkeys(self.layers, equal)) or math.nan)
@@ -259,11 +261,3 @@ def _choices(least: int, length: int) -> list[int]:
         found.append(size)
         i += 1
     return sorted(set(found))
-
-
-def _largest(low: int, high: int, fits: Any) -> int:
-    """The largest number from ``low`` on and below ``high`` that fits; ``low`` does."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -1,4 +1,4 @@
-"""Training with compiled layers: one piece of code for all layers and all windows."""
+"""Compiles layers for training: one piece of code for all layers and all windows."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Copied spans in training text: remembering pays where something comes back."""
+"""Copied spans in training text, which reward remembering."""
 
 import torch
 from jaxtyping import Int

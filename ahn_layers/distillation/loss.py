@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.triton_forms import has_triton
+from ..ops.pointwise import forms
 
 Head = Callable[[Tensor], Tensor]
 """From hidden states ``(n, N)`` to logits ``(n, V)``; its parameters get no gradient."""
@@ -101,7 +101,7 @@ def _slice(
     logits = head(hidden)
     with torch.no_grad():
         goal = None if teacher is None else head(teacher)
-    if has_triton(logits) and logits.dtype in (torch.float32, torch.bfloat16):
+    if forms.compares_in_triton(logits):
         from ..ops.pointwise.triton_loss import compare
 
         kl_weight, ce_weight = (0.0 if goal is None else kl_weight), (0.0 if labels is None else ce_weight)

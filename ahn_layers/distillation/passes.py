@@ -1,7 +1,7 @@
 """Teacher and student passes of one batch: the same model with full attention, and with its memory."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -10,8 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
+from ..fingerprint import whole
 from ..record import find_retrofitted
 from ..retrofit import adapter_parameters, full_attention, window_only
+from ..undo import hooked
 from .loss import Head, sliced_loss
 
 
@@ -163,7 +165,7 @@ def arm_losses(
     modes: dict[str, Callable[[], Any]] = {
         "full": lambda: full_attention(model),
         "window": lambda: window_only(model),
-        "memory": lambda: _as_it_is(),
+        "memory": nullcontext,
     }
     losses = {}
     for arm in arms:
@@ -210,10 +212,11 @@ def run_hidden(
     Compiled layers whose blocks are asked for run uncompiled: the hooks on them would be compiled in, anew every time.
     """
     inner, _ = find_retrofitted(model)
-    with _collect(_decoder(inner)) as final, torch.compiler.set_stance("force_eager") if with_layers else _as_it_is():
-        blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)] if with_layers else []
-        with _collect(*blocks) as layers:
-            out = model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)] if with_layers else []
+    final, collecting = _collect(inner.get_decoder())  # type: ignore[operator]
+    layers, collecting_layers = _collect(*blocks)
+    with collecting, collecting_layers, torch.compiler.set_stance("force_eager") if with_layers else nullcontext():
+        out = model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     if inner not in _CHECKED:
         _check_head(model, final[0][:, -1].detach(), out.logits[:, -1].detach())
         _CHECKED.add(inner)
@@ -233,26 +236,10 @@ def _check_head(model: nn.Module, hidden: Tensor, logits: Tensor) -> None:
         )
 
 
-@contextmanager
-def _collect(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """The (first) output of each module, in the order in which they run."""
+def _collect(*modules: nn.Module) -> tuple[list[Tensor], AbstractContextManager[None]]:
+    """The (first) output of each module, in the order in which they run, and a context in which they are collected."""
     outputs: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda _m, _a, out: outputs.append(out[0])) for m in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-def _decoder(inner: nn.Module) -> nn.Module:
-    decoder: nn.Module = inner.get_decoder()  # type: ignore[operator]
-    return decoder
+    return outputs, hooked(m.register_forward_hook(lambda _m, _a, out: outputs.append(out[0])) for m in modules)
 
 
 def output_head(model: nn.Module) -> Head:
@@ -268,7 +255,8 @@ def output_head(model: nn.Module) -> Head:
     """
     inner, _ = find_retrofitted(model)
     layer: nn.Module = inner.get_output_embeddings()  # type: ignore[operator]
-    weight, bias = (_gathered(getattr(layer, name, None)) for name in ("weight", "bias"))
+    held = (getattr(layer, name, None) for name in ("weight", "bias"))
+    weight, bias = (None if u is None else whole(u.detach()) for u in held)
     config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     cap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -279,11 +267,3 @@ def output_head(model: nn.Module) -> Head:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     return head
-
-
-def _gathered(weight: Tensor | None) -> Tensor | None:
-    """A frozen weight in one piece: FSDP2 shards it over the processes."""
-    if weight is None:
-        return None
-    weight = weight.detach()
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

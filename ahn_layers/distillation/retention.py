@@ -57,7 +57,7 @@ def salient_slots(model: nn.Module) -> list[SalientSlots]:
 def learn_scores(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tensor, " layers"]:
     """Add to the gradients of each learned score those of its error, from one pass with full attention.
 
-    The score of a token is to be the logarithm of the largest attention that any query further away than the window
+    The goal of a token's score is the logarithm of the largest attention that any query further away than the window
     pays to it, largest over the query heads of the key/value head. No gradient crosses a layer, and attention is looked
     at in blocks of queries: a batch costs little more than a forward pass. An untrained score begins at the mean of the
     first batch.

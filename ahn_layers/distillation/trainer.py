@@ -180,13 +180,7 @@ def standard_error(sequences: Tensor) -> float:
 
 
 def is_significant(gap: float, error: float, count: int) -> bool:
-    """Whether a gap is positive at the 95 % level, by Student's distribution.
-
-    Args:
-        gap: the mean.
-        error: its standard error.
-        count: of how many sequences.
-    """
+    """Whether a gap is positive at the 95 % level, by Student's distribution."""
     return count > 1 and gap > _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
 
 

@@ -1,7 +1,6 @@
-"""What every memory is given while the model runs with full attention."""
+"""What each memory would be given, from a pass of the model with full attention."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..attention import HippocampalAttention
 from ..memory import MemoryStore
 from ..ops.attention.attend import SoftmaxAttention
+from ..undo import hooked
 from .passes import run_hidden
 from .windows import use_window
 
@@ -37,12 +37,7 @@ class Attended(NamedTuple):
     attention: SoftmaxAttention
 
     def weights(self, start: int, stop: int) -> Float[Tensor, "b g r u c"]:
-        """Attention of the queries ``start`` to ``stop`` to the keys before ``stop``, by key/value head and query head.
-
-        Args:
-            start: first query.
-            stop: end of the queries.
-        """
+        """Attention of the queries ``start`` to ``stop`` to the keys before ``stop``, by key/value and query head."""
         q, k = self.q[:, :, start:stop], self.k[:, :, :stop]
         grouped = q.unflatten(1, (k.shape[1], -1))
         scale = q.shape[-1] ** -0.5 if self.attention.scale is None else self.attention.scale
@@ -62,18 +57,7 @@ def watch_full_attention(model: nn.Module, input_ids: Int[Tensor, "b t"], look: 
     """Run a model with full attention and look at each layer in turn, without gradients.
 
     A window as long as the text is full attention: nothing leaves it.
-
-    Args:
-        model: a retrofitted transformers model.
-        input_ids: token ids without padding.
-        look: called with what each memory was given.
     """
-    with use_window(model, input_ids.shape[1]), _looking(model, look):
-        run_hidden(model, input_ids)
-
-
-@contextmanager
-def _looking(model: nn.Module, look: Callable[[Attended], None]) -> Iterator[None]:
     stores = [block.store for block in model.modules() if isinstance(block, HippocampalAttention)]
 
     def hook(index: int) -> Callable[..., None]:
@@ -83,10 +67,6 @@ def _looking(model: nn.Module, look: Callable[[Attended], None]) -> Iterator[Non
 
         return see
 
-    handles = [store.register_forward_pre_hook(hook(i), with_kwargs=True) for i, store in enumerate(stores)]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = hooked(store.register_forward_pre_hook(hook(i), with_kwargs=True) for i, store in enumerate(stores))
+    with use_window(model, input_ids.shape[1]), hooks, torch.compiler.set_stance("force_eager"):
+        run_hidden(model, input_ids)

@@ -1,4 +1,4 @@
-"""A few evicted tokens kept without loss, chosen by a score; the others are folded."""
+"""Keeps the evicted tokens of highest score without loss, and folds the others."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..eviction import RIDES, Eviction, Kept, empty_slots, keep_best
 from ..ops.attention.between import Between, Soft
-from ..ops.decode.step import Contest
+from ..ops.decode.kept import Contest
 from ..tokens import Later, Leaving, Tokens
 from .scores import SCORES, UNTRAINED, LearnedScore, key_difference
 

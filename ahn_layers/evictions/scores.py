@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..layers import narrower, project
-from ..ops.triton_forms import in_triton
+from ..ops.slots import forms
 from ..tokens import Leaving, Tokens, per_head
 
 Score = Callable[[Tokens], Float[Tensor, "b g t"]]
 
 
 def recent(tokens: Tokens) -> Float[Tensor, "b g t"]:
-    """All tokens alike: with a ``rate`` above zero the slots are a longer window."""
+    """The same score for all tokens: with a ``rate`` above zero the slots are a longer window."""
     return torch.zeros_like(tokens.k[..., 0], dtype=torch.promote_types(tokens.k.dtype, torch.float32))
 
 
@@ -45,10 +45,6 @@ def key_difference(
 
     ``-cos(k_j, u_S + ... + u_j)`` with the directions ``u`` of the keys that have left the window until then. KeyDiff
     compares with the mean of the whole prompt, which depends on where the prompt ends.
-
-    Args:
-        key_sum: sum of the directions of all keys that left in earlier calls.
-        leaving: the tokens that leave.
 
     Returns:
         The scores, and the sum after them.
@@ -93,13 +89,16 @@ class LearnedScore(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it says anything."""
-        return bool(self.down.any() or self.direct.weight.any())
+        """Whether it has learned anything: an untrained one gives all tokens the same score.
+
+        Weights on the meta device, which have no values, have not.
+        """
+        return not self.down.is_meta and bool(self.down.any() or self.direct.weight.any())
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:
         """The scores, in float32 at least."""
-        plain = x.dtype != torch.float64 and all(type(u) is nn.Linear for u in (self.up, self.up_v, self.direct))
-        if x.shape[1] == 1 and plain and in_triton(x, v, self.down):
+        plain = all(type(u) is nn.Linear for u in (self.up, self.up_v, self.direct))
+        if plain and forms.scores_in_triton(x, v, self.down):
             return self._of_one(x, v)
         x, v = (F.rms_norm(u, (u.shape[-1],)) for u in (x, v))
         inner = F.silu(linear(self.up, x).unsqueeze(1) + linear(self.up_v, v))

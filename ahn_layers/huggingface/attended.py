@@ -1,4 +1,4 @@
-"""Whether what a model's attention function computes is softmax attention as a memory's window computes it."""
+"""Whether a model's attention function computes the softmax attention that a memory's window computes."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,7 @@ from .trial import AttentionCall
 
 
 def how_it_differs(call: AttentionCall, window: int | None) -> str:
-    """Why a memory cannot stand in for this attention; empty if it computes the same.
-
-    Args:
-        call: a call of the attention function, with its result.
-        window: tokens that a query sees, None for all up to its own.
-    """
+    """Why a memory cannot stand in for this attention; empty if it computes the same."""
     if call.out is None or call.out.is_meta or not bool(call.out.isfinite().all()):
         return ""
     q, k, v = (u.detach().to(torch.promote_types(u.dtype, torch.float32)) for u in (call.q, call.k, call.v))

@@ -11,12 +11,7 @@ METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_co
 
 
 class RefuseBatching(ModelMethod):
-    """Stands in for a method of continuous batching: its paged cache has no place for a state of fixed size.
-
-    Args:
-        model: the retrofitted model.
-        method: the name of the method.
-    """
+    """Stands in for a method of continuous batching: its paged cache has no place for a state of fixed size."""
 
     def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__(model)

@@ -1,4 +1,4 @@
-"""Images whose tokens see each other: what a mask of transformers shows of tokens that come later."""
+"""Reads a mask of transformers: padding, and images whose tokens see each other."""
 
 from typing import NamedTuple
 

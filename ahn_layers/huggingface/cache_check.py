@@ -1,4 +1,4 @@
-"""Whether a cache layer that was read from a file is one: a file may say anything."""
+"""Whether the parts of a cache layer fit together: a file may hold anything."""
 
 from typing import Any
 
@@ -6,12 +6,7 @@ from .cache_layers import MemoryLayer
 
 
 def check_loaded(layer: Any, description: dict[str, Any]) -> None:
-    """Raise a ValueError unless the parts of a layer fit together.
-
-    Args:
-        layer: what was made of the file.
-        description: what the file says of it.
-    """
+    """Raise a ValueError unless the parts of a layer fit together."""
     if description["type"] not in ("memory", "sliding", "full"):
         raise ValueError(f"an unknown kind of layer, {description['type']!r}: expected memory, sliding or full.")
     if isinstance(layer, MemoryLayer):

@@ -77,7 +77,7 @@ class MemoryLayer(StateLayer):
     def _overwriting(self, writes: bool) -> Iterator[None]:
         """Notes that the tensors of the state are no longer what they were, once the store has written to them.
 
-        A store refuses what it cannot do before it writes; memory may run out in between, or somebody interrupt.
+        A store refuses what it cannot do before it writes; in between, memory may run out or the call be interrupted.
         """
         keys = self.state.slots.k if writes and self.state is not None else None  # written before anything else
         stamp = _stamp(keys)
@@ -93,7 +93,7 @@ class MemoryLayer(StateLayer):
         self.overwritten |= writes
 
     def changeable(self) -> MemoryState | None:
-        """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
+        """The state, copied if it was made under ``torch.inference_mode`` and will be changed outside of it."""
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state = self.state.clone()
         return self.state
@@ -121,22 +121,14 @@ class MemoryLayer(StateLayer):
             self.recording = None
 
     def can_take_back(self, columns: Bool[Tensor, "b c"]) -> Bool[Tensor, " b"]:
-        """For each row, whether these columns can be taken back: nothing has left its window, or all are recorded.
-
-        Args:
-            columns: True at columns of the text that are to be taken back, for all columns so far.
-        """
+        """For each row, whether these columns can be taken back: nothing has left its window, or all are recorded."""
         assert self.state is not None
         if are_recorded(self.recording, columns):
             return torch.ones_like(self.state.seen, dtype=torch.bool)
         return self.state.seen <= self.state.window.capacity
 
     def take_back(self, columns: Bool[Tensor, "b c"]) -> None:
-        """Forget tokens, as if they had been padding.
-
-        Args:
-            columns: True at the columns that are to be forgotten, which ``can_take_back`` allows.
-        """
+        """Forget these columns, which ``can_take_back`` allows, as if they had been padding."""
         assert self.state is not None
         real = real_columns(self.state, self.padding, columns.shape[1])
         before = (self.padding or Padding.none(len(real))).before
@@ -165,11 +157,7 @@ class MemoryLayer(StateLayer):
 
 
 class LayerCache:
-    """One layer in place of a whole cache, whatever the index it is asked for.
-
-    Args:
-        layer: the layer.
-    """
+    """One layer in place of a whole cache, whatever the index it is asked for."""
 
     def __init__(self, layer: MemoryLayer) -> None:
         self.layer = layer

@@ -1,4 +1,4 @@
-"""A retrofitted model takes its cache as ``cache=``, whatever the installed transformers calls it.
+"""Lets a retrofitted model take its cache as ``cache=`` in all supported versions of transformers.
 
 Before transformers 5.24 it is ``past_key_values``: a model would ignore ``cache``, and ``generate`` refuse it.
 """
@@ -15,11 +15,7 @@ NAME = "cache"
 
 
 class PrepareConfig(ModelMethod):
-    """Stands in for ``model._prepare_generation_config``, the first method that sees the arguments of ``generate``.
-
-    Args:
-        model: the retrofitted model.
-    """
+    """Stands in for ``model._prepare_generation_config``, the first method that sees the arguments of ``generate``."""
 
     def __call__(self, generation_config: Any, **kwargs: Any) -> Any:
         """What the model's own method does, for the renamed arguments."""

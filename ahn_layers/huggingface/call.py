@@ -102,9 +102,6 @@ class ForwardHook:
     """Hooks of a module that makes masks: they surround each of its calls.
 
     An object and not functions, so that the model can still be pickled and copied.
-
-    Args:
-        owner: the record of the retrofitted model.
     """
 
     def __init__(self, owner: Any) -> None:
@@ -200,7 +197,7 @@ class ForwardHook:
                 "packed texts with a cache: several texts in one row (position_ids that begin again, cu_seq_lens or "
                 "seq_idx) cannot be continued as one. Pass use_cache=False, or one text a row."
             )
-        kwargs["use_cache"] = False  # a cache that nobody asked for would hold texts that must not be mixed
+        kwargs["use_cache"] = False  # a cache would hold texts that must not be mixed
         if self.owner.skipped and call.real is not None:
             raise ValueError(
                 "packed texts with padding, in a model of which some attention layers are not retrofitted: these would "

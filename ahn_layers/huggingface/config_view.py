@@ -1,4 +1,4 @@
-"""Private views of a config: what a retrofitted model's own modules hold in place of an object that others share.
+"""Private views of a config, which a retrofitted model's modules hold in place of the shared object.
 
 A model looks its attention function up by the name ``config._attn_implementation``, and models share config objects.
 The modules of a retrofitted model that make masks, and its retrofitted blocks, hold a view: it has the class, the
@@ -112,11 +112,6 @@ def naming(config: Any) -> Naming | None:
 
 def view(config: Any, naming: Naming, renamed: Callable[[Any], bool]) -> Any:
     """A view of a config, in which it and its sub-configs have another attention function where ``renamed`` says so.
-
-    Args:
-        config: a config, or a view, whose original is taken.
-        naming: decides on the name.
-        renamed: whether to rename it in a config, given the original.
 
     Returns:
         The view; the original itself if there is nothing to rename.

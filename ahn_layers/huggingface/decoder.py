@@ -34,12 +34,6 @@ class DecoderAttention(HippocampalAttention):
     """[`HippocampalAttention`][ahn_layers.HippocampalAttention] for a block of transformers, its state in the cache.
 
     Called, and answering, exactly as the block was.
-
-    Args:
-        found: the attention block, as the probe described it.
-        store: the memory.
-        record: what the retrofit does to the model.
-        recorded: what transformers collects of the block's outputs.
     """
 
     def __init__(self, found: AttentionBlock, store: MemoryStore, record: Retrofitted, recorded: Recorded) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a batch that have finished while others go on: ``generate`` pads them, their cache must not hold the pads."""
+"""Rows of a batch that finish before others: ``generate`` pads them, and their cache must not hold the pads."""
 
 from typing import Any
 
@@ -49,11 +49,7 @@ class FinishedRows(StoppingCriteriaList):
 
 
 class StoppingCriteria(ModelMethod):
-    """Stands in for ``model._get_stopping_criteria``: if the cache outlives ``generate``, rows that finish are noted.
-
-    Args:
-        model: the retrofitted model.
-    """
+    """Stands in for ``model._get_stopping_criteria``: notes rows that finish, if the cache outlives ``generate``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         """The model's own criteria, in a list that takes notes if ``watch`` asked for it."""
@@ -67,15 +63,9 @@ class StoppingCriteria(ModelMethod):
 
 
 def watch(generation_config: Any, cache: Any, mode: Any, rows: int) -> None:
-    """Take notes of finished rows in the ``generate`` that begins, if somebody can see its cache afterwards.
+    """Record which rows finish in the ``generate`` that begins, if the caller gets its cache.
 
     Beam search keeps no finished rows in its cache, a single row ends with ``generate`` itself.
-
-    Args:
-        generation_config: of this ``generate``.
-        cache: its cache.
-        mode: its generation mode.
-        rows: rows that are generated.
     """
     seen_later = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     watched = seen_later and rows > 1 and str(getattr(mode, "value", mode)) in ("greedy_search", "sample")

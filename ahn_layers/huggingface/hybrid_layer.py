@@ -67,11 +67,7 @@ class _WithLinear:
 
 
 class HybridMemoryLayer(_WithLinear, MemoryLayer, LinearAttentionCacheLayerMixin):
-    """A memory layer and a convolution or recurrence.
-
-    Args:
-        linear: the layer of transformers for the latter.
-    """
+    """A memory layer and a convolution or recurrence."""
 
     is_compileable = False
 
@@ -81,12 +77,7 @@ class HybridMemoryLayer(_WithLinear, MemoryLayer, LinearAttentionCacheLayerMixin
 
 
 class StaticHybridMemoryLayer(_WithLinear, StaticMemoryLayer, LinearAttentionCacheLayerMixin):
-    """The same with every slot allocated, see ``StaticMemoryLayer``.
-
-    Args:
-        linear: the layer of transformers for the convolution or recurrence.
-        max_cache_len: what the rest of the model's cache is told.
-    """
+    """The same with every slot allocated, see ``StaticMemoryLayer``."""
 
     is_compileable = True
 
@@ -96,11 +87,9 @@ class StaticHybridMemoryLayer(_WithLinear, StaticMemoryLayer, LinearAttentionCac
 
 
 def layer_in_place_of(native: Any, max_cache_len: int | None) -> MemoryLayer:
-    """Our layer for one of transformers that holds no keys; a recurrence may have run before the attention.
+    """Our layer, a static one if it has a length, for one of transformers that holds no keys.
 
-    Args:
-        native: the layer.
-        max_cache_len: of a static layer, None for a dynamic one.
+    A recurrence may have run before the attention.
     """
     if isinstance(native, LinearAttentionCacheLayerMixin):
         linear = LinearAttentionLayer(number_of_states=native.number_of_states)

@@ -20,13 +20,26 @@ from .cache_name import accept_cache, refuse_cache
 from .call import ForwardHook, remove_hooks
 from .config_view import base_name, give_views, take_views, view
 from .decoder import DecoderAttention
+from .decoding import CompiledCall, CreateMasks, PrepareInputs
 from .finished import StoppingCriteria
-from .generation import REPLACED, CompiledCall, CreateMasks, Prefill, PrepareCache, PrepareInputs
 from .interface import BASES
+from .model_method import ModelMethod
+from .prefill import Prefill
+from .prepare_cache import PrepareCache
 from .probe import AttentionBlock, Probed
 from .saving import SavePretrained
 from .weights import Recorded, are_installed
 from .whole_call import WholeCallHook
+
+REPLACED: dict[str, type[ModelMethod]] = {
+    "_prepare_cache_for_generation": PrepareCache,
+    "_prefill": Prefill,
+    "prepare_inputs_for_generation": PrepareInputs,
+    "get_compiled_call": CompiledCall,
+    "_get_stopping_criteria": StoppingCriteria,
+    "save_pretrained": SavePretrained,
+}
+"""Methods that ``retrofit`` replaces, beside ``create_masks_for_generate``, and what by."""
 
 
 def check_model(model: Any) -> None:
@@ -62,11 +75,6 @@ def choose(
     blocks: list[AttentionBlock], window_of: Callable[[int], Window], layers: list[int] | None
 ) -> tuple[list[AttentionBlock], dict[str, str]]:
     """The blocks to retrofit, and why each of the others is left alone.
-
-    Args:
-        blocks: all that were found.
-        window_of: the window that a layer would get.
-        layers: those that were asked for, None for the default.
 
     Raises:
         ValueError: if there are none, or a layer that was asked for is unsuitable.
@@ -178,9 +186,8 @@ def replace_blocks(
         recorded = Recorded(model, block.name, block.module)
         setattr(model.get_submodule(parent_name), name, DecoderAttention(block, store, record, recorded))
     model.hippocampus = record
-    model._prepare_cache_for_generation, model._prefill = PrepareCache(model), Prefill(model)
-    model.prepare_inputs_for_generation, model.get_compiled_call = PrepareInputs(model), CompiledCall(model)
-    model._get_stopping_criteria, model.save_pretrained = StoppingCriteria(model), SavePretrained(model)
+    for name, method in REPLACED.items():
+        setattr(model, name, method(model))
     model.create_masks_for_generate = CreateMasks(model, view(model.config, record, renamed))
     accept_cache(model)
     refuse_batching(model)
@@ -192,12 +199,13 @@ def take_back(model: Any, record: Retrofitted) -> None:
     take_views(model.modules(), record)
     remove_hooks(model)
     refuse_cache(model)
-    for name in ("hippocampus", *REPLACED, *(method for method in METHODS if method in vars(model))):
+    refusing = [method for method in METHODS if method in vars(model)]
+    for name in ("hippocampus", "create_masks_for_generate", *REPLACED, *refusing):
         delattr(model, name)
 
 
 def complete_hooks(model: nn.Module) -> None:
-    """Give the blocks the hooks that transformers has meanwhile installed on all other modules."""
+    """Give the blocks the hooks that transformers has installed on all other modules since the retrofit."""
     for owner in model.modules():
         for block in owner.modules() if are_installed(owner) else ():
             if isinstance(block, DecoderAttention):

@@ -28,7 +28,7 @@ from .config_view import PREFIX
 from .weights import Weights, are_wanted
 
 BASES = ("sdpa", "eager")
-"""Base implementations that a retrofit can stand on."""
+"""Base implementations that a retrofit supports."""
 OWNED = ("none", "full", "local", "full+local")
 """Whose masks can be ours."""
 
@@ -82,19 +82,17 @@ def attention(
         kwargs = {name: value for name, value in kwargs.items() if name not in _PACKED}
     refuse_unsupported(dropout, kwargs, plain)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+    def attend_as_base(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         window = kwargs.get("sliding_window")
         seen = _base_mask(base, module, q, k, window, real) if ahead is None else attention_mask
-        return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[0].transpose(1, 2)
+        return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)
 
-    def weigh(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor | None:
-        window = kwargs.get("sliding_window")
-        seen = _base_mask(base, module, q, k, window, real) if ahead is None else attention_mask
-        return plain(module, q, k, v, seen, scaling=scaling, dropout=0.0, **kwargs)[1]
+    def dense(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+        return attend_as_base(q, k, v, real)[0].transpose(1, 2)
 
     softcap, null_logits = kwargs.get("softcap"), null_logits_of(base, kwargs)
     asked: dict[str, Any] = {} if texts is None else {"texts": texts}
-    weights = Weights(weigh) if are_wanted(kwargs) else None
+    weights = Weights(lambda *tokens: attend_as_base(*tokens)[1]) if are_wanted(kwargs) else None
     if weights is not None:
         asked["weights"] = weights
     if ahead is not None:

@@ -1,4 +1,4 @@
-"""Calls on rows of different lengths that were joined: every row goes on at the position at which it would alone."""
+"""Calls on joined rows of different lengths: each row continues at its own position."""
 
 import inspect
 from typing import Any
@@ -13,12 +13,6 @@ from .reconcile import length_of, memory_layers
 
 def align_rows(cache: Any, kwargs: dict[str, Any], tokens: Tensor, module: nn.Module) -> Any:
     """Add to the arguments of a call what the model cannot know: positions, and the mask of other layers.
-
-    Args:
-        cache: the cache of the call.
-        kwargs: the arguments, which are changed.
-        tokens: the new tokens, ``(B, T)`` or ``(B, T, N)``.
-        module: what is called.
 
     Returns:
         The mask of the call.

@@ -1,4 +1,4 @@
-"""What a cache layer holds, as tensors and JSON values: how it is copied and saved."""
+"""The contents of a cache layer as tensors and JSON values, for copies and files."""
 
 from typing import Any
 

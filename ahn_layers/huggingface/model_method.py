@@ -1,4 +1,4 @@
-"""What every replacement of a method of a retrofitted model has in common."""
+"""The base class of replacements of a model's methods."""
 
 from torch import nn
 

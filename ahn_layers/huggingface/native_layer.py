@@ -1,4 +1,4 @@
-"""Cache layers of transformers itself, as they were before a call."""
+"""Saves cache layers of transformers before a call, and puts them back."""
 
 from typing import Any
 

@@ -61,14 +61,6 @@ def attend_each(
 ) -> Float[Tensor, "b h t e"]:
     """Attention of every text alone, as if it were the only one.
 
-    Args:
-        attend: attention of a single text, ``(q, k, v, x) -> out``.
-        texts: the number of each token's text, 0 at padding.
-        q: queries.
-        k: keys.
-        v: values.
-        x: hidden states that entered the attention block.
-
     Returns:
         The outputs at the places of their tokens, zero at padding.
     """

@@ -1,4 +1,4 @@
-"""Which columns of a text are padding: what a cache remembers of the masks it was filled with."""
+"""Which columns of a text are padding, as a cache remembers them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,12 +81,7 @@ class Padding:
         return any(len(row) % 2 for row in self.turns)
 
     def extended(self, real: Bool[Tensor, "b t"], start: int) -> "Padding":
-        """With new columns from ``start`` on.
-
-        Args:
-            real: True at real tokens.
-            start: column of the first new token.
-        """
+        """With new columns from ``start`` on, True at real tokens."""
         turns = []
         for row, new in zip(self.turns, real.cpu(), strict=True):
             kept = tuple(turn for turn in row if turn < start)
@@ -96,12 +91,7 @@ class Padding:
         return Padding(tuple(turns), self.before)
 
     def real(self, length: int, device: torch.device | str = "cpu") -> Bool[Tensor, "b {length}"]:
-        """True at the real tokens among the first columns.
-
-        Args:
-            length: how many columns.
-            device: of the result.
-        """
+        """True at the real tokens among the first columns."""
         flips = torch.zeros(len(self.turns), length + 1, dtype=torch.long)
         for row, turns in zip(flips, self.turns, strict=True):
             row[torch.tensor([turn for turn in turns if turn < length], dtype=torch.long)] = 1

@@ -1,4 +1,4 @@
-"""What a model's attention blocks are like, found by running a few tokens through them: nothing is guessed."""
+"""Finds a model's attention blocks, and their properties, by running a few tokens through the model."""
 
 import inspect
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .native_layer import SHARING
+from .rotations import find_rotary
 from .split_model import find_splits, group_of, why_unsplit
 from .trial import AttentionCall, MaskCall, Trial
 
@@ -82,7 +83,7 @@ class Probed:
         blocks: its blocks, in the order of the model; those that cannot be retrofitted say why.
         masks: the masks that it made.
         around: models around the decoder, if that had to be run alone.
-        returns_cache: whether the model hands back the cache that it filled.
+        returns_cache: whether the model returns the cache that it filled.
     """
 
     blocks: list[AttentionBlock]
@@ -119,11 +120,7 @@ class Probed:
 
 
 def probe_model(model: Any) -> Probed:
-    """Run three tokens through the model and describe every block that calls the attention interface.
-
-    Args:
-        model: a transformers model whose attention goes through the attention interface.
-    """
+    """Run three tokens through the model and describe every block that calls the attention interface."""
     config = model.config.get_text_config(decoder=True)
     near, entry = _first_trial(model)
     moves = "position_ids" in inspect.signature(entry.forward).parameters
@@ -139,7 +136,9 @@ def probe_model(model: Any) -> Probed:
             _describe(block, config, calls, near, layer)
             block.trained_length = getattr(config, "max_position_embeddings", None)
             if not block.reason:
-                _find_rotary(block, calls[0].q, shifted[0].q if shifted else None, frequencies)
+                near_q, far_q = calls[0].q, shifted[0].q if shifted else None
+                found = find_rotary(near_q, far_q, _SHIFT, block.trained_length, frequencies)
+                block.on_meta, (block.rotary, block.fixed_positions) = near_q.is_meta, found
             blocks.append(block)
     its_call = {call.module: call for call in near.calls}
     _find_sources(blocks, {module: call.k for module, call in its_call.items()})
@@ -253,38 +252,6 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
             "value_dim": call.v.shape[-1],
         }
     block.like = call.q.new_empty(0)
-
-
-def _find_rotary(
-    block: AttentionBlock, near: Tensor, far: Tensor | None, frequencies: list[tuple[Tensor, str]]
-) -> None:
-    """Try every rotation the model could use; the one that takes the far query to the near one is its own."""
-    block.on_meta = near.is_meta
-    if far is None or near.is_meta:
-        block.fixed_positions = "its positions could not be probed"
-        return
-    distance = torch.full((near.shape[2],), _SHIFT, device=near.device)
-    precision = max(torch.finfo(near.dtype).eps, torch.finfo(torch.float32).eps)  # of the angles, float32 in any model
-    tolerance = 8 * precision * float(near.abs().max())
-    if torch.allclose(near, far, rtol=0, atol=tolerance):
-        return  # no positions in this layer, so nothing is ever too far
-    for inv_freq, rope_type in frequencies:
-        if 2 * len(inv_freq) > near.shape[-1]:
-            continue
-        for interleaved in (False, True):
-            for start in sorted({0, near.shape[-1] - 2 * len(inv_freq)}):
-                rotary = Rotary(
-                    inv_freq.to(near.device), block.trained_length or 1, interleaved=interleaved, start=start
-                )
-                if torch.allclose(rotary.turn_back(far, distance), near, rtol=0, atol=tolerance):
-                    if block.trained_length is None:
-                        block.fixed_positions = "the config has no max_position_embeddings"
-                    elif rope_type in ("dynamic", "longrope"):
-                        block.fixed_positions = f"its rope_type {rope_type!r} changes its frequencies with the length"
-                    else:
-                        block.rotary = rotary
-                    return
-    block.fixed_positions = "its position embedding is not a rotation known here"
 
 
 def _frequencies(model: nn.Module) -> list[tuple[Tensor, str]]:

@@ -1,4 +1,4 @@
-"""The last tokens that a cache layer took in, kept so that they can be taken back (assisted decoding)."""
+"""Keeps the last tokens that a cache layer took in, so that they can be taken back (assisted decoding)."""
 
 from dataclasses import dataclass, replace
 
@@ -36,11 +36,6 @@ class Recording:
     """The state before the recorded calls, and what they took in since.
 
     Calls that lie further back than ``MAX_ROLLBACK`` tokens are taken into the state for good.
-
-    Args:
-        store: takes tokens in.
-        state: the state before the first call.
-        calls: what the calls took in.
     """
 
     def __init__(self, store: MemoryStore, state: MemoryState | None, calls: tuple[Taken, ...] = ()) -> None:

@@ -1,19 +1,18 @@
-"""Rotations that depend on the length of the text: their prompts cannot be read in pieces."""
+"""How a model rotates its queries, and up to which length of the text it rotates them in the same way."""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..positions import Rotary
 
 DEPENDENT = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies change once a text outgrows its trained length."""
 
 
 def longest_fixed_rotation(model: nn.Module) -> int | None:
-    """Tokens up to which the model rotates every text alike; None if that holds for all lengths.
-
-    Args:
-        model: a transformers model.
-    """
+    """Length up to which the model rotates every text in the same way; None if it does so for all lengths."""
     limits = [limit for module in model.modules() for limit in _limits(module)]
     return min(limits, default=None)
 
@@ -31,3 +30,40 @@ def _limits(module: nn.Module) -> list[int]:
         original = parameters.get("original_max_position_embeddings") if kind == "longrope" else None
         limits.append(int(original or getattr(module, "original_max_seq_len", 0) or 0))
     return limits
+
+
+def find_rotary(
+    near: Tensor, far: Tensor | None, shift: int, trained_length: int | None, frequencies: list[tuple[Tensor, str]]
+) -> tuple[Rotary | None, str]:
+    """Try every rotation that the model could use: its own takes the far queries to the near ones.
+
+    Args:
+        near: queries of a few tokens.
+        far: those of the same tokens, ``shift`` positions later; None if they are not known.
+        shift: see there.
+        trained_length: tokens that the model was trained on, None if its config does not say.
+        frequencies: the vectors of frequencies in the model, with their kinds.
+
+    Returns:
+        The rotation, None without one; and why it is not known or cannot be undone, else nothing.
+    """
+    if far is None or near.is_meta:
+        return None, "its positions could not be probed"
+    distance = torch.full((near.shape[2],), shift, device=near.device)
+    precision = max(torch.finfo(near.dtype).eps, torch.finfo(torch.float32).eps)  # of the angles, float32 in any model
+    tolerance = 8 * precision * float(near.abs().max())
+    if torch.allclose(near, far, rtol=0, atol=tolerance):
+        return None, ""  # no positions in this layer, so nothing is ever too far
+    for inv_freq, kind in frequencies:
+        if 2 * len(inv_freq) > near.shape[-1]:
+            continue
+        for interleaved in (False, True):
+            for start in sorted({0, near.shape[-1] - 2 * len(inv_freq)}):
+                rotary = Rotary(inv_freq.to(near.device), trained_length or 1, interleaved=interleaved, start=start)
+                if torch.allclose(rotary.turn_back(far, distance), near, rtol=0, atol=tolerance):
+                    if trained_length is None:
+                        return None, "the config has no max_position_embeddings"
+                    changes = kind in DEPENDENT
+                    reason = f"its rope_type {kind!r} changes its frequencies with the length" if changes else ""
+                    return (None if changes else rotary), reason
+    return None, "its position embedding is not a rotation known here"

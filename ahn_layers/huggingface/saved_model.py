@@ -41,10 +41,6 @@ def saved_config(base: dict[str, Any], retrofit: dict[str, Any]) -> dict[str, An
 
     Other config classes may read it (PEFT asks them for the vocabulary's size). A model class that does looks for the
     weights under the name that ``transformers_weights`` gives, and shows our advice in its error.
-
-    Args:
-        base: the base's config.
-        retrofit: what the retrofit was asked for.
     """
     own = {_RETROFIT: retrofit, _BASE_TYPE: base["model_type"]}
     return _marked(base) | {"model_type": MODEL_TYPE, "ahn_layers": own}

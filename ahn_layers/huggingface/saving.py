@@ -23,11 +23,7 @@ RESUMED = "memory.safetensors"
 
 
 class SavePretrained(ModelMethod):
-    """Stands in for ``model.save_pretrained``: the folder holds the base, the memory, and how they belong together.
-
-    Args:
-        model: the retrofitted model.
-    """
+    """Stands in for ``model.save_pretrained``: the folder holds the base, the memory, and how they belong together."""
 
     def __call__(
         self,
@@ -54,7 +50,8 @@ class SavePretrained(ModelMethod):
         stamps = model._get_files_timestamps(folder) if push_to_hub and folder.is_dir() else {}
         writes = is_main_process and getattr(model, "should_save_on_this_rank", bool)(is_main_process)
         lora_alone = getattr(model, "_hf_peft_config_loaded", False)  # then transformers writes the PEFT adapter only
-        with staged(folder) as stage:
+        with staged(folder) as name:
+            stage = Path(name)
             with _left_out(model, {name for own in names.values() for name in own.values()}):
                 type(model).save_pretrained(
                     model,

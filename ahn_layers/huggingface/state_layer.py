@@ -21,7 +21,7 @@ class StateLayer(CacheLayerMixin):
         edits: how often tokens or rows have been taken out or in, so that nothing undoes that.
         made_with: the identity of the memory weights that made it, empty if it is not known.
         broken: whether a call broke off in the middle of the cache, so that it cannot be used any further.
-        recording: what was taken in of late, None unless the past is recorded.
+        recording: the latest calls, None unless the past is recorded.
     """
 
     is_compileable = False

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import as_autocast
 from ..compressor import State, map_state
-from ..memory import MemoryStore, as_autocast
+from ..memory import MemoryStore
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
 from .padding import Padding
@@ -37,13 +38,7 @@ class StaticMemoryLayer(MemoryLayer):
 
     @classmethod
     def of(cls, state: MemoryState, padding: Padding | None, made_with: str) -> "StaticMemoryLayer":
-        """A layer that holds the rows of a state, which belongs to it from now on.
-
-        Args:
-            state: the rows, their length known.
-            padding: of their columns.
-            made_with: the identity of the memory weights that made them.
-        """
+        """A layer that holds the rows of a state, which belongs to it from now on."""
         layer = cls(state.window.capacity)
         slots = state.slots.widened(state.window.capacity)
         layer.pads = torch.zeros_like(state.seen)
@@ -83,7 +78,7 @@ class StaticMemoryLayer(MemoryLayer):
         assert self.state is not None
         if k.shape[2] == 1 and not torch.is_grad_enabled():
             out, after = store(q, k, v, x, self.state, **options)
-            if after is not self.state:  # somebody passed a copy on, as hooks that move arguments do
+            if after is not self.state:  # the store was given a copy, by hooks that move arguments
                 self.state.copy_(after)
             self._known = None
         else:
@@ -100,7 +95,7 @@ class StaticMemoryLayer(MemoryLayer):
         return out
 
     def changeable(self) -> MemoryState | None:
-        """The state, copied if it was made under ``torch.inference_mode`` and is to be changed outside of it."""
+        """The state, copied if it was made under ``torch.inference_mode`` and will be changed outside of it."""
         if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
             self.state, self.pads, self._empty_memory = self.state.clone(), self.pads.clone(), _copy(self._empty_memory)
             self._empty_kept = {name: u.clone() for name, u in self._empty_kept.items()}

@@ -1,4 +1,4 @@
-"""Tokens that a cache layer has taken in are taken back: while all are there, or if the latest were recorded."""
+"""Takes tokens back out of a cache layer: while none has left the window, or if the latest were recorded."""
 
 from dataclasses import replace
 
@@ -40,14 +40,7 @@ def cropped(
 def without_columns(
     state: MemoryState, padding: Padding | None, recording: Recording | None, columns: Bool[Tensor, "b c"]
 ) -> tuple[MemoryState, Recording | None]:
-    """The state and the recording as if some columns had been padding.
-
-    Args:
-        state: the state after all columns.
-        padding: which of them were padding.
-        recording: of the latest ones.
-        columns: True at the columns that are to be forgotten.
-    """
+    """The state and the recording as if some columns had been padding."""
     real = real_columns(state, padding, columns.shape[1])
     if recording is not None and are_recorded(recording, columns):
         recording = recording.with_valid((real & ~columns)[:, -len(recording) :])

@@ -32,11 +32,7 @@ class _Prefix(NamedTuple):
 
 
 class Snapshot:
-    """A cache as it was before a call.
-
-    Args:
-        cache: the cache.
-    """
+    """A cache as it was before a call."""
 
     def __init__(self, cache: Cache) -> None:
         self.layers = list(cache.layers)

@@ -1,4 +1,4 @@
-"""A few tokens run through a model, with stand-ins for attention and its masks that note who called what."""
+"""Runs a few tokens through a model, with stand-ins for attention and masks that record each call."""
 
 import dis
 import inspect

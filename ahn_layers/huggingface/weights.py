@@ -1,7 +1,7 @@
 """Attention weights, where the caller asks for them: as the base model's, as long as every token is in the window.
 
-transformers collects the outputs of modules of a certain class with forward hooks, which it installs when somebody
-first asks. A retrofitted block takes the place of such a module and is of another class: the hooks go on the block
+transformers collects the outputs of modules of a certain class with forward hooks, which it installs when they are
+first needed. A retrofitted block takes the place of such a module and is of another class: the hooks go on the block
 inside.
 """
 
@@ -26,13 +26,7 @@ _LOCK = threading.Lock()
 
 
 class Recorded:
-    """The outputs of one block that transformers collects.
-
-    Args:
-        model: the model that the block is in.
-        name: the block's name in it.
-        block: the block.
-    """
+    """The outputs of one block that transformers collects."""
 
     def __init__(self, model: nn.Module, name: str, block: nn.Module) -> None:
         parts = name.split(".")
@@ -126,9 +120,6 @@ def are_collected() -> bool:
 
 def are_wanted(kwargs: dict[str, Any]) -> bool:
     """Whether the caller asks for attention weights.
-
-    Args:
-        kwargs: what the attention function was given.
 
     Raises:
         ValueError: in compiled code, in which they are not collected.

@@ -15,11 +15,7 @@ from .transaction import Snapshot
 
 
 class _Whole:
-    """A running call of a whole model.
-
-    Args:
-        module: the model.
-    """
+    """A running call of a whole model."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -37,12 +33,7 @@ _RUNNING = _Running()
 
 
 def hand_over(cache: Cache, snapshot: Snapshot | None) -> None:
-    """A decoder has taken its tokens in; if the model around it fails, they are taken back.
-
-    Args:
-        cache: the cache.
-        snapshot: what it was before.
-    """
+    """A decoder has taken its tokens in; if the model around it fails, they are taken back."""
     if _RUNNING.stack and snapshot is not None:
         _RUNNING.stack[-1].done = (cache, snapshot)
 

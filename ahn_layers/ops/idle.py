@@ -1,4 +1,4 @@
-"""Zero gradients for parameters that a call had no use for."""
+"""Zero gradients for parameters that a call did not use."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +12,6 @@ def with_idle(out: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 
     So a batch in which no token leaves the window can be trained on, alone or in one process of several, each of
     which waits for a gradient of every trained parameter.
-
-    Args:
-        out: any tensor.
-        parameters: what was not used in computing it.
     """
     if not torch.is_grad_enabled():
         return out

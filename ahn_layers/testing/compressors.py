@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..compressor import Compressor, State, map_state
 from ..memory import MemoryStore
-from ..ops.decode.step import follow
+from ..ops.decode.rule import follow
 from ..rank_one import DiagonalPlusRankOne
 from ..recurrent import Recurrent
 from ..tokens import per_head

@@ -1,6 +1,7 @@
 """The contract of evictions as assertions, for your subclass and for ours."""
 
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..compressors import GatedDeltaNet
 from ..eviction import Eviction
 from ..memory import MemoryStore
+from ..state import MemoryState
 from ..tokens import Leaving, Tokens
 from ..window import Window
 
@@ -113,10 +115,17 @@ def _check_heads(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
     )
 
 
+def _call(
+    store: MemoryStore, tensors: Iterable[Tensor], state: MemoryState | None = None, valid: Tensor | None = None
+) -> tuple[Tensor, MemoryState]:
+    q, k, v, x = tensors
+    return store(q, k, v, x, state, valid=valid)
+
+
 def _run(store: MemoryStore, tensors: list[Tensor], cuts: list[int]) -> tuple[Tensor, Any]:
     outs, state, start = [], None, 0
     for size in cuts:
-        out, state = store(*(u.narrow(-2, start, size) for u in tensors), state)
+        out, state = _call(store, (u.narrow(-2, start, size) for u in tensors), state)
         outs.append(out)
         start += size
     return torch.cat(outs, dim=2), state
@@ -140,10 +149,10 @@ def _check_rows(store: MemoryStore, *tensors: Tensor) -> None:
     valid = torch.rand(_B, _T) < 0.8
     valid[:, 0] = True
     with torch.no_grad():
-        out, state = store(*tensors, valid=valid)
+        out, state = _call(store, tensors, valid=valid)
         for row in range(_B):
             real = valid[row].nonzero().squeeze(1)
-            alone, end = store(*(u[row : row + 1].index_select(-2, real) for u in tensors))
+            alone, end = _call(store, (u[row : row + 1].index_select(-2, real) for u in tensors))
             error = float((out[row : row + 1, :, real] - alone).abs().max())
             assert error < 1e-8, f"a padded row differs from the same row alone by {error:.2g}: rows must not mix."
             for name, u in end.tensors().items():
@@ -154,8 +163,9 @@ def _check_rows(store: MemoryStore, *tensors: Tensor) -> None:
 
 def _check_saving(store: MemoryStore, *tensors: Tensor) -> None:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        _, state = store(*(u.narrow(-2, 0, _T - 5) for u in tensors))
+        _, state = _call(store, (u.narrow(-2, 0, _T - 5) for u in tensors))
         state.save(f"{folder}/state.safetensors")
         rest = [u.narrow(-2, _T - 5, 5) for u in tensors]
-        expected, found = (store(*rest, s)[0] for s in (state, type(state).load(f"{folder}/state.safetensors")))
+        loaded = MemoryState.load(f"{folder}/state.safetensors")
+        expected, found = (_call(store, rest, s)[0] for s in (state, loaded))
     assert torch.equal(found, expected), "a state that was saved and loaded goes on differently."

@@ -11,7 +11,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from ..huggingface.compiled.test_compile import models  # noqa: F401 - a fixture: the library without checks of shapes, which cannot be traced
+from ..huggingface.compiled.graphs import models  # noqa: F401 - a fixture: the library without checks of shapes, which cannot be traced
 from ..ops.test_decode import check_attention, check_memory
 from ..ops.test_triton import check_join, check_loss, check_normalizations, check_rotary, check_scans
 

@@ -23,7 +23,22 @@ from .test_docs import FENCE, PAGES, ROOT, fences, markdown, page_name
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text())
 ADAPTERS = sorted(path.parent for path in EXAMPLES.glob("adapters/*/adapter.json"))
-PROGRAMS = ("python", "python3", "pip", "pytest", "accelerate", "torchrun", "mkdocs", "git", "cd", ".", "ruff", "mypy")
+PROGRAMS = (
+    "python",
+    "python3",
+    "pip",
+    "pytest",
+    "accelerate",
+    "torchrun",
+    "mkdocs",
+    "git",
+    "cd",
+    ".",
+    "ruff",
+    "mypy",
+    "lm_eval",
+    "twine",
+)
 CHATS = re.compile(r"examples/(llama|qwen|mistral)\.py")
 CHEAP = re.compile(r"examples/(llama|qwen|mistral|new_compressor)\.py|sessions\.py$|--output try_adapter")
 
@@ -144,6 +159,14 @@ def check(command, parse):
         assert rest[0] in ("serve", "build")
     elif program in ("ruff", "mypy"):
         assert rest in {"ruff": (["check", "."], ["format", "--check", "."]), "mypy": ([],)}[program]
+    elif program in ("build", "twine"):
+        assert rest[0] in {"build": ("--no-isolation",), "twine": ("check", "upload")}[program]
+    elif program == "lm_eval":
+        from lm_eval._cli.harness import HarnessCLI
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [program, *rest])
+            assert HarnessCLI().parse_args().func
     elif program.startswith("tests."):
         assert (ROOT / f"{program.replace('.', '/')}.py").is_file() and rest[:1] in ([], [">"]), "no such module"
     else:
@@ -241,10 +264,11 @@ def options_in_the_text(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if options_in_the_text(page)], ids=page_name)
 def test_options_in_the_text_exist(page, parse):
     """They are options of the scripts that the page speaks of."""
-    known = {"--strict", "--multi_gpu", "--num_processes", "--config_file"}  # mkdocs, accelerate
+    known = {"--strict", "--multi_gpu", "--num_processes", "--config_file", "--metadata"}  # mkdocs, accelerate, lm_eval
     required = {
         "compare_compressors.py": ["--output", "o"],
         "evaluate.py": ["--adapter", "a", "--output", "o"],
+        "paper.py": ["--output", "o"],
         "train.py": ["--text", "a", "--output", "o"],
     }
     for path in SCRIPTS:
@@ -265,9 +289,10 @@ def test_the_file_for_fsdp_is_one_that_accelerate_reads(tmp_path):
 def test_the_extra_for_the_examples_has_what_they_import():
     text = (ROOT / "pyproject.toml").read_text()
     extras = {name: set(re.findall(r'"([\w-]+)', re.search(rf"^{name} = \[.*?\]\n", text, re.MULTILINE | re.DOTALL)[0]))
-              for name in ("dependencies", "transformers", "examples", "serving", "ray")}  # fmt: skip
+              for name in ("dependencies", "transformers", "examples", "serving", "ray", "paper")}  # fmt: skip
     brought = {"tokenizers", "huggingface_hub", "pydantic", "starlette"}  # by transformers, by fastapi
     available = set().union(*extras.values(), brought, sys.stdlib_module_names, {"ahn_layers"})
+    available |= {name.replace("-", "_") for name in available}
     for path in EXAMPLES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [u.name for u in node.names] if isinstance(node, ast.Import) else []

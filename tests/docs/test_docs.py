@@ -254,3 +254,10 @@ def test_maths_becomes_mathml():
     html = hook(r'<p><span class="arithmatex">\(a_t &lt; b\)</span></p><div class="arithmatex">\[\frac{a}{b}\]</div>')
     assert html.startswith('<p><span class="maths"><math') and html.endswith("</math></div>")
     assert "<mfrac>" in html and "arithmatex" not in html
+    assert hook(r'<div class="arithmatex">\[a \qquad b\]</div>').count("<math") == 2, "a line may end at a wide space"
+
+
+def test_the_search_leaves_out_whole_scripts():
+    pytest.importorskip("latex2mathml")
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_content"]
+    assert "data-search-exclude" in hook('<details class="example"><summary>a script</summary></details>')

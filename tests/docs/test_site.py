@@ -11,7 +11,6 @@ import re
 import select
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from html.parser import HTMLParser
@@ -57,16 +56,6 @@ class Page(HTMLParser):
             self.loads.append(given["href"])
         elif given.get("src"):
             self.loads.append(given["src"])
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """The folder of the built site."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -242,7 +231,25 @@ def test_a_browser_shows_the_pages(browser, address_of_site, pages, size, scheme
 
 
 @needs_chromium
+def test_a_phone_keeps_the_first_column_of_a_wide_table(browser, address_of_site):
+    browser.open(address_of_site + "comparison/", PHONE)
+    measure = """
+    (() => {
+      const row = document.querySelector("article tbody tr"), cell = row.firstElementChild, last = row.lastElementChild;
+      for (let u = cell; u; u = u.parentElement) if (u.scrollWidth > u.clientWidth) u.scrollLeft = 200;
+      return [cell, last].map(u => u.getBoundingClientRect().left);
+    })()
+    """
+    before = browser.evaluate(measure.replace("200", "0"))
+    after = browser.evaluate(measure)
+    assert 0 <= after[0] <= before[0] and after[1] == before[1] - 200
+
+
+@needs_chromium
 def test_a_browser_finds_a_word(browser, address_of_site):
-    browser.open(address_of_site + "?q=GatedDeltaNet")
-    text = browser.until("[...document.querySelectorAll('.md-search-result__item')].map(u => u.innerText).join('\\n')")
-    assert "GatedDeltaNet" in text
+    for query, found in (("GatedDeltaNet", "GatedDeltaNet"), ("quantizing", "Quantization")):  # the second by its stem
+        browser.open(address_of_site + f"?q={query}")
+        text = browser.until(
+            "[...document.querySelectorAll('.md-search-result__item')].map(u => u.innerText).join('\\n')"
+        )
+        assert found in text

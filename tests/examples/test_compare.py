@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 import compare_compressors  # noqa: E402
 
-from .test_evaluate import base, tokenizer  # noqa: E402
+from .trying import base, tokenizer  # noqa: E402
 
 OPTIONS = "--steps 2 --batch 2 --length 400 --window 24 --sinks 8 --stretches 4 --spans 2 --needles 1 --decode 8"
 

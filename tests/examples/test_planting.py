@@ -134,10 +134,11 @@ def test_the_statement_lies_before_the_question_by_the_least_distance(module, in
 def test_repeated_spans(module, seed):
     planted = module.plant(text_of(2000), Words().encode, seeded(seed), facts=(0, 0), copies=(2, 4), nearest=100)
     tokens = planted.tokens.tolist()
-    assert len(tokens) == 2000 and 2 <= len(planted.asked) <= 4
+    assert len(tokens) == 2000 and 2 <= len(planted.repeated) <= 4
+    assert not planted.asked and not planted.answers.any()  # what nobody can foresee is no answer
     rest = list(tokens)
-    for asked in reversed(planted.asked):
-        value, answer = (range(first - 7, end) for first, end in (asked.value, asked.answer))
+    for copy in reversed(planted.repeated):
+        value, answer = (range(first - 7, end) for first, end in (copy.value, copy.answer))
         span = [tokens[i] for i in value]
         assert span == [tokens[i] for i in answer] == list(range(span[0], span[0] + len(span)))
         assert 24 <= len(span) <= 120
@@ -152,8 +153,9 @@ def test_as_many_facts_and_copies_as_asked_for(module, invented):
     asked = sum(bool(u.questions) for _, facts in invented for u in facts)
     assert 30 <= asked <= 32  # the last ones may come with others of the same wording
     questions = sum(len(u.questions) for _, facts in invented for u in facts)
-    assert len(planted.asked) == questions + 4
-    assert not module.plant(text_of(20_000), words.encode, seeded(0), facts=(0, 0), copies=(0, 0)).asked
+    assert len(planted.asked) == questions and len(planted.repeated) == 4
+    nothing = module.plant(text_of(20_000), words.encode, seeded(0), facts=(0, 0), copies=(0, 0))
+    assert not nothing.asked and not nothing.repeated
 
 
 def test_the_generator_decides_everything(module):

@@ -5,8 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from ahn_layers import (
     Compressor,
@@ -22,10 +21,10 @@ from ahn_layers import (
 from ahn_layers.distillation import freeze_base, use_window
 
 from ..models import CAPACITY, SINKS, WINDOW, base, generate, greedy, logits, retrofitted, tokens, train_memory
+from .adapted import F32, LONG, USUAL, adapted, lora, train_step, wrapped
 
-F32 = torch.float32
-LONG = 4 * CAPACITY
-USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+warnings.filterwarnings("ignore", module="peft")
+
 TARGETS = {
     "usual": (USUAL, 21),
     "o_proj": (["o_proj"], 3),
@@ -33,6 +32,8 @@ TARGETS = {
     "wide regex": (r".*_proj", 21),
     "all-linear": ("all-linear", 21),
 }
+
+
 METHODS = {
     "LoRA": (peft.LoraConfig, {"init_lora_weights": False}),
     "DoRA": (peft.LoraConfig, {"init_lora_weights": False, "use_dora": True}),
@@ -42,43 +43,6 @@ METHODS = {
     "OFT": (peft.OFTConfig, {"init_weights": False, "oft_block_size": 8}),
     "LoHa": (peft.LoHaConfig, {"init_weights": False}),
 }
-warnings.filterwarnings("ignore", module="peft")
-
-
-def lora(targets=USUAL, **options):
-    """A LoRA that changes something from the start."""
-    return peft.LoraConfig(target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **options)
-
-
-def wrapped(config, order="retrofit first"):
-    """The retrofitted model inside PEFT's, made in one order or the other; with the same weights in both."""
-    if order == "retrofit first":
-        model = retrofitted(dtype=F32)
-        torch.manual_seed(1)
-        return peft.get_peft_model(model, config)
-    model = base(dtype=F32)
-    torch.manual_seed(1)
-    model = peft.get_peft_model(model, config)
-    retrofitted(model=model.get_base_model())
-    return model
-
-
-def adapted(model):
-    """Names of the modules that PEFT put an adapter on."""
-    return [name for name, m in model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
-
-
-def train_step(model, length=LONG):
-    """The gradients of every trainable parameter after one step."""
-    model.train()
-    model.zero_grad(set_to_none=True)
-    ids = tokens(2, length)
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    model.eval()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-# --- targets
 
 
 @pytest.mark.parametrize("order", ["retrofit first", "PEFT first"])
@@ -169,9 +133,6 @@ def test_layers_and_exclusions_that_a_config_names():
     assert all("self_attn.o_proj" in name or "experts" in name for name in adapted(model))
 
 
-# --- adapters that come and go
-
-
 def test_a_finished_adapter_goes_onto_a_retrofitted_model(tmp_path):
     """Trained on the base model before there was a memory."""
     ids, plain = tokens(2, LONG), peft.get_peft_model(base(dtype=F32), lora()).eval()
@@ -223,9 +184,6 @@ def test_merging_before_and_after_a_retrofit():
     plain = peft.get_peft_model(base(dtype=F32), lora()).merge_and_unload()
     before = logits(plain, ids)
     assert torch.equal(logits(restore(retrofitted(model=plain)), ids), before)
-
-
-# --- the memory among what PEFT saves
 
 
 @pytest.mark.parametrize("saved", ["memory", "compressor"])
@@ -294,140 +252,6 @@ def test_the_memory_alone_is_trained_below_a_frozen_lora():
     freeze_base(model)
     given = train_step(model)
     assert given.keys() == names and all(gradient.any() for gradient in given.values())
-
-
-# --- what trainers do
-
-
-@pytest.fixture
-def process_group():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["memory"]}], ids=str)
-def test_ddp_finds_a_gradient_for_everything(options, checkpointing, process_group):
-    """DDP raises at the step after one that left out a parameter; short batches in between leave none out."""
-    model = wrapped(lora("all-linear", **options)).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    parallel = DistributedDataParallel(model)
-    for length in (CAPACITY, 3, LONG, CAPACITY, LONG):
-        parallel(input_ids=tokens(2, length), labels=tokens(2, length), use_cache=False).loss.backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["memory"]}], ids=str)
-def test_gradient_checkpointing_changes_nothing(options, use_reentrant):
-    model = wrapped(lora("all-linear", **options))
-    expected = train_step(model)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    for name, gradient in train_step(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["half", "bfloat16"])
-def test_half_precision(kind):
-    """Adapters are float32 then; the memory keeps its dtype."""
-    model = getattr(retrofitted(dtype=F32), kind)()
-    model = peft.get_peft_model(model, lora("all-linear", modules_to_save=["memory"]))
-    with torch.autocast("cpu", torch.bfloat16):
-        given = train_step(model)
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in given.values())
-    assert generate(model, tokens(2, LONG)).shape == (2, LONG + 8)
-
-
-@pytest.mark.parametrize("order", ["retrofit first", "PEFT first"])
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_qlora(bits, order, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    base(dtype=F32, hidden_size=64, head_dim=16, intermediate_size=128).save_pretrained(tmp_path)
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} if bits == "4bit" else {}
-    config = BitsAndBytesConfig(**{f"load_in_{bits}": True}, **options)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
-    ids = tokens(2, LONG)
-    short = logits(model, ids[:, :CAPACITY])
-    if order == "retrofit first":
-        retrofitted(model=model)
-        assert torch.equal(logits(model, ids[:, :CAPACITY]), short)
-    model = peft.prepare_model_for_kbit_training(model)
-    model = peft.get_peft_model(model, lora("all-linear"))
-    if order == "PEFT first":
-        retrofitted(model=model.get_base_model())
-    assert len(adapted(model)) == 21 and not any("memory" in name for name in adapted(model))
-    for length in (LONG, CAPACITY):
-        given = train_step(model, length)
-        assert given and all(gradient is not None and gradient.isfinite().all() for gradient in given.values())
-    model.gradient_checkpointing_disable()
-    assert torch.equal(generate(model, ids, 4), greedy(model, ids, 4))
-
-
-def test_the_trainer_of_transformers_with_short_and_long_texts(tmp_path):
-    """Text beyond the window, text inside it, padded batches; and on from a checkpoint."""
-    from transformers import Trainer, TrainingArguments
-
-    def collate(rows):
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
-
-    rows = [{"input_ids": tokens(n, seed=n).tolist()} for n in (LONG, CAPACITY, 5, LONG - 3)]
-    model = wrapped(lora("all-linear", modules_to_save=["memory"]))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    options = {
-        "report_to": "none",
-        "use_cpu": True,
-        "gradient_checkpointing": True,
-        "save_steps": 2,
-        "disable_tqdm": True,
-    }
-    arguments = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=1, **options)
-    Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
-    arguments = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=2, **options)
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)
-    trainer.train(resume_from_checkpoint=True)
-    assert 0 < trainer.evaluate()["eval_loss"] < 20
-
-
-@pytest.mark.xfail(reason="shift_labels reaches the attention function, which refuses what it does not know")
-def test_labels_that_are_shifted_already():
-    model, ids = retrofitted(dtype=F32), tokens(1, LONG)
-    shifted = torch.cat((ids[:, 1:], torch.full((1, 1), -100)), dim=1)
-    given = model(ids, labels=ids, shift_labels=shifted, use_cache=False).loss
-    torch.testing.assert_close(given, model(ids, labels=ids, use_cache=False).loss)
-
-
-# --- quantized after the retrofit
-
-
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
-@pytest.mark.parametrize("compressor", ["DeltaNet", "GatedDeltaNet", "LinearAttention", "Mamba2"])
-@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
-def test_dynamic_quantization_of_a_retrofitted_model(compressor, dtype, tmp_path):
-    quantize = lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, dtype=dtype)
-    ids, model = tokens(2, LONG), retrofitted(dtype=F32, compressor=Compressor.by_name[compressor])
-    before = logits(model, ids)
-    small, plain = quantize(model), quantize(base(dtype=F32))
-    assert torch.equal(logits(small, ids[:, :CAPACITY]), logits(plain, ids[:, :CAPACITY]))
-    given = logits(small, ids)
-    assert given.isfinite().all() and not torch.equal(given, before)
-    if dtype == torch.float16:  # eight bits are too coarse for weights as large as these
-        torch.testing.assert_close(given, before, rtol=0, atol=0.05)
-    assert generate(small, ids).shape == (2, LONG + 8)
-    assert torch.equal(logits(model, ids), before), "a copy was quantized"
-    if compressor != "LinearAttention":  # it has no gates
-        with pytest.raises(ValueError, match="memory of layer 0 was quantized"):
-            save_adapter(small, tmp_path)
-    assert torch.equal(logits(restore(small), ids), logits(plain, ids))
-
-
-# --- refused clearly
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")  # as PEFT calls it

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ahn_layers import GatedDeltaNet, adapter_parameters, full_attention, retrofit
-from ahn_layers.huggingface import generation
+from ahn_layers.huggingface import prefill
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_generate_reads_long_prompts_in_chunks(model, monkeypatch, pads):
     ids[0, :pads] = 0
     inputs = {"attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, prefill_chunk_size=50, **inputs)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
     seen = lengths_of_calls(model)
     assert torch.equal(model.generate(ids, **inputs), expected)
     assert seen == [16, 16, 16, 2] + [1] * 5
@@ -46,8 +46,8 @@ def test_generate_reads_long_prompts_in_chunks(model, monkeypatch, pads):
 
 
 def test_rows_share_a_chunk(model, monkeypatch):
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 48)
-    monkeypatch.setattr(generation, "SHORTEST_CHUNK", 10)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 48)
+    monkeypatch.setattr(prefill, "SHORTEST_CHUNK", 10)
     ids, options = torch.randint(1, 64, (8, 50)), {"max_new_tokens": 2, "do_sample": False}
     expected = model.generate(ids, prefill_chunk_size=50, **options)
     seen = lengths_of_calls(model)
@@ -61,7 +61,7 @@ def test_rows_share_a_chunk(model, monkeypatch):
 
 
 def test_full_attention_and_embeddings_are_not_cut(model, monkeypatch):
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
     ids = torch.randint(1, 64, (1, 50))
     seen = lengths_of_calls(model)
     with full_attention(model):

@@ -40,8 +40,8 @@ def rotated(kind, **options):
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_rotations_that_depend_on_the_length_are_those_of_one_pass(kind, cache, length, window_size, monkeypatch):
     """Whatever the size of the pieces in which prompts are read by default."""
-    monkeypatch.setattr("ahn_layers.huggingface.generation.PREFILL_CHUNK", 16)
-    monkeypatch.setattr("ahn_layers.huggingface.generation.SHORTEST_CHUNK", 16)
+    monkeypatch.setattr("ahn_layers.huggingface.prefill.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("ahn_layers.huggingface.prefill.SHORTEST_CHUNK", 16)
     model, ids = rotated(kind, window_size=window_size), tokens(1, length)
     kept = {"own": {CACHE: HippocampalCache()}, "static": {CACHE: StaticCache(model.config, 96)}}.get(cache, {})
     out = model.generate(

@@ -4,28 +4,14 @@ import copy
 import pickle
 import subprocess
 import sys
-import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
-from ahn_layers import (
-    Compressor,
-    GatedDeltaNet,
-    HippocampalAttention,
-    adapter_parameters,
-    full_attention,
-    load_adapter,
-    memory_report,
-    restore,
-    retrofit,
-    save_adapter,
-    window_only,
-)
+from ahn_layers import Compressor, GatedDeltaNet, full_attention, memory_report, restore, retrofit, window_only
 from ahn_layers.huggingface.cache_layers import MemoryLayer
 from ahn_layers.record import find_retrofitted
 from ahn_layers.retrofit import memory_attention
@@ -44,12 +30,7 @@ from ..models import (
     tokens,
     train_memory,
 )
-
-LONG = 3 * CAPACITY
-
-
-def blocks(model):
-    return [module for module in model.modules() if isinstance(module, HippocampalAttention)]
+from .retrofits import LONG, blocks, same_memory
 
 
 def weights(model):
@@ -59,14 +40,6 @@ def weights(model):
 def same_weights(model, before):
     after = model.state_dict()
     return list(after) == list(before) and all(torch.equal(u, before[name]) for name, u in after.items())
-
-
-def same_memory(one, other):
-    pairs = zip(adapter_parameters(one), adapter_parameters(other), strict=True)
-    return all(torch.equal(u, v) for (_, u), (_, v) in pairs)
-
-
-# --- the report
 
 
 def rows_of(report):
@@ -104,9 +77,6 @@ def test_the_report_without_a_compressor_and_of_a_model_in_low_precision():
 def test_the_report_names_why_a_sliding_window_is_too_small():
     with pytest.raises(ValueError, match=r"own sliding window of 9 is smaller than num_sinks \+ window_size = 10"):
         retrofitted("mistral_window", window_size=8)
-
-
-# --- some layers only
 
 
 @pytest.mark.parametrize("layers", [[0], [1], [0, 2], [2, 1]])
@@ -152,9 +122,6 @@ def test_some_layers_and_a_static_cache(name):
 def test_all_full_layers_beside_sliding_ones_may_have_a_static_cache():
     model, ids = retrofitted("gemma3", layers=[1]), tokens(2, LONG)
     assert torch.equal(generate(model, ids, cache_implementation="static"), generate(model, ids))
-
-
-# --- all or nothing
 
 
 class Broken(Compressor):
@@ -205,9 +172,6 @@ def test_training_mode_is_left_as_it_was():
     assert {name: m.training for name, m in model.named_modules()} == before
 
 
-# --- switches
-
-
 def test_switches_nest():
     model, ids = retrofitted(), tokens(1, LONG)
     memory, full = logits(model, ids), logits(base(), ids)
@@ -244,9 +208,6 @@ def test_a_switch_of_one_model_is_not_that_of_another():
     with full_attention(one):
         assert torch.equal(logits(other, ids), expected)
     assert torch.equal(logits(one, ids), expected)
-
-
-# --- copies
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
@@ -295,9 +256,6 @@ def test_a_pickled_model_runs_in_a_new_process(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pickle")], check=True)
 
 
-# --- dtypes and devices
-
-
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
 def test_another_dtype_after_the_retrofit(cast):
     """The model as a whole, the memory's state in float32 and the angles in full."""
@@ -325,197 +283,12 @@ def test_to_float64_and_back_is_exact():
     assert torch.equal(logits(model.float(), ids), expected)
 
 
-# --- files
-
-
 def test_a_state_dict_goes_round():
     model, other, ids = retrofitted(), retrofitted(), tokens(1, LONG)
     train_memory(other, seed=1)
     assert not same_memory(model, other)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other, ids), logits(model, ids))
-
-
-# --- LoRA on top
-
-
-def with_lora(model, **options):
-    """A LoRA that changes something, the same at every call."""
-    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in lora.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return lora.eval()
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_lora_on_top(name):
-    ids, model = tokens(2, LONG), retrofitted(name, torch.float32)
-    before = logits(model, ids)
-    lora = with_lora(model)
-    after = logits(lora, ids)
-    assert (after - before).abs().max() > 1e-3
-    assert torch.equal(generate(lora, ids), greedy(lora, ids, 8))
-    # within the window it is LoRA on the base model
-    plain = with_lora(base(name, torch.float32))
-    assert torch.equal(logits(lora, ids[:, :CAPACITY]), logits(plain, ids[:, :CAPACITY]))
-    with full_attention(lora):
-        assert torch.equal(logits(lora, ids), logits(plain, ids))
-    with lora.disable_adapter():
-        assert torch.equal(logits(lora, ids), before)
-    merged = lora.merge_and_unload()
-    assert len(blocks(merged)) == 3 and not any("lora" in name for name, _ in merged.named_parameters())
-    torch.testing.assert_close(logits(merged, ids), after, rtol=0, atol=2e-4)
-    assert torch.equal(generate(merged, ids), generate(lora, ids))
-    restore(merged)
-    torch.testing.assert_close(logits(merged, ids), logits(plain.merge_and_unload(), ids), rtol=0, atol=2e-4)
-
-
-def test_lora_does_not_swallow_the_memory(tmp_path):
-    model = retrofitted(dtype=torch.float32)
-    own = [name for name, _ in adapter_parameters(model)]
-    lora = with_lora(model)
-    assert [name for name, _ in adapter_parameters(lora)] == [f"base_model.model.{name}" for name in own]
-    trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 12 and all("lora" in name for name in trained)
-    assert len(memory_report(lora).splitlines()) == 6
-    save_adapter(lora, tmp_path)
-    for other in (with_lora(retrofitted(dtype=torch.float32)), base(dtype=torch.float32)):
-        if blocks(other):
-            train_memory(other, seed=1)
-        load_adapter(other, tmp_path)
-        assert same_memory(other, model)
-
-
-def test_a_model_inside_lora_can_be_retrofitted_and_restored():
-    ids = tokens(2, LONG)
-    lora = with_lora(base(dtype=torch.float32))
-    plain = logits(lora, ids)
-    retrofitted(model=lora.get_base_model())
-    torch.testing.assert_close(logits(lora, ids), logits(with_lora(retrofitted(dtype=torch.float32)), ids))
-    with full_attention(lora):
-        assert torch.equal(logits(lora, ids), plain)
-    assert restore(lora) is lora
-    assert torch.equal(logits(lora, ids), plain)
-
-
-# --- how far away the sinks seem
-
-
-def by_hand(ids, limit, window=WINDOW, sinks=SINKS, layers=1):
-    """Logits of the base model with sinks + window, every sink at most ``limit`` away: one row of logits per query.
-
-    The query of rank ``p`` sees what a text of the visible tokens with these positions shows to its last token, if
-    there is one layer.
-    """
-    model, rows = base(num_hidden_layers=layers), []
-    for p in range(ids.shape[1]):
-        seen = [j for j in range(p + 1) if j < sinks or j > p - window]
-        far = max(0, p - limit)  # everything but the sinks stands this much nearer
-        position = torch.tensor([[j if j < sinks else j - far for j in seen]])
-        with torch.no_grad():
-            out = model(ids[:, seen], position_ids=position, attention_mask=torch.ones_like(position), use_cache=False)
-        rows.append(out.logits[:, -1])
-    return torch.stack(rows, dim=1)
-
-
-@pytest.mark.parametrize("trained", [12, 16, 256])
-@pytest.mark.parametrize("sink_positions", ["trained", "streaming", "absolute"])
-def test_sinks_seem_as_far_as_they_may(sink_positions, trained):
-    """One layer, so that the base model on the visible tokens alone is the reference."""
-    ids = tokens(1, 30)
-    limit = {"trained": trained - 1, "streaming": CAPACITY - 1, "absolute": 10**9}[sink_positions]
-    plain = base(num_hidden_layers=1, max_position_embeddings=trained)
-    model = retrofitted(model=plain, compressor=None, sink_positions=sink_positions)
-    expected = by_hand(ids, limit)
-    for cuts in (None, 1, [5, 11, 14]):
-        torch.testing.assert_close(logits(model, ids, cuts), expected, rtol=0, atol=1e-5)  # angles are float32
-
-
-def test_the_choices_are_equal_inside_the_trained_range_and_differ_beyond():
-    def run(choice, trained):
-        model = retrofitted(model=base(max_position_embeddings=trained), sink_positions=choice)
-        return logits(model, tokens(1, 40))
-
-    trained, streaming, absolute = (run(choice, 40) for choice in ("trained", "streaming", "absolute"))
-    assert torch.equal(trained, absolute), "no query is farther away"
-    far = (streaming - absolute).abs().amax(dim=(0, 2))
-    assert far[:CAPACITY].max() == 0 and far[CAPACITY] > 1e-4
-    beyond = (run("trained", 20) - absolute).abs().amax(dim=(0, 2))
-    assert beyond[:20].max() < 1e-9 and beyond[20] > 1e-4
-    assert torch.equal(run("trained", CAPACITY), streaming), "the narrowest range holds the window all the same"
-
-
-def test_a_memory_without_positions_does_not_know_where_the_text_begins():
-    """Shifted position_ids change nothing for rotated attention, nor for a memory of either kind; the two differ."""
-    ids, outs = tokens(1, 40), {}
-    for choice in ("absolute", "none"):
-        model = retrofitted(memory_positions=choice)
-        outs[choice] = logits(model, ids)
-        torch.testing.assert_close(logits(model, ids, [7, 13, 20]), outs[choice], rtol=0, atol=1e-5)
-        with torch.no_grad():
-            shifted = model(ids, position_ids=torch.arange(40)[None] + 100, use_cache=False).logits
-        torch.testing.assert_close(shifted, outs[choice], rtol=0, atol=1e-4)
-    assert (outs["none"] - outs["absolute"])[:, CAPACITY:].abs().max() > 1e-3
-
-
-def test_a_memory_without_positions_needs_a_rotation():
-    with pytest.raises(ValueError, match=r"memory_positions='none': .* cannot have its rotation undone, since its"):
-        retrofitted(model=base("gpt2"), memory_positions="none")
-
-
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
-def test_a_rotation_that_cannot_be_redone_is_warned_about_once(name):
-    trained = 16
-    long, short = tokens(1, trained + 4), tokens(1, trained)
-    fits = {"gpt2": "n_positions", "opt": "max_position_embeddings"}[name]
-
-    def make(**options):
-        model = base(name, **{fits: 64})
-        model.config.max_position_embeddings = trained  # else the model cannot go beyond it
-        return retrofitted(model=model, **options)
-
-    model = make()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        logits(model, short)
-        for quiet in (make(sink_positions="absolute"), make(num_sinks=0)):
-            logits(quiet, long, 5)
-    with pytest.warns(UserWarning, match="passed the trained length of 16 tokens") as caught:
-        logits(model, long, 5)
-    assert len([w for w in caught if "trained length" in str(w.message)]) == 3, "each layer once"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        logits(model, long, 5)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_frequencies_that_change_with_the_length_are_warned_about(kind):
-    scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
-    if kind == "longrope":
-        scaling |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    model = base(rope_parameters=Frozen(scaling), max_position_embeddings=16)
-    retrofitted(model=model)
-    assert all(kind in block.found.fixed_positions for block in blocks(model))
-    with pytest.warns(UserWarning, match=f"its rope_type '{kind}' changes its frequencies"):
-        logits(model, tokens(1, 20))
-
-
-class Frozen(dict):
-    """Options of models are remembered, so they need a hash."""
-
-    def __hash__(self):
-        return hash(repr(self))
-
-
-def test_a_rotation_that_is_known_is_not_warned_about():
-    model = retrofitted(model=base(max_position_embeddings=16))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        logits(model, tokens(1, 30))
-        logits(model, tokens(1, 30), 5)
 
 
 def test_what_the_record_says():

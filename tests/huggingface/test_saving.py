@@ -1,77 +1,25 @@
 """A model with a memory on disk: it comes back as it was, or not at all; never as a plain model."""
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedConfig,
-    Trainer,
-    TrainingArguments,
-    pipeline,
 )
 
-from ahn_layers import (
-    Compressor,
-    Mamba2,
-    adapter_parameters,
-    full_attention,
-    load_adapter,
-    outer,
-    restore,
-)
+from ahn_layers import adapter_parameters, full_attention, load_adapter, restore
 from ahn_layers.record import find_retrofitted
 
-from ..models import CAPACITY, FAMILIES, base, generate, logits, retrofitted, tokens, train_memory
-
-LONG = 4 * CAPACITY
-
-
-def make(**options):
-    return retrofitted(dtype=torch.float32, **options)
-
-
-def memory(model):
-    return {name: u.detach().clone() for name, u in adapter_parameters(model)}
-
-
-def assert_same(model, other, *, outputs=True):
-    """Class, retrofit, every weight bit for bit, and what comes out."""
-    assert type(other) is type(model)
-    ours, theirs = find_retrofitted(model)[1], find_retrofitted(other)[1]
-    for name in ("window", "compressor", "memory_positions", "options", "layers"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    mine, its = model.state_dict(), other.state_dict()
-    assert mine.keys() == its.keys()
-    assert all(torch.equal(u, its[name]) and u.dtype == its[name].dtype for name, u in mine.items())
-    assert not any(module.training for module in other.modules())
-    if not outputs:
-        return
-    ids = tokens(2, LONG)
-    assert torch.equal(logits(model, ids), logits(other, ids))
-    assert torch.equal(generate(model, ids), generate(other, ids))
-
-
-OPTIONS = {
-    "default": {},
-    "layers": {"layers": [1]},
-    "positions": {"memory_positions": "none", "sink_positions": "streaming"},
-    "options": {"compressor": Mamba2, "shared_state": True},
-    "window alone": {"compressor": None, "window_size": 5, "num_sinks": 0},
-}
+from ..models import FAMILIES, base, logits, retrofitted, tokens, train_memory
+from .saved import LONG, OPTIONS, assert_same, make, memory
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -126,9 +74,6 @@ def test_a_model_that_reads_images(tmp_path):
     for kind in (type(model), LlamaForCausalLM):
         with pytest.raises(Exception, match="import ahn_layers"):
             kind.from_pretrained(tmp_path)
-
-
-# --- ways of saving
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -303,160 +248,6 @@ def test_without_a_compressor_no_earlier_adapter_is_left(tmp_path):
     assert not list(tmp_path.glob("adapter*"))
 
 
-# --- what else reads the folder
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<s>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<s>")
-
-
-def test_config_tokenizer_and_pipeline(tmp_path):
-    model = make()
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(config, LlamaConfig) and config.model_type == "llama" and config.hidden_size == 32
-    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), config):
-        assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path, config=other))
-    assert AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, nonsense=1)[1] == {"nonsense": 1}
-    assert AutoTokenizer.from_pretrained(tmp_path)("a b").input_ids == [2, 3]
-    run = pipeline("text-generation", model=str(tmp_path))
-    assert_same(model, run.model)
-    assert run("a b a", max_new_tokens=3)[0]["generated_text"].startswith("a b a")
-    with pytest.raises(ValueError, match="import ahn_layers"):
-        LlamaForCausalLM.from_pretrained(tmp_path, config=config)
-
-
-def test_a_new_model_from_the_config_has_a_memory(tmp_path):
-    model = make(layers=[0, 2])
-    model.save_pretrained(tmp_path)
-    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    assert find_retrofitted(other)[1].layers == [0, 2]
-
-
-@pytest.mark.parametrize("case", OPTIONS)
-@pytest.mark.parametrize("shards", ["50GB", "20KB"])
-def test_no_other_class_makes_a_plain_model_of_it(case, shards, tmp_path):
-    model = make(**OPTIONS[case])
-    model.save_pretrained(tmp_path, max_shard_size=shards)
-    with pytest.raises(Exception, match=r"import ahn_layers.*AutoModelForCausalLM"):
-        LlamaForCausalLM.from_pretrained(tmp_path)
-    assert LlamaConfig.from_pretrained(tmp_path).vocab_size == model.config.vocab_size  # which PEFT asks for
-    for kind in (LlamaForCausalLM, AutoModelForCausalLM):  # a config of one's own
-        with pytest.raises(KeyError, match="metadata"):
-            kind.from_pretrained(tmp_path, config=model.config)
-    assert PreTrainedConfig.from_pretrained(tmp_path).transformers_version  # which a Trainer reads
-
-
-FRESH = """
-import sys
-{imports}
-try:
-    model = {load}.from_pretrained(sys.argv[1])
-except Exception as error:
-    sys.exit(f"{{type(error).__name__}}: {{error}}")
-print(type(model).__name__, hasattr(model, "hippocampus"))
-"""
-IMPORTS = {
-    "library first": "import ahn_layers; from transformers import AutoModelForCausalLM",
-    "transformers first": "from transformers import AutoModelForCausalLM; import ahn_layers",
-    "not yet its classes": "import transformers, ahn_layers; from transformers import AutoModelForCausalLM",
-    "a part of the library": "from ahn_layers import Window; from transformers import AutoModelForCausalLM",
-}
-
-
-def in_a_new_process(folder, imports, load="AutoModelForCausalLM"):
-    code = FRESH.format(imports=imports, load=load)
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("case", IMPORTS)
-def test_in_a_new_process(case, tmp_path):
-    make().save_pretrained(tmp_path)
-    done = in_a_new_process(tmp_path, IMPORTS[case])
-    assert done.stdout.strip() == "LlamaForCausalLM True", done.stderr
-
-
-@pytest.mark.parametrize("load", ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoConfig", "LlamaModel", "AutoModel"])
-def test_without_the_library_the_error_says_what_to_import(load, tmp_path):
-    make().save_pretrained(tmp_path)
-    done = in_a_new_process(tmp_path, f"from transformers import {load}", load)
-    assert done.returncode == 1 and "import ahn_layers" in done.stderr and not done.stdout
-
-
-def test_the_table_is_registered_once_and_the_import_stays_light():
-    code = (
-        "import sys, ahn_layers; assert 'transformers' not in sys.modules;"
-        "assert 'ahn_layers.registration' in {type(u).__module__ for u in sys.meta_path};"
-        "from transformers.models.auto.configuration_auto import CONFIG_MAPPING as m;"
-        "assert 'import ahn_layers' in m;"
-        "assert 'ahn_layers.registration' not in {type(u).__module__ for u in sys.meta_path};"
-        "import transformers.models.auto.configuration_auto as u; assert 'Then' not in type(u.__loader__).__name__;"
-        "import importlib; importlib.reload(ahn_layers); assert 'import ahn_layers' in m"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_class_that_is_not_imported(tmp_path):
-    class Leaky(Compressor):
-        def fold(self, state, k, v):
-            return 0.5 * state + outer(k, v)
-
-    model = make(compressor=Leaky)
-    model.save_pretrained(tmp_path)
-    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path))
-    del Compressor.by_name["Leaky"]
-    with pytest.raises(ValueError, match=r"unknown compressor 'Leaky'.*Import the module that defines the class first"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path)("a").input_ids == [2]
-    with pytest.raises(ValueError, match="unknown compressor 'Leaky'"):
-        pipeline("text-generation", model=str(tmp_path))
-
-
-SPOILED = {
-    "no adapter": (lambda f: (f / "adapter.safetensors").unlink(), "adapter.safetensors"),
-    "no description": (lambda f: (f / "adapter.json").unlink(), "adapter.json"),
-    "cut": (lambda f: (f / "adapter.safetensors").write_bytes(b"nothing"), "damaged"),
-    "no base": (lambda f: (f / "model.ahn_layers.safetensors").unlink(), "model.ahn_layers.safetensors"),
-    "another base": (lambda f: other_base(f), "other values in"),
-    "damaged config": (lambda f: edit(f, lambda u: u["ahn_layers"].pop("retrofit")), "lacks 'retrofit'"),
-    "unknown base": (
-        lambda f: edit(f, lambda u: u["ahn_layers"].update(base_model_type="elephant")),
-        "model type 'elephant'",
-    ),
-}
-
-
-def edit(folder, change):
-    content = json.loads((folder / "config.json").read_text())
-    change(content)
-    (folder / "config.json").write_text(json.dumps(content))
-
-
-def other_base(folder):
-    other = base(dtype=torch.float32)
-    with torch.no_grad():
-        for u in other.parameters():
-            u.mul_(1.1)
-    other.save_pretrained(folder / "plain")
-    (folder / "plain" / "model.safetensors").replace(folder / "model.ahn_layers.safetensors")
-
-
-@pytest.mark.parametrize("case", SPOILED)
-def test_a_folder_in_which_something_is_wrong(case, tmp_path):
-    spoil, message = SPOILED[case]
-    make().save_pretrained(tmp_path)
-    spoil(tmp_path)
-    with pytest.raises((ValueError, OSError), match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize("fails", ["config", "weights", "adapter"])
 def test_a_save_that_is_interrupted_over_a_plain_model(fails, tmp_path, monkeypatch):
     """The plain model is still there, and nothing beside it."""
@@ -479,101 +270,3 @@ def test_a_save_that_is_interrupted_over_a_plain_model(fails, tmp_path, monkeypa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     model.save_pretrained(tmp_path)
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path))
-
-
-# --- the hub, Trainer, PEFT
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that keeps what it is sent in a folder."""
-    import shutil
-    from types import SimpleNamespace
-
-    import huggingface_hub
-    from huggingface_hub import ModelCard
-    from transformers.utils import hub
-
-    uploads = []
-
-    def upload(self, folder, repo_id, files_timestamps, **options):
-        shutil.copytree(folder, tmp_path / "hub", dirs_exist_ok=True)
-        uploads.append((repo_id, files_timestamps, options))
-
-    repo = lambda *args, **options: SimpleNamespace(repo_id=(args or (options["repo_id"],))[0])
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *args, **options: repo(*args, **options))
-    monkeypatch.setattr(huggingface_hub, "create_repo", repo)
-    if hasattr(hub, "create_repo"):
-        monkeypatch.setattr(hub, "create_repo", repo)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\n---\n"))
-    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", hub.create_and_tag_model_card)
-    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
-    return uploads
-
-
-def test_push_to_hub(hub, tmp_path):
-    model = make()
-    model.push_to_hub("someone/model", max_shard_size="20KB")
-    assert hub[0][0] == "someone/model"
-    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "hub"))
-
-
-def test_push_to_hub_while_saving(hub, tmp_path):
-    model = make()
-    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="someone/model", commit_message="first")
-    assert hub[0][0] == "someone/model" and hub[0][2]["commit_message"] == "first"
-    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "hub"))
-    model.save_pretrained(tmp_path / "model", push_to_hub=True)
-    assert hub[1][0] == "model" and "config.json" in hub[1][1]
-
-
-def trainer(model, folder, steps):
-    data = [{"input_ids": u, "labels": u} for u in tokens(8, 20)]
-    arguments = TrainingArguments(
-        str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        learning_rate=1e-2, lr_scheduler_type="constant", disable_tqdm=True,
-    )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=data)
-
-
-@pytest.mark.parametrize("options", [{}, {"compressor": None}])
-def test_checkpoints_of_a_trainer(options, tmp_path):
-    """All weights are trained; training goes on from a checkpoint as if it had not stopped."""
-    model = make(**options)
-    trainer(model, tmp_path, 4).train()
-    assert_same(model.eval(), AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4"))
-    other = make(**options)
-    trainer(other, tmp_path / "other", 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_same(model, other.eval())
-
-
-def test_lora_around_it(tmp_path):
-    lora = get_peft_model(make(), LoraConfig(target_modules=["q_proj"]))
-    lora.save_pretrained(tmp_path / "lora")
-    assert sorted(path.name for path in (tmp_path / "lora").glob("*.safetensors")) == ["adapter_model.safetensors"]
-    merged = lora.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    assert_same(merged, AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-
-
-def test_lora_around_a_model_that_was_loaded(tmp_path):
-    """PEFT reads the base's config where the model came from, and loads the model from there."""
-    make().save_pretrained(tmp_path)
-    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config)
-    lora.save_pretrained(tmp_path / "lora")
-    other = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
-    assert find_retrofitted(other)[1].layers == [0, 1, 2]
-    assert torch.equal(logits(lora.eval(), tokens(1, LONG)), logits(other, tokens(1, LONG)))
-
-
-def test_lora_inside_it(tmp_path, monkeypatch):
-    """Transformers writes the LoRA alone; the memory goes beside it."""
-    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
-    model = make()
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert "config.json" not in names and "adapter_model.safetensors" in names
-    other = load_adapter(base(dtype=torch.float32), tmp_path)
-    assert all(torch.equal(u, memory(other)[name]) for name, u in memory(model).items())

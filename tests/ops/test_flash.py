@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ahn_layers import GatedDeltaNet, MemoryStore, Rotary, Window
-from ahn_layers.ops.attention import flash_attention
-from ahn_layers.ops.attention.flash_attention import join
+from ahn_layers.ops.attention import flash_attention, forms
+from ahn_layers.ops.attention import pieces as cut
+from ahn_layers.ops.attention.join import join
 from ahn_layers.ops.attention.window_attention import window_attention
 
 
@@ -49,7 +50,7 @@ def backward(grad, part, out, lse, extra, scale):
 def kernels(monkeypatch):
     """The fused path, with plain operations in the place of the kernels."""
     calls = []
-    monkeypatch.setattr(flash_attention, "supports", lambda q, v: q.shape[-1] == v.shape[-1])
+    monkeypatch.setattr(forms, "is_fused", lambda q, v: q.shape[-1] == v.shape[-1])
     monkeypatch.setattr(flash_attention, "_flash", lambda part, scale: calls.append(part) or forward(part, scale))
     monkeypatch.setattr(flash_attention, "_flash_backward", backward)
     return calls
@@ -118,8 +119,8 @@ def pieces(monkeypatch):
         assert q.shape[2] == k.shape[2]  # of unequal lengths, the library and we might align differently
         return forward((*tensors, q.shape[2]), scale)[:2]
 
-    monkeypatch.setattr(flash_attention, "_cudnn", cudnn)
-    monkeypatch.setattr(flash_attention, "_has_cudnn", lambda q: True)
+    monkeypatch.setattr(cut, "cudnn", cudnn)
+    monkeypatch.setattr(forms, "has_cudnn", lambda q: True)
     return calls
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ahn_layers.ops.recurrence import flash_linear
+from ahn_layers.ops.recurrence import flash_linear, forms
 from ahn_layers.ops.recurrence.channel_scan import channel_scan, rank_one_scan
 
 KINDS = ("gla", "kda", "rwkv7")
@@ -98,15 +98,15 @@ def test_the_kernels_are_given_the_same_recurrence(kind, states, groups, stand_i
 def test_other_releases_are_not_used_and_it_is_said_once(found, monkeypatch, unchecked):
     on_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 9, 64))
     state = torch.zeros(1, 1, 64, 64)
-    monkeypatch.setattr(flash_linear, "_said", [])
-    monkeypatch.setattr(flash_linear, "_FOUND", "0.6.3")
-    assert flash_linear.runs_in_fla(state, on_gpu) and not flash_linear.runs_in_fla(state, state)
-    monkeypatch.setattr(flash_linear, "_FOUND", found)
+    monkeypatch.setattr(forms, "_said", [])
+    monkeypatch.setattr(forms, "_FOUND", "0.6.3")
+    assert forms.runs_in_fla(state, on_gpu) and not forms.runs_in_fla(state, state)
+    monkeypatch.setattr(forms, "_FOUND", found)
     with pytest.warns(UserWarning, match=rf"fla-core is {found or 'not installed'}, expected 0\.6\.x"):
-        assert not flash_linear.runs_in_fla(state, on_gpu)
+        assert not forms.runs_in_fla(state, on_gpu)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not flash_linear.runs_in_fla(state, on_gpu)
+        assert not forms.runs_in_fla(state, on_gpu)
 
 
 def relative(one, other):

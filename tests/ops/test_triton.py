@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ahn_layers.distillation.loss import sliced_loss
-from ahn_layers.ops.attention import flash_attention
+from ahn_layers.ops.attention.join import join
 from ahn_layers.ops.pointwise.normalize import gated_rms_norm, l2_normalize
 from ahn_layers.ops.pointwise.rotary import turn_back
 from ahn_layers.ops.recurrence.delta_scan import gated_delta_scan
+from ahn_layers.ops.recurrence.forms import runs_in_triton
 from ahn_layers.ops.recurrence.linear_scan import gated_linear_scan
-from ahn_layers.ops.recurrence.scan import runs_in_triton
 
 # tokens, key/value heads, states, query heads, key size, value size
 SHAPES = [(70, 1, 2, 6, 16, 24), (64, 1, 2, 2, 32, 16), (2, 2, 2, 2, 16, 16), (130, 1, 1, 2, 40, 48)]
@@ -75,8 +75,8 @@ def check_join(device, dtype):
     for count, backwards in ((2, None), (3, 2), (4, 0), (4, 2)):
         outs = tuple(torch.randn(2, 3, 7, 24).to(device, dtype).transpose(1, 2) for _ in range(count))
         lses = tuple(3 * torch.randn(2, 3, 7, device=device) for _ in range(count))
-        exact = flash_attention.join(*(tuple(u.cpu().double() for u in us) for us in (outs, lses)), backwards)
-        for found, wanted in zip(flash_attention.join(outs, lses, backwards), exact, strict=True):
+        exact = join(*(tuple(u.cpu().double() for u in us) for us in (outs, lses)), backwards)
+        for found, wanted in zip(join(outs, lses, backwards), exact, strict=True):
             assert (found.cpu().double() - wanted).norm() / wanted.norm() < (5e-3 if dtype in HALF else 1e-6)
 
 
@@ -156,7 +156,7 @@ def main():
     import ahn_layers.ops.recurrence.triton_scan_backward as backward
     from ahn_layers.ops.attention import triton_join
     from ahn_layers.ops.pointwise import triton_loss, triton_normalize, triton_rotary
-    from ahn_layers.ops.recurrence import scan, triton_scan
+    from ahn_layers.ops.recurrence import triton_scan
 
     run, train, called = triton_scan.chunked_scan, backward.trained_scan, []
     with (
@@ -167,7 +167,7 @@ def main():
             check_scans("cpu", torch.float32, *shape)
         assert len(called) == 8 * len(SHAPES)  # float64 has none; not the PyTorch form under another name
         check_scans("cpu", torch.float16, *SHAPES[0])
-    assert backward.chunked_scan_backward is not None and scan.runs_in_triton
+    assert backward.chunked_scan_backward is not None
     with patch.object(triton_normalize, "_launch_l2", side_effect=triton_normalize._launch_l2) as launched:
         check_normalizations("cpu", torch.float16)
     assert launched.call_count == 2

@@ -1,4 +1,4 @@
-"""Products of matrices and a single row, put together: a pass over the graph of a decode step before it is compiled."""
+"""Merges products of matrices with one row: a pass over the graph of a decode step before it is compiled."""
 
 import operator
 from collections import defaultdict
@@ -23,9 +23,6 @@ def merge_matvecs(graph: Graph) -> None:
     of which one has gone through SiLU, the sum with the residual after a single layer.
 
     Left alone are rows in other precisions than half, several rows at once, and weights that the graph computes.
-
-    Args:
-        graph: as TorchDynamo made it.
     """
     groups: dict[Node, list[_Linear]] = defaultdict(list)
     for node in graph.nodes:

@@ -4,7 +4,7 @@ Between the matrix products of a layer lie dozens of small operations: norms, th
 sums. For pieces of one size they are compiled, once for all layers. To the compiler attention and memory together are a
 single operation that it does not look into: so no code depends on the layer, on the piece or on where it begins.
 
-This is for prompts that outgrow the window. They are not bit-comparable with the base model in any case, so their first
+This is for prompts that outgrow the window. They are never bit-identical to the base model, so their first
 pieces, during which nothing leaves the window, need not go through its attention and its masks either.
 """
 
@@ -22,18 +22,15 @@ from ...memory import MemoryStore
 from ...ops.attention.attend import SoftmaxAttention
 from ..cache_layers import LayerCache, MemoryLayer
 from ..decoder import CACHE, DecoderAttention
-from .region import compiled_region, only_device, run_plainly, twin
+from ..devices import only_device
+from .region import compiled_region, run_plainly, twin
 
 WORTH_COMPILING = 4
 """Full pieces that a prompt must have for its layers to be compiled."""
 
 
 class Reader:
-    """Chooses what reads a prompt in pieces: the model as it is, or a twin of it that reads faster.
-
-    Args:
-        model: the retrofitted model.
-    """
+    """Chooses what reads a prompt in pieces: the model as it is, or a twin of it that reads faster."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -58,14 +55,7 @@ class Reader:
         )
 
     def reading_model(self, length: int, size: int, inputs: dict[str, Any], options: Any) -> nn.Module:
-        """The model that reads a prompt: the twin if it outgrows the window and nothing speaks against it.
-
-        Args:
-            length: tokens of the prompt.
-            size: tokens of a piece.
-            inputs: what else the model is called with: the cache, the padding mask.
-            options: the generation config.
-        """
+        """The model that reads a prompt: the twin if it outgrows the window and nothing speaks against it."""
         cache, mask = inputs.get(CACHE), inputs.get("attention_mask")
         blocks = [module for module in self.model.modules() if isinstance(module, DecoderAttention)]
         if (
@@ -185,7 +175,7 @@ def _read_layer(region: Callable[..., Any], size: int, module: nn.Module, /, *ar
 
 
 def _without_traits(cache: LayerCache, u: Any) -> Any:
-    """An argument of a layer without what tells layers and pieces apart."""
+    """An argument of a layer, without what differs between layers and pieces."""
     if isinstance(u, LayerCache):
         return cache
     if isinstance(u, Tensor) and not u.is_floating_point():  # a slice of the positions of the whole prompt

@@ -1,4 +1,4 @@
-"""The layers of a model as one piece of code: what tells them apart is hidden, so that it is compiled once."""
+"""One piece of compiled code for all layers of a model: what differs between them is hidden from the compiler."""
 
 import copy
 import inspect
@@ -43,18 +43,8 @@ def twin(model: nn.Module, cache: Cache, region: Callable[..., Any]) -> nn.Modul
     return copied
 
 
-def only_device(model: nn.Module) -> torch.device | None:
-    """Where all of the model's parameters are, None if on several devices, offloaded, or in other processes too."""
-    devices = {None if hasattr(u, "device_mesh") else u.device for u in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
-
-
 def compiled_region(**options: Any) -> Callable[..., Any]:
-    """Runs a layer, ``(module, *args, **kwargs)``, compiled; as it is if that fails.
-
-    Args:
-        **options: of ``torch.compile``.
-    """
+    """Runs a layer, ``(module, *args, **kwargs)``, compiled; as it is if that fails."""
     # torch.compile counts what it made of a piece of code: each model has its own piece
     plain = inspect.unwrap(run_plainly)
     function = FunctionType(plain.__code__.replace(), plain.__globals__)

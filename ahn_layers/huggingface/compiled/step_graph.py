@@ -39,7 +39,7 @@ class Step:
     Args:
         model: the retrofitted model.
         region: the compiled function for a layer, from ``compiled_region``.
-        records: whether steps are recorded; without, layers are compiled all the same.
+        records: whether steps are recorded; layers are compiled in any case.
 
     Attributes:
         known_inputs: what later steps are called with, None in place of the next token and the cache; or None.
@@ -84,13 +84,7 @@ class Step:
 
 
 class Recording:
-    """A recorded call of a function: replayed for new values of its tensor arguments.
-
-    Args:
-        function: what to record.
-        leaves: its keyword arguments, flattened.
-        structure: their structure.
-    """
+    """A recorded call of a function: replayed for new values of its tensor arguments."""
 
     def __init__(self, function: Callable[..., Any], leaves: list[Any], structure: Any) -> None:
         static = [u.clone() if isinstance(u, Tensor) else u for u in leaves]

@@ -1,4 +1,4 @@
-"""Keys that are seen for a while: what an eviction shows of the tokens that it keeps.
+"""Keys that are visible to an interval of queries: what an eviction shows of the tokens that it keeps.
 
 Dimensions: b batch, g key/value heads, t queries, c keys, d key size, e value size.
 """

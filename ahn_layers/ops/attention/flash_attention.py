@@ -16,22 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..triton_forms import in_triton
+from . import forms, pieces
 from .between import Between
+from .join import join
 
 Part = tuple[Tensor, Tensor, Tensor, int | None]
 """Queries, keys, values, ``(b, t, h, d)`` each; how many tokens back a query sees, itself included, None for all."""
-
-
-def supports(q: Tensor, v: Tensor) -> bool:
-    """Whether the fused kernels can take these tensors."""
-    size = q.shape[-1]
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and size == v.shape[-1] <= 256 and size % 8 == 0
-
-
-def supports_beside(part: Between) -> bool:
-    """Whether there is a kernel for these keys: not in training."""
-    return part.soft is None and not torch.is_grad_enabled() and in_triton(part.k, part.v)
 
 
 def attend_beside(q: Float[Tensor, "b h t d"], part: Between, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,29 +48,20 @@ def flash_window_attention(
 ) -> Float[Tensor, "b h t d"]:
     """Every query sees the sinks up to itself, and of the other tokens the last ``window_size`` up to its own.
 
-    Args:
-        q: queries; the last ``t`` columns of the context are their own.
-        q_sinks: the queries as they face the sinks, None for ``q``.
-        sink_k: keys of the sinks, possibly none; None if they are the first ``own`` columns of the context.
-        sink_v: their values.
-        context_k: keys.
-        context_v: their values.
-        window_size: tokens a query sees besides the sinks.
-        head: how many of the queries are sinks themselves, the first ones.
-        own: how many columns of the context are sinks, the first ones.
-        scale: logit factor.
-        beside: attention to further keys and its log-sum-exp, as ``attend_beside`` returns them.
+    Arguments as of ``window_attention``, except that all queries face the sinks as ``q_sinks``. The first ``head``
+    queries are sinks themselves, as are the first ``own`` columns of the context. ``beside`` is attention to further
+    keys and its log-sum-exp, as ``attend_beside`` returns them.
     """
     columns = q.shape[2] + window_size - 1  # no query sees further back
     if sink_k is not None and sink_v is not None and not head:
         own, k, v = 0, *(u[:, :, own:][:, :, -columns:] for u in (context_k, context_v))
-        if _in_pieces(q, k, window_size):
+        if forms.is_cut_in_pieces(q, k, window_size):
             facing = q if q_sinks is None else q_sinks
-            return _with(beside, _attend_in_pieces(q, facing, sink_k, sink_v, k, v, scale, window_size))
+            return _with(beside, pieces.attend_in_pieces(q, facing, sink_k, sink_v, k, v, scale, window_size))
         context_k, context_v = k, v
     begins = sink_k is None and q_sinks is None and context_k.shape[2] == q.shape[2]
-    if begins and _in_pieces(q, context_k[:, :, own:], window_size):
-        return _with(beside, _cudnn(q, context_k, context_v, True, scale))
+    if begins and forms.is_cut_in_pieces(q, context_k[:, :, own:], window_size):
+        return _with(beside, pieces.cudnn(q, context_k, context_v, True, scale))
     tensors = [None if u is None else u.transpose(1, 2) for u in (q, q_sinks, sink_k, sink_v, context_k, context_v)]
     cut = _Cut(window_size, head, own, scale)
     if beside:
@@ -93,67 +74,6 @@ def _with(beside: Sequence[tuple[Tensor, Tensor]], attended: tuple[Tensor, Tenso
     """Attention over the window, ``(b, t, h, d)``, and over what is beside it, ``(b, h, t, d)``."""
     outs, lses = zip(attended, *beside, strict=True)
     return join(outs, lses)[0].transpose(1, 2)
-
-
-def _in_pieces(q: Tensor, context_k: Tensor, window_size: int) -> bool:
-    """Whether the window is cut into pieces without masks but the causal one: full for every query, or never too small.
-
-    cuDNN's kernels know no windows and are the fastest on Hopper, FlashAttention 2 skips what its window hides.
-    """
-    length, columns = q.shape[2], context_k.shape[2]
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()  # the device's properties are asked for
-        and length >= 512
-        and (columns <= window_size or columns == length + window_size - 1 >= 3 * length - 1)
-        and _has_cudnn(q)
-    )
-
-
-def _has_cudnn(q: Tensor) -> bool:
-    return (
-        q.shape[-1] in (64, 128)
-        and torch.backends.cuda.cudnn_sdp_enabled()
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
-    )
-
-
-def _attend_in_pieces(
-    q: Tensor,
-    q_sinks: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    context_k: Tensor,
-    context_v: Tensor,
-    scale: float,
-    window_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Window attention as up to four attentions: what all queries see, what they see causally, what leaves, the sinks.
-
-    Column ``j`` of the context leaves a full window before query ``j``: turned around, this is causal too.
-    """
-    length, columns = q.shape[2], context_k.shape[2]
-    leaving = length if columns > window_size else 0
-    middle, own = slice(leaving, columns - length), slice(columns - length, None)
-    parts, backwards = [], None
-    if columns > leaving + length:
-        parts.append(_cudnn(q, context_k[:, :, middle], context_v[:, :, middle], False, scale))
-    parts.append(_cudnn(q, context_k[:, :, own], context_v[:, :, own], True, scale))
-    if leaving:
-        backwards = len(parts)
-        turned, k, v = (u[:, :, :length].flip(2) for u in (q, context_k, context_v))
-        parts.append(_cudnn(turned, k, v, True, scale))
-    if sink_k.shape[2]:
-        parts.append(_cudnn(q_sinks, sink_k, sink_v, False, scale))
-    outs, lses = zip(*parts, strict=True)
-    return join(outs, lses, backwards=backwards)
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention ``(b, t, h, d)`` and its log-sum-exp ``(b, h, t)``."""
-    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, lse = attend(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
-    return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
 
 class _Cut(NamedTuple):
@@ -180,7 +100,7 @@ class _Cut(NamedTuple):
 class _JointAttention(torch.autograd.Function):
     """One softmax over the window and, if there are any, the sinks.
 
-    All slices are taken in here, so that each gradient is put together once.
+    All slices are taken in here, so that each gradient is written once.
     """
 
     @staticmethod
@@ -205,13 +125,13 @@ class _JointAttention(torch.autograd.Function):
         tensors, rest = saved[:6], saved[6:]
         q, _, sink_k, sink_v, k, v = tensors
         parts = cut.parts(*tensors)
-        extras, pieces = rest[: 2 * len(parts)], rest[2 * len(parts) :]
+        extras, joint = rest[: 2 * len(parts)], rest[2 * len(parts) :]
         found = []
         for number, part in enumerate(parts):
             extra = extras[2 * number : 2 * number + 2]
             first = cut.head and not number
             piece = slice(0, cut.head) if first else slice(cut.head, None)
-            out, lse = pieces[:2] if first else pieces[-2:]
+            out, lse = joint[:2] if first else joint[-2:]
             found.append(_flash_backward(grad[:, piece], part, out, lse, extra, cut.scale))
         head = [found.pop(0)] if cut.head else []
         window = found[:1] or [tuple(u[:, :0] for u in (q, k, v))]
@@ -242,45 +162,19 @@ def _joint(
     tensors = (q, q if q_sinks is None else q_sinks, *_sinks(cut, sink_k, sink_v, k, v), k, v)
     outs, lses, extras = zip(*(_flash(part, cut.scale) for part in cut.parts(*tensors)), strict=True)
     split = 1 if cut.head else 0
-    pieces = [(outs[0], lses[0])] if split else []
+    joint = [(outs[0], lses[0])] if split else []
     if len(outs) > split:
-        pieces.append(join(outs[split:], lses[split:]))
-    saved = (*tensors, *(u for extra in extras for u in extra), *(u for piece in pieces for u in piece))
-    if len(pieces) == 1:
-        return pieces[0], saved
-    return (torch.cat([out for out, _ in pieces], dim=1), torch.cat([lse for _, lse in pieces], dim=2)), saved
+        joint.append(join(outs[split:], lses[split:]))
+    saved = (*tensors, *(u for extra in extras for u in extra), *(u for piece in joint for u in piece))
+    if len(joint) == 1:
+        return joint[0], saved
+    return (torch.cat([out for out, _ in joint], dim=1), torch.cat([lse for _, lse in joint], dim=2)), saved
 
 
 def _sinks(cut: _Cut, sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if sink_k is None or sink_v is None:
         return k[:, : cut.own], v[:, : cut.own]
     return sink_k, sink_v
-
-
-def join(
-    outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], backwards: int | None = None
-) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b h t"]]:
-    """Attention over several sets of keys, from the attention over each.
-
-    Args:
-        outs: attention over each set, ``(b, t, h, d)``.
-        lses: its log-sum-exp, ``(b, h, t)``.
-        backwards: the one whose tokens come in reverse order, None for none.
-    """
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    if in_triton(*outs) and outs[0].dtype != torch.float64 and not torch.compiler.is_compiling():
-        from . import triton_join
-
-        return triton_join.join(outs, lses, backwards)
-    if backwards is not None:
-        outs = tuple(u.flip(1) if i == backwards else u for i, u in enumerate(outs))
-        lses = tuple(u.flip(2) if i == backwards else u for i, u in enumerate(lses))
-    lse = torch.stack(lses).logsumexp(dim=0)
-    total = torch.zeros_like(outs[0], dtype=lse.dtype)
-    for out, part in zip(outs, lses, strict=True):
-        total.addcmul_(out.to(lse.dtype), (part - lse).exp().transpose(1, 2).unsqueeze(-1))
-    return total.to(outs[0].dtype), lse
 
 
 def _flash(part: Part, scale: float) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -306,18 +200,7 @@ def flash_backward(
     """Gradients of FlashAttention, as PyTorch has it, by queries, keys and values.
 
     An operation of its own, since PyTorch's reads the log-sum-exp as if it had no gaps between its rows, and a compiler
-    may leave some.
-
-    Args:
-        grad: of the output, ``(b, t, h, d)``.
-        q: ``(b, t, h, d)``.
-        k: ``(b, c, g, d)``.
-        v: ``(b, c, g, d)``.
-        out: ``(b, t, h, d)``.
-        lse: ``(b, h, t)``.
-        extra: the state of the random generator, which nothing draws from.
-        back: how many tokens back a query sees, itself included, None for all.
-        scale: logit factor.
+    may leave some. Shapes as in ``Part``; ``extra`` is the state of the random generator, which nothing draws from.
     """
     grad, out, lse = (u.contiguous() for u in (grad, out, lse))
     grads = torch.ops.aten._flash_attention_backward(

@@ -1,4 +1,4 @@
-"""A tensor and a slice of it, both used: in training their gradients are put together once."""
+"""A tensor and a slice of it, whose gradients are summed in one write."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def share_columns(*wanted: tuple[Tensor, int, int]) -> list[tuple[Tensor, Tensor
     """For each ``(u, start, stop)`` the tensor and ``u[:, :, start:stop]``.
 
     To autograd a slice is a tensor of zeros around its gradient, and a sum with that of the whole: four times the
-    traffic of writing the sum at once.
+    traffic of writing the sum in one go.
     """
     tensors = [u for u, _, _ in wanted]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(u.requires_grad for u in tensors):

@@ -69,7 +69,7 @@ def _join(
 
 @on_its_gpu
 def join(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], backwards: int | None) -> tuple[Tensor, Tensor]:
-    """See ``flash_attention.join``: two to four parts, the last dimension contiguous.
+    """See ``join.join``: two to four parts, the last dimension contiguous.
 
     Args:
         outs: ``(B, T, H, E)`` each.

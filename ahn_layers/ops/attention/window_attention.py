@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import flash_attention
+from . import forms
 from .between import Between
+from .flash_attention import attend_beside, flash_window_attention
 
 _BLOCK_SCORES = 1 << 27
 """Upper bound on the scores ``b * h * block * keys`` of one query block (512 MiB in float32, if materialised)."""
@@ -164,13 +165,13 @@ def window_attention(
     past = context_k.shape[2] - q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = softcap is not None or null_logits is not None
-    fused = not plain and flash_attention.supports(q, context_v)
-    if first_rank is not None and fused and all(map(flash_attention.supports_beside, beside)):
+    fused = not plain and forms.is_fused(q, context_v)
+    if first_rank is not None and fused and all(map(forms.is_fused_beside, beside)):
         far = 0 if q_sinks is None else q_sinks.shape[2]
         facing = None if q_sinks is None else torch.cat((q[:, :, : q.shape[2] - far], q_sinks), dim=2)
         if sink_k is not None and sink_v is not None:
             sink_k, sink_v = (u[:, :, : first_rank + q.shape[2]] for u in (sink_k, sink_v))
-        return flash_attention.flash_window_attention(
+        return flash_window_attention(
             q,
             facing,
             sink_k,
@@ -181,7 +182,7 @@ def window_attention(
             head=min(q.shape[2], max(0, num_sinks - first_rank)),
             own=min(context_k.shape[2], max(0, num_sinks - (first_rank - past))),
             scale=scale,
-            beside=[flash_attention.attend_beside(q if q_kept is None else q_kept, part, scale) for part in beside],
+            beside=[attend_beside(q if q_kept is None else q_kept, part, scale) for part in beside],
         )
     if sink_k is None or sink_v is None:
         sink_k, sink_v = context_k[:, :, :num_sinks], context_v[:, :, :num_sinks]

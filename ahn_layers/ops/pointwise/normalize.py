@@ -5,12 +5,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..triton_forms import has_triton
+from . import forms
 
 
 def l2_normalize(u: Float[Tensor, "*h d"], eps: float = 1e-6, scale: float = 1.0) -> Float[Tensor, "*h d"]:
     """``scale * u / sqrt(sum(u^2) + eps)`` over the last dimension, in the dtype of ``u``."""
-    if _in_one_kernel(u):
+    if forms.normalizes_in_triton(u):
         from . import triton_normalize
 
         return triton_normalize.l2_normalize(u, scale, eps)
@@ -29,13 +29,9 @@ def gated_rms_norm(
     r: Float[Tensor, "b h t e"], weight: Float[Tensor, " e"], gate: Float[Tensor, "b h t"], eps: float = 1e-5
 ) -> Float[Tensor, "b h t e"]:
     """``rms_normalize(r) * weight * silu(gate)``, in the dtype of ``r``."""
-    if _in_one_kernel(r):
+    if forms.normalizes_in_triton(r):
         from . import triton_normalize
 
         return triton_normalize.gated_rms_norm(r, weight, gate.float(), eps)
     wide = r.to(torch.promote_types(r.dtype, torch.float32))
     return (rms_normalize(wide, eps) * weight.to(wide.dtype) * F.silu(gate).unsqueeze(-1)).to(r.dtype)
-
-
-def _in_one_kernel(u: Tensor) -> bool:
-    return u.dtype in (torch.bfloat16, torch.float16) and u.dim() == 4 and has_triton(u)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..triton_forms import has_triton
+from . import forms
 
 
 def turn_back(
@@ -35,7 +35,7 @@ def turn_back(
     angle = distance.double()[..., None] * inv_freq.double()
     dtype = torch.promote_types(q.dtype, torch.float32)
     cos, sin = (f(angle).to(dtype) for f in (torch.cos, torch.sin))
-    if q.shape[2] > 1 and dtype == torch.float32 and has_triton(q) and not torch.compiler.is_compiling():
+    if forms.turns_in_triton(q):
         from . import triton_rotary
 
         return triton_rotary.turn(q, cos, sin, interleaved, start)

@@ -43,11 +43,6 @@ def compose(
 
     First the compositions within all groups side by side, then from group to group: ``2 sqrt(n)`` products in a row
     instead of ``n``.
-
-    Args:
-        state: the state before the first step.
-        a: the linear part of each step.
-        c: the constant part of each step.
     """
     steps = a.shape[2]
     size = max(1, math.isqrt(steps))

@@ -2,7 +2,7 @@
 
 The product of a query with an earlier key, ``sum_d q_id k_jd exp(g_{j+1,d} + ... + g_id)``, is a matrix product only
 once the exponent is split between the two sides, and a split at a fixed token overflows: one side grows as fast as the
-other decays. So the triangle of a chunk is put together from squares, each split between its own rows and columns,
+other decays. So the triangle of a chunk is assembled from squares, each split between its own rows and columns,
 where neither side grows: between the halves of the chunk, of the halves, and so on down to pairs of tokens.
 
 Dimensions: n chunks, c tokens a chunk (a power of two), m blocks of z tokens in a chunk.

@@ -1,7 +1,7 @@
 """Recurrences whose decay differs between the channels of a key, over many tokens, in chunks.
 
 ``channel_scan`` is the recurrence of GLA and, with ``beta``, of KDA; ``rank_one_scan`` is the one of RWKV-7 and of
-every other transition that is a diagonal and a matrix of rank one. Dimensions as in ``linear_scan``.
+every other transition that is a diagonal and a matrix of rank one. Dimensions as in ``gated_scan``.
 """
 
 import torch
@@ -9,11 +9,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..decode.step import fold_and_read
+from ..decode.fold import fold_and_read
 from .affine_scan import states_between
 from .channel_chunks import Decays
 from .chunks import in_chunks, per_state
-from .flash_linear import runs_in_fla
+from .forms import runs_in_fla
 
 
 def channel_scan(
@@ -30,17 +30,8 @@ def channel_scan(
 
     arXiv 2312.06635; with ``beta``, ``S <- S + k_t (beta_t (v_t - S^T k_t))^T``, arXiv 2510.26692.
 
-    Args:
-        state: the state before the first token; its dtype is the dtype of the computation.
-        q: queries, one per folded token; queries of one group share a state.
-        k: folded keys, normalised by the caller; states of one group share them.
-        v: folded values, likewise.
-        g: log decay of each channel of the key.
-        beta: write strength; 0 with ``g = 0`` folds nothing. None adds.
-        chunk_size: tokens folded at once, a power of two; by default 32. Given, the plain form runs everywhere.
-
-    Returns:
-        What each query reads, in the dtype of the state (of ``k`` in kernels), and the state after the last token.
+    Arguments and results as of ``gated_delta_scan``, with a log decay for each channel of the key. Chunks have a power
+    of two of tokens, by default 32; given their size, the plain form runs everywhere.
     """
     if chunk_size is None and runs_in_fla(state, k):
         from . import flash_linear
@@ -86,15 +77,8 @@ def rank_one_scan(
 ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b s d e"]]:
     """``S <- diag(exp(g_t)) S + b_t (S^T a_t)^T + k_t v_t^T``, read after it: ``r_t = S^T q_t`` (arXiv 2503.14456).
 
-    Args:
-        state: see ``channel_scan``, as for the others.
-        q: see there.
-        k: see there.
-        v: see there.
-        g: log decay of each channel of the key.
-        a: the key under which the state, as it was before the token, is read.
-        b: the key under which what was read is added; ``b = -beta a`` takes it off.
-        chunk_size: see there.
+    Under ``a`` the state is read as it was before the token, under ``b`` what was read is added: ``b = -beta a`` takes
+    it off. Other arguments as of ``channel_scan``.
     """
     if chunk_size is None and runs_in_fla(state, k):
         from . import flash_linear
@@ -132,17 +116,9 @@ def _run(
     state: Tensor, q: Tensor, keys: list[Tensor], u: Tensor, w: Tensor | None, decays: Decays, scores: list[Tensor],
     length: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """From what each chunk writes to readings and the last state.
+    """From what each chunk writes (see ``states_between``) to readings and the last state.
 
-    Args:
-        state: before the first chunk.
-        q: queries.
-        keys: under which is written, one after the other.
-        u: what each chunk would write into an empty state.
-        w: what the state takes off that.
-        decays: within each chunk.
-        scores: of the queries with each of the keys.
-        length: tokens.
+    It is written under the first keys, then under the second; the scores are those of the queries with each of them.
     """
     tail = torch.cat([k * decays.until.exp() for k in keys], dim=3).mT
     before, state = states_between(state, decays.since[..., -1, :].exp(), tail, u, w)

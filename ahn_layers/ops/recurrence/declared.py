@@ -1,4 +1,4 @@
-"""A recurrence in the names of its gates, and its scan: the one place that chooses between the forms."""
+"""A recurrence in the names of its gates: one step of it, and its scan over many tokens."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..decode.fold import delta_step
 from ..pointwise.normalize import l2_normalize
 from .channel_scan import channel_scan
 from .delta_scan import gated_delta_scan
-from .flash_linear import channel_operand
+from .forms import as_operand
 from .linear_scan import gated_linear_scan
-from .momentum_scan import momentum_scan
-from .scan import as_operand
+from .momentum_scan import momentum_scan, momentum_step
 
 State = Tensor | dict[str, Tensor]
 
@@ -92,6 +92,37 @@ def _with_more(u: Float[Tensor, "b g t d"], matrices: Float[Tensor, "s m d d"]) 
     return torch.cat((u.unsqueeze(3), more), dim=3)
 
 
+def declared_step(
+    step: Recurrence,
+    state: State,
+    k: Float[Tensor, "b s d"],
+    v: Float[Tensor, "b s e"],
+    gates: dict[str, Float[Tensor, "b s 1 *_"]],
+) -> State:
+    """One token folded, in plain PyTorch; key and value come in the dtype of the state, the key not normalised."""
+    gates = {name: gates[name].to(k.dtype) for name in step.gates}
+    g = _decays(step, gates, k.unsqueeze(2), None)
+    g = None if g is None else g.squeeze(2).to(k.dtype)
+    strength = k.new_ones(k.shape[:2]) if step.strength is None else gates[step.strength].squeeze(2)
+    if step.momentum is not None:
+        assert isinstance(state, dict)
+        key, m = l2_normalize(k, step.eps), gates[step.momentum].squeeze(2)
+        after = momentum_step(state["memory"], state["momentum"], key, v, strength, m, g)
+        return dict(zip(("memory", "momentum"), after, strict=True))
+    assert isinstance(state, Tensor)
+    if g is not None:
+        state = state * (g if g.ndim == 3 else g.unsqueeze(-1)).exp().unsqueeze(-1)
+    keys, values = step.all_of(k.unsqueeze(2), v.unsqueeze(2))
+    strengths = strength if strength.ndim == 3 else strength.unsqueeze(-1)
+    for i in range(step.writes):
+        key, value, beta = l2_normalize(keys[:, :, 0, i], step.eps), values[:, :, 0, i], strengths[:, :, i]
+        if step.delta:
+            state = delta_step(state, key, value, beta)
+        else:
+            state = state + key.unsqueeze(-1) * (beta.unsqueeze(-1) * value).unsqueeze(-2)
+    return state
+
+
 def declared_scan(
     step: Recurrence,
     state: State,
@@ -120,10 +151,9 @@ def declared_scan(
     g, strength = _decays(step, gates, k, folds), None if step.strength is None else gates[step.strength]
     by_channel = g is not None and g.ndim == 4
     matrix = state if isinstance(state, Tensor) else state["memory"]
-    as_one = channel_operand if by_channel else as_operand
-    q = l2_normalize(as_one(q, matrix), step.eps, step.read_scale)
+    q = l2_normalize(as_operand(q, matrix, by_channel=by_channel), step.eps, step.read_scale)
     if step.writes == 1:
-        k = l2_normalize(as_one(k, matrix), step.eps)
+        k = l2_normalize(as_operand(k, matrix, by_channel=by_channel), step.eps)
     if step.delta and strength is None:
         strength = matrix.new_ones(*matrix.shape[:2], k.shape[2])
         strength = strength if folds is None else strength.masked_fill(~folds, 0)

@@ -5,63 +5,9 @@ Its tensors are ``(B, T, H, D)``, with one state per query head.
 
 import math
 import sys
-import warnings
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
-
-TESTED = ("0", "6")
-"""The release whose kernels are tested against the plain forms."""
-
-
-def _release() -> str:
-    """The release that is installed; nothing without Triton, which all of the package needs."""
-    try:
-        return version("fla-core") if find_spec("fla") and find_spec("triton") else ""
-    except PackageNotFoundError:
-        return ""
-
-
-_FOUND = _release()
-_said: list[bool] = []
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def runs_in_fla(state: Tensor, k: Tensor) -> bool:
-    """Whether a scan over these tokens runs in kernels of flash-linear-attention.
-
-    On a GPU in half precision, for more than one token and heads of up to 256. If the package is missing or of another
-    release than the tested one, the plain form runs, and a warning says so once.
-    """
-    fits = k.is_cuda and k.dtype in _HALF and state.dtype == torch.float32
-    return (
-        fits and k.shape[2] > 1 and max(state.shape[-2:]) <= 256 and (_FOUND.split(".")[:2] == [*TESTED] or _say_once())
-    )
-
-
-def channel_operand(u: Tensor, state: Tensor) -> Tensor:
-    """Queries, keys or values as ``channel_scan`` and ``rank_one_scan`` multiply them.
-
-    In half precision where kernels run, but for float16 in training, whose gradients would vanish; else in the dtype of
-    the state.
-    """
-    half = u.dtype == torch.bfloat16 or (u.dtype == torch.float16 and not torch.is_grad_enabled())
-    return u if half and runs_in_fla(state, u) else u.to(state.dtype)
-
-
-def _say_once() -> bool:
-    """Warn, at the first scan that would have run in kernels; False."""
-    if not _said and not torch.compiler.is_compiling():
-        _said.append(True)
-        warnings.warn(
-            f"fla-core is {_FOUND or 'not installed'}, expected {'.'.join(TESTED)}.x, and triton: compressors that "
-            "decay by channel run in plain PyTorch, which is slower. pip install 'fla-core>=0.6,<0.7'",
-            stacklevel=4,
-        )
-    return False
 
 
 def channel_scan(

@@ -1,6 +1,6 @@
 """The delta rule with momentum over many tokens, in chunks: gradient descent on what is stored, as in Titans.
 
-Dimensions as in ``linear_scan``.
+Dimensions as in ``gated_scan``.
 """
 
 import torch
@@ -47,17 +47,8 @@ def momentum_scan(
     scalars that the gates give: what is written solves a triangular system, as for the delta rule. ``S`` and ``Z`` pass
     from chunk to chunk as one matrix of ``2 d`` rows.
 
-    Args:
-        state: ``S`` before the first token; its dtype is the dtype of the computation.
-        momentum: ``Z`` before the first token.
-        q: queries, one per folded token; queries of one group share a state.
-        k: folded keys, normalised by the caller; states of one group share them.
-        v: folded values, likewise.
-        beta: step size.
-        m: log of what is kept of the momentum.
-        g: log decay of the state, None for no decay.
-        folds: False where nothing is folded: the token changes neither ``S`` nor ``Z``.
-        chunk_size: tokens folded at once; by default 32, on a GPU 128.
+    Arguments as of ``gated_delta_scan``, and: ``Z`` before the first token; as ``beta`` the step size; as ``m`` the log
+    of what is kept of the momentum; ``folds``, False where the token changes neither ``S`` nor ``Z``.
 
     Returns:
         What each query reads, and ``S`` and ``Z`` after the last token.

@@ -1,6 +1,6 @@
 """Triton kernels for the chunked scans, forward; the backward pass is in ``triton_scan_backward``.
 
-Dimensions as in ``linear_scan``; n chunks of ``CHUNK`` tokens. Three steps: the chunks side by side, what each would
+Dimensions as in ``gated_scan``; n chunks of ``CHUNK`` tokens. Three steps: the chunks side by side, what each would
 write into an empty state (``u``) and what the state takes off that (``w``); one chunk after the other, only the state
 passing on, cut along the value size, whose columns do not depend on each other; and side by side again, what the
 queries read.

@@ -60,18 +60,7 @@ def pool_scan(
     pool: Pool,
     scale: float,
 ) -> tuple[Float[Tensor, "b h t e"], dict[str, Tensor]]:
-    """``pool_step`` and ``pool_read`` for each token in turn.
-
-    Args:
-        state: see above; its dtype is the dtype of all tensors.
-        q: queries, one per token.
-        k: keys.
-        v: values.
-        folds: False where nothing is taken in.
-        rate: tokens of a slot.
-        pool: how they are pooled.
-        scale: logit factor.
-    """
+    """``pool_step`` and ``pool_read`` for each token in turn."""
     readings = []
     for start in range(0, q.shape[2], _PIECE):
         part = slice(start, start + _PIECE)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..triton_forms import in_triton
+from . import forms
 
 _CHUNK = {"cpu": 128}
 """Arrivals compared with each other at once, by device type."""
@@ -45,8 +45,7 @@ def running_top(
     if count == 1:
         return _one_more(priority, rank, filled, where.squeeze(2))
     here = torch.arange(slots, device=device) < filled.unsqueeze(2)
-    kernel = in_triton(priority) and priority.dtype != torch.float64
-    if kernel:
+    if forms.chooses_in_triton(priority):
         from . import triton_top
 
         valid = torch.cat((here, where), dim=2)

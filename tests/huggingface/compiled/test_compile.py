@@ -1,6 +1,7 @@
 """``torch.compile``: whole graphs without a break, and one graph for all of decoding with a static cache."""
 
-import contextlib
+# ruff: noqa: F811 - fixtures are imported
+
 import copy
 import importlib
 import sys
@@ -8,74 +9,10 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...methods import NAMES
-
-SIZE, HEADS, GROUPS = 8, 4, 2
-
-
-@pytest.fixture(scope="module")
-def models():
-    """``tests.models`` over a copy of the library whose shapes are not checked: the checks cannot be traced."""
-    ours = [name for name in sys.modules if name.split(".")[0] == "ahn_layers" or name == "tests.models"]
-    checked, finders = {name: sys.modules.pop(name) for name in ours}, sys.meta_path[:]
-    sys.meta_path[:] = [finder for finder in finders if not type(finder).__module__.startswith("jaxtyping")]
-    try:
-        yield importlib.import_module("tests.models")
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "ahn_layers"]:
-            del sys.modules[name]
-        sys.modules.update(checked)
-        sys.meta_path[:] = finders
-        sys.modules["tests"].models = checked.get("tests.models")
-        if "ahn_layers.huggingface.saved_model" in checked:  # transformers' tables name the classes of the copy
-            checked["ahn_layers.huggingface.saved_model"].register()
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Graphs:
-    """A backend that runs what it is given, and counts it."""
-
-    def __init__(self):
-        self.count = 0
-        self.backend = self._compile
-
-    def _compile(self, graph, _):
-        self.count += 1
-        return graph.forward
-
-    def __deepcopy__(self, memo):
-        """Configs are copied, the counter is not."""
-        return self
-
-
-def store_and_tokens(ahn, compressor, length=30):
-    memory = None if compressor is None else ahn.Compressor.by_name[compressor](16, HEADS, SIZE, num_kv_heads=GROUPS)
-    store = ahn.MemoryStore(ahn.Window(5, num_sinks=2), memory).double()
-    for parameter in store.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    sizes = [(2, HEADS, length, SIZE), (2, GROUPS, length, SIZE), (2, GROUPS, length, SIZE), (2, length, 16)]
-    return store, [torch.randn(size, dtype=torch.float64) for size in sizes]
-
-
-def columns(tensors, start, stop):
-    return [u[..., start:stop, :] for u in tensors]
-
-
-def same_states(one, other):
-    assert one.description() == other.description()
-    for name, u in one.tensors().items():
-        torch.testing.assert_close(u, other.tensors()[name], rtol=0, atol=1e-12)
-
-
-# --- stores and custom blocks
+from .graphs import HEADS, SIZE, Graphs, columns, fresh, models, same_states, store_and_tokens  # noqa: F401 - fixtures
 
 
 def test_compiled_models_notice_packed_texts(models):
@@ -90,8 +27,10 @@ def test_compiled_models_notice_packed_texts(models):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 cannot trace einops")
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("compressor", [*NAMES, None])
+@pytest.mark.parametrize(
+    "compressor, padded",
+    [*((name, False) for name in (*NAMES, None)), *((name, True) for name in ("GatedDeltaNet", "MaxPooling", None))],
+)
 def test_a_store_is_one_graph(compressor, padded, models):
     ahn = sys.modules["ahn_layers"]
     store, tokens = store_and_tokens(ahn, compressor)
@@ -149,10 +88,7 @@ def test_a_custom_block_is_one_graph(models):
     same_states(state, expected_state)
 
 
-# --- models
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_an_uncached_forward_is_one_graph(name, models):
     model, ids = models.retrofitted(name), models.tokens(2, 3 * models.CAPACITY)
     graphs = Graphs()
@@ -190,7 +126,7 @@ def test_compiled_layers_train_as_they_do_without(checkpointing, models):
             found = distillation.distillation_loss(model, ids, ce_weight=0.5, **options)
             return torch.autograd.grad(found.loss, memory)
 
-    windows = [(6, 2), (12, 3), (20, 5), (33, 3)]
+    windows = [(6, 2), (12, 3), (33, 3)]
     expected = [gradients(window) for window in windows]
     with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False, recompile_limit=8):  # put back at the end
         distillation.compile_layers(model, fullgraph=not checkpointing, backend=graphs.backend)
@@ -199,7 +135,7 @@ def test_compiled_layers_train_as_they_do_without(checkpointing, models):
             for one, other in zip(gradients(window), others, strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # norms are float32
             counts.append(graphs.count)
-        assert counts[0] == 3 and counts[1] <= 5 and counts[1:] == counts[1:2] * 3
+        assert counts[0] == 3 and counts[1] <= 5 and counts[1:] == counts[1:2] * 2
         gradients((30, 4), layer_weight=0.3)  # eager: hooks tell layers apart
         distillation.align_layers(model, ids)
         assert graphs.count == counts[-1]
@@ -241,152 +177,3 @@ def test_compiled_layers_on_the_gpu(compressor, models):
                 if far > 3 * near + 0.05:
                     errors[case, name] = (near, far)
     assert not errors
-
-
-def compiling(backend):
-    """What ``generate`` does by itself on a GPU: compile the decoding step."""
-    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
-    config._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": config}
-
-
-@pytest.mark.parametrize("switch", ["memory", "window_only"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral_window"])
-def test_decoding_with_a_static_cache_is_one_graph(name, switch, models):
-    """Across the window, in a second call, for another prompt and for padded rows."""
-    ahn = sys.modules["ahn_layers"]
-    model, graphs, count = models.retrofitted(name), Graphs(), models.CAPACITY + 6
-    texts = [models.tokens(2, 3), models.tokens(2, 3, seed=1), models.tokens(2, models.CAPACITY), models.tokens(2, 30)]
-    padded = models.tokens(2, 12, seed=2)
-    padded[1, :9] = 0
-    mode = ahn.window_only(model) if switch == "window_only" else contextlib.nullcontext()
-    with mode, torch._dynamo.config.patch(error_on_recompile=True):
-        for ids in (*texts, padded):
-            mask = {"attention_mask": (ids != 0).long()}
-            out = models.generate(model, ids, count, **mask, **compiling(graphs.backend))
-            assert torch.equal(out, models.generate(model, ids, count, **mask)), f"{ids.shape[1]} tokens"
-            assert graphs.count == 1
-
-
-class Rerun:
-    """In place of a CUDA graph: the step itself."""
-
-    def __init__(self, function, leaves, structure):
-        self.function, self.structure = function, structure
-        self.static = [u.clone() if isinstance(u, torch.Tensor) else u for u in leaves]
-
-    def __call__(self, leaves):
-        for mine, new in zip(self.static, leaves, strict=True):
-            if isinstance(mine, torch.Tensor):
-                mine.copy_(new)
-        return self.function(**torch.utils._pytree.tree_unflatten(self.static, self.structure))
-
-
-@pytest.fixture
-def steps(models, monkeypatch):
-    """Makes ``generate`` step as on a GPU, with layers compiled by a backend; returns how to."""
-    graph, region = (
-        importlib.import_module(f"ahn_layers.huggingface.compiled.{name}") for name in ("step_graph", "region")
-    )
-    monkeypatch.setattr(graph, "Recording", Rerun)
-
-    def use(model, backend):
-        call = model.get_compiled_call
-        monkeypatch.setattr(call, "_region", region.compiled_region(dynamic=False, backend=backend))
-        monkeypatch.setattr(type(call), "serves", lambda self, config: True)
-
-    return use
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral_window", "gpt_neox"])
-def test_layers_are_compiled_once(name, models, steps):
-    """However many there are; for any prompt, padded or not, and for a second generation; without the memory again."""
-    ahn = sys.modules["ahn_layers"]
-    model, graphs, count = models.retrofitted(model=models.base(name, num_hidden_layers=11)), Graphs(), models.CAPACITY
-    keys = list(model.state_dict())
-    steps(model, graphs.backend)
-    padded = models.tokens(2, 12, seed=2)
-    padded[1, :9] = 0
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for ids in (models.tokens(2, 3), models.tokens(2, 3, seed=1), models.tokens(2, 30), padded):
-            mask = {"attention_mask": (ids != 0).long()}
-            out = models.generate(model, ids, count, **mask, **compiling("eager"))
-            assert torch.equal(out, models.generate(model, ids, count, **mask)), f"{ids.shape[1]} tokens"
-            assert graphs.count == 1
-    for options in ({"num_beams": 3}, {"do_sample": True, "top_k": 5}):
-        torch.manual_seed(1)
-        out = models.generate(model, padded, count, **options, **compiling("eager"))
-        torch.manual_seed(1)
-        assert torch.equal(out, models.generate(model, padded, count, **options))
-    with ahn.window_only(model):
-        out = models.generate(model, padded, count, **compiling("eager"))
-        assert torch.equal(out, models.generate(model, padded, count))
-    assert graphs.count == 2 and list(model.state_dict()) == keys
-
-
-def test_layers_that_cannot_be_compiled_run_as_they_are(models, steps):
-    model, ids = models.retrofitted(), models.tokens(2, 3)
-
-    def failing(graph, inputs):
-        raise RuntimeError("no compiler here")
-
-    steps(model, failing)
-    with pytest.warns(UserWarning, match="runs uncompiled"):
-        out = models.generate(model, ids, 12, **compiling("eager"))
-    assert torch.equal(out, models.generate(model, ids, 12))
-
-
-def test_two_static_caches_in_turn(models, steps):
-    model, graphs = models.retrofitted(), Graphs()
-    steps(model, graphs.backend)
-    texts = [models.tokens(2, 5), models.tokens(2, 9, seed=3)]
-    caches = [StaticCache(config=model.config, max_cache_len=64) for _ in texts]
-    for _ in range(3):
-        for i, cache in enumerate(caches):
-            out = models.generate(model, texts[i], 7, cache=cache, compile_config=compiling("eager")["compile_config"])
-            assert torch.equal(out, models.generate(model, texts[i], 7))
-            texts[i] = torch.cat((out, models.tokens(2, 2, seed=i)), dim=1)
-    assert graphs.count == 1
-
-
-def test_a_static_cache_of_ones_own(models):
-    """A compiled step by hand, far beyond the length that the cache was made for; reset, it serves the next text."""
-    model, graphs, ids = models.retrofitted(), Graphs(), models.tokens(2, 40)
-    step = torch.compile(model, fullgraph=True, backend=graphs.backend)
-    cache, expected = StaticCache(config=model.config, max_cache_len=16), models.logits(model, ids)
-    position = torch.zeros(1, 1, dtype=torch.long)
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(2):
-            model(input_ids=ids[:, :5], cache=cache, use_cache=True)
-            position.fill_(5)
-            for t in range(5, 40):
-                out = step(input_ids=ids[:, t : t + 1], position_ids=position, cache=cache, use_cache=True)
-                torch.testing.assert_close(out.logits[:, 0], expected[:, t], rtol=0, atol=1e-9)
-                position += 1
-            cache.reset()
-    assert graphs.count == 1
-
-
-def test_rows_of_a_static_cache_are_replaced_within_one_graph(models):
-    """A batch of fixed size decodes whatever rows come and go."""
-    ahn = importlib.import_module("ahn_layers")
-    model, caches = models.retrofitted(), []
-    for i, length in enumerate((1, 5, 30)):
-        cache = ahn.HippocampalCache()
-        models.logits(model, models.tokens(1, length, seed=i), length, cache)
-        caches.append(cache)
-    cache = ahn.HippocampalCache.join(caches, rows=4)
-    ids, positions = models.tokens(4, 1), torch.tensor([1, 5, 30, 30]).unsqueeze(1)
-    graphs = Graphs()
-    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True, dynamic=False)
-    with torch.no_grad():
-        for i in range(4):
-            out = compiled(input_ids=ids, cache=cache, position_ids=positions + i, use_cache=True).logits
-            cache.put(i, caches[i % 3])
-            positions[i] = (1, 5, 30)[i % 3] - i - 1
-        assert graphs.count == 1
-        out = compiled(input_ids=ids, cache=cache, position_ids=positions + 4, use_cache=True).logits
-        assert graphs.count == 1
-        torch.testing.assert_close(out[3:], models.logits(model, ids[3:], 1, caches[0]), rtol=0, atol=1e-9)
-        with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="without position_ids"):
-            compiled(input_ids=ids, cache=cache, use_cache=True)

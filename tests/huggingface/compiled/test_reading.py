@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from .test_compile import Graphs, fresh, models  # noqa: F401 - fixtures: what is compiled cannot be checked for shapes
+from .graphs import Graphs, fresh, models  # noqa: F401 - fixtures: what is compiled cannot be checked for shapes
 
 PIECE, WINDOW, SINKS = 8, 22, 2
 """Three pieces fill the window."""
@@ -21,9 +21,9 @@ FAMILIES = ["llama", "qwen2", "qwen3", "mistral_window", "phi3", "gemma2", "gemm
 @pytest.fixture
 def reading(models, monkeypatch):  # noqa: F811
     """Makes ``generate`` read as on a GPU, and counts what is compiled; the prompts that a twin reads are listed."""
-    generation, region, module = (
+    prefill, region, module = (
         importlib.import_module(f"ahn_layers.huggingface.{name}")
-        for name in ("generation", "compiled.region", "compiled.reading")
+        for name in ("prefill", "compiled.region", "compiled.reading")
     )
     graphs, make, choose = Graphs(), region.compiled_region, module.Reader.reading_model
     graphs.twins, graphs.use = [], graphs.backend
@@ -33,7 +33,7 @@ def reading(models, monkeypatch):  # noqa: F811
         graphs.twins += [length] * (reads is not self.model)
         return reads
 
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", PIECE)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", PIECE)
     monkeypatch.setattr(module.Reader, "serves", lambda self: True)
     monkeypatch.setattr(module.Reader, "reading_model", chosen)
     monkeypatch.setattr(module, "compiled_region", lambda **options: make(backend=graphs.use, **options))
@@ -190,8 +190,8 @@ def test_threads_do_not_meet(models, reading):  # noqa: F811
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_on_the_gpu(name, piece, window, models, monkeypatch):  # noqa: F811
     """In half precision: no farther from the exact logits than what is read uncompiled, but for rounding."""
-    generation = importlib.import_module("ahn_layers.huggingface.generation")
-    monkeypatch.setattr(generation, "GPU_PREFILL_CHUNK", piece)
+    prefill = importlib.import_module("ahn_layers.huggingface.prefill")
+    monkeypatch.setattr(prefill, "GPU_PREFILL_CHUNK", piece)
     sizes = {"head_dim": 64, "hidden_size": 256, "max_position_embeddings": 4096}
     model = models.retrofitted(model=models.base(name, torch.bfloat16, **sizes), window_size=window, num_sinks=2).cuda()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from .test_compile import models  # noqa: F401 - a fixture: the library without checks of shapes, which cannot be traced
+from .graphs import models  # noqa: F401 - a fixture: the library without checks of shapes, which cannot be traced
 
 pytestmark = pytest.mark.gpu
 NEW, STATIC = 24, {"cache_implementation": "static"}

@@ -1,0 +1,62 @@
+"""Small models and a tokenizer to try the examples with."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ahn_layers import GatedDeltaNet, SalientSlots, adapter_parameters, retrofit, save_adapter
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+pytest.importorskip("matplotlib")
+import needles  # noqa: E402
+
+
+def tokenizer():
+    """Bytes as tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=alphabet[0], pad_token=alphabet[0])
+
+
+def base(length=4096):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=length, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def small(window_size=24, num_sinks=8, compressor=GatedDeltaNet, eviction=None):
+    model = retrofit(base(), compressor, window_size=window_size, num_sinks=num_sinks, eviction=eviction).eval()
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base model, an adapter and a text on disk."""
+    root = tmp_path_factory.mktemp("evaluate")
+    base().save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    save_adapter(small(), root / "adapter")
+    save_adapter(small(eviction=SalientSlots(16)), root / "slots")
+    save_adapter(small(compressor=None, eviction=SalientSlots(16)), root / "slots alone")
+    (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    return root
+
+
+def made(task, seed=0, length=2400, **options):
+    """An example and its prompt as text."""
+    example = needles.make(task, tokenizer().encode, [32] * length, length, 0.5, random.Random(seed), **options)
+    return example, tokenizer().decode(example.prompt)

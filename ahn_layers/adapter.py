@@ -19,7 +19,6 @@ from .description import (
     is_described,
     memories_of,
     retrofit_as_described,
-    sizes_of,
 )
 from .eviction import RIDES, FoldAll
 from .fingerprint import differences
@@ -33,7 +32,8 @@ Checked = Literal["all", "weights", "nothing"]
 def save_adapter(model: nn.Module, folder: str | Path, *, card: bool = False) -> None:
     """Write the memory weights of a retrofitted model, and what is needed to load them, to a folder.
 
-    Sharded weights (FSDP2) are gathered: all processes have to call it, and all write the same files.
+    Weights that several processes share (FSDP2, tensor parallelism) are gathered: all processes have to call it, and
+    all write the same files.
 
     Args:
         model: a retrofitted model, or one that contains it.
@@ -160,7 +160,7 @@ def _check_window(record: Retrofitted, chosen: dict[str, int]) -> None:
 def _check_memory(inner: nn.Module, record: Retrofitted, description: dict[str, Any], source: str | Path) -> None:
     own = describe(inner, record)
     facts = {name: own[name] for name in ("compressor", "compressor_options", "memory_positions", "layers")}
-    facts["sizes"] = sizes_of(next(iter(memories_of(inner).values())).compressor)
+    facts["sizes"] = next(iter(memories_of(inner).values())).sizes()
     facts["evictions"], theirs = (bound_options(u.get("evictions", [])) for u in (own, description))
     for name, ours in facts.items():
         found = theirs if name == "evictions" else description[name]
@@ -179,6 +179,7 @@ def _match(memories: dict[int, Memory], weights: Weights, source: str | Path) ->
     updates = []
     for index in sorted(with_weights):
         compressor, own, given = memories[index].compressor, memories[index].weights(), weights[index]
+        split = memories[index].split
         unused = () if compressor is None else compressor.unused_parameters
         for name in sorted(own.keys() - given.keys()):
             needs = memories[index].eviction if name.startswith(RIDES) else compressor
@@ -188,14 +189,14 @@ def _match(memories: dict[int, Memory], weights: Weights, source: str | Path) ->
             raise ValueError(f"{source}: layer {index} has {name!r}, which {type(lacks).__name__} does not know.")
         for name, parameter in own.items():
             value = given[name]
-            if value.shape != parameter.shape:
+            expected = tuple(parameter.shape) if split is None else split.whole_shape(name, parameter)
+            if value.shape != expected:
                 raise ValueError(
-                    f"{source}: layer {index} {name!r} has shape {tuple(value.shape)}, "
-                    f"expected {tuple(parameter.shape)}."
+                    f"{source}: layer {index} {name!r} has shape {tuple(value.shape)}, expected {expected}."
                 )
             if not torch.isfinite(value).all():
                 raise ValueError(f"{source}: layer {index} {name!r} holds values that are not finite.")
-            updates.append((parameter, value))
+            updates.append((parameter, value if split is None else split.part(name, value)))
     return updates
 
 

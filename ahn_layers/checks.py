@@ -2,11 +2,12 @@
 
 from itertools import permutations
 from typing import NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .compressor import Compressor
+from .compressor import Compressor, State
 from .eviction import Eviction, FoldAll, first_kept
 from .state import MemoryState
 from .tokens import Tokens
@@ -181,11 +182,7 @@ def _check_memory(state: MemoryState, new: Tokens, compressor: Compressor | None
             "be lost or seen twice. Keep to one mode, or begin with state=None."
         )
     if compressor is not None and state.memory is not None:
-        fresh = compressor.init_state(1, new.k.new_empty((), dtype=torch.float32, device="meta"))
-        shapes = [
-            {name: tuple(u.shape[1:]) for name, u in (memory if isinstance(memory, dict) else {"": memory}).items()}
-            for memory in (fresh, state.memory)
-        ]
+        shapes = _shapes_of(compressor), _shapes(state.memory)
         if shapes[0] != shapes[1]:
             expected_shape, held = (u.get("", u) for u in shapes)
             raise ValueError(
@@ -205,6 +202,24 @@ def _check_kept(state: MemoryState, new: Tokens, eviction: Eviction) -> None:
             f"the state holds {sizes or 'nothing'} for the eviction, the store's eviction has {expected or 'nothing'}: "
             "continue it with a store of the same eviction."
         )
+
+
+_shapes_known: "WeakKeyDictionary[Compressor, dict[str, tuple[int, ...]]]" = WeakKeyDictionary()
+"""Of compressors that were asked: this takes as long as a small layer."""
+
+
+def _shapes_of(compressor: Compressor) -> dict[str, tuple[int, ...]]:
+    """Of the tensors in a compressor's state, without their rows."""
+    if torch.compiler.is_compiling():
+        return _shapes(compressor.init_state(1, torch.empty((), device="meta")))
+    known = _shapes_known.get(compressor)
+    if known is None:
+        known = _shapes_known[compressor] = _shapes(compressor.init_state(1, torch.empty((), device="meta")))
+    return known
+
+
+def _shapes(memory: State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(u.shape[1:]) for name, u in (memory if isinstance(memory, dict) else {"": memory}).items()}
 
 
 def check_whole(state: MemoryState, eviction: Eviction) -> None:

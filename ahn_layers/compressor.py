@@ -70,6 +70,8 @@ class Compressor(nn.Module, ABC):
     unused_parameters: ClassVar[tuple[str, ...]] = ()
     """Names that released weight files carry and the computation does not use: skipped in loading."""
     o_norm: Scale
+    first_state: int = 0
+    """The number of the first state in its layer; above 0 where other processes hold the ones before it."""
     rule_holds: ClassVar[bool] = False
     """Whether there is a ``rule``, and no subclass has changed what it describes."""
 

@@ -16,6 +16,7 @@ from .fingerprint import base_fingerprint, whole
 from .peft import in_use
 from .record import Retrofitted
 from .retrofit import retrofit
+from .split import Split
 from .version import __version__
 
 
@@ -24,11 +25,25 @@ class Memory(NamedTuple):
 
     compressor: Compressor | None
     eviction: Eviction
+    split: Split | None = None
+
+    def sizes(self) -> dict[str, int] | None:
+        """The sizes of the compressor for all heads, None without one."""
+        if self.compressor is None:
+            return None
+        names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")
+        sizes = {name: getattr(self.compressor, name) for name in names}
+        return sizes if self.split is None else self.split.whole_sizes(sizes)
 
     def weights(self) -> dict[str, Tensor]:
-        """Its weights, by the names that they have in files."""
+        """Its weights in this process, by the names that they have in files."""
         own = {} if self.compressor is None else self.compressor.state_dict(keep_vars=True)
         return own | {RIDES + name: u for name, u in self.eviction.state_dict(keep_vars=True).items()}
+
+    def gather(self) -> dict[str, Tensor]:
+        """The same, each in one piece and for all heads."""
+        own = {name: whole(u.detach()) for name, u in self.weights().items()}
+        return own if self.split is None else {name: self.split.whole(name, u) for name, u in own.items()}
 
 
 def memories_of(inner: nn.Module) -> dict[int, Memory]:
@@ -41,7 +56,7 @@ def memories_of(inner: nn.Module) -> dict[int, Memory]:
     for block in inner.modules():
         if isinstance(block, HippocampalAttention):
             compressor = None if block.memory.compressor is None else in_use(block.memory.compressor)
-            memory = Memory(compressor, in_use(block.memory.eviction))  # type: ignore[arg-type]
+            memory = Memory(compressor, in_use(block.memory.eviction), block.store.split)  # type: ignore[arg-type]
             memories[int(block.layer_idx)] = memory
             for name, u in memory.weights().items():
                 if not isinstance(u, Tensor):
@@ -50,12 +65,6 @@ def memories_of(inner: nn.Module) -> dict[int, Memory]:
                         "and load adapters before quantize_dynamic, or leave the memory out of it."
                     )
     return memories
-
-
-def sizes_of(compressor: Compressor | None) -> dict[str, int] | None:
-    """The sizes that a compressor was made for, None without one."""
-    names = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "value_dim")
-    return None if compressor is None else {name: getattr(compressor, name) for name in names}
 
 
 def is_described(inner: nn.Module, record: Retrofitted) -> bool:
@@ -119,7 +128,7 @@ def _describe_evictions(inner: nn.Module) -> list[dict[str, Any]]:
 def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """What ``adapter.json`` says, except the hash of the weights; of the base weights in a given state dict."""
     return describe(inner, record) | {
-        "sizes": sizes_of(next(iter(memories_of(inner).values())).compressor),
+        "sizes": next(iter(memories_of(inner).values())).sizes(),
         "base_model_type": inner.config.get_text_config(decoder=True).model_type,
         "base_model": getattr(inner.config, "_name_or_path", "") or None,
         "base": base_fingerprint(inner, given),
@@ -128,8 +137,7 @@ def describe_adapter(inner: Any, record: Retrofitted, given: Mapping[str, Tensor
 
 def gather_weights(inner: nn.Module) -> Weights:
     """The memory weights of a model, each in one piece."""
-    layers = memories_of(inner)
-    return {i: {name: whole(u.detach()) for name, u in own.weights().items()} for i, own in layers.items()}
+    return {layer: memory.gather() for layer, memory in memories_of(inner).items()}
 
 
 def retrofit_as_described(model: nn.Module, description: dict[str, Any]) -> nn.Module:

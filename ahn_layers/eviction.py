@@ -65,8 +65,13 @@ class Eviction(nn.Module, ABC):
     free_options: tuple[str, ...] = ()
     """Arguments of the constructor that may differ between a model and the adapter that is loaded into it."""
 
+    heads_apart: ClassVar[bool] = False
+    """Whether each key/value head decides by itself, so that processes can hold some of the heads each (tensor
+    parallelism). Each subclass says it for itself."""
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        cls.heads_apart = vars(cls).get("heads_apart", False)
         register(Eviction.by_name, cls, "eviction")
 
     def options(self) -> dict[str, Any]:
@@ -164,6 +169,8 @@ class FoldAll(Eviction):
         >>> FoldAll().init_kept(Tokens(*torch.zeros(2, 1, 2, 0, 8), {}))
         {}
     """
+
+    heads_apart = True
 
     def push(self, kept: Kept, leaving: Leaving) -> tuple[Between | None, Leaving, Kept]:
         """Everything goes on."""

@@ -131,7 +131,8 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
     stores = [block.store for block in module.modules() if isinstance(block, HippocampalAttention)]
     weights, named = [], []
     for place, store in enumerate(stores):
-        kind = f"{record.compressor} {record.memory_positions} {_described(store.eviction)} {place}"
+        share = "" if store.split is None else f" {store.split.index} of {store.split.shares}"
+        kind = f"{record.compressor} {record.memory_positions} {_described(store.eviction)} {place}{share}"
         for name, part in _parts(store):
             for holder in (part._parameters, part._buffers):
                 for key in (key for key, u in holder.items() if u is not None):

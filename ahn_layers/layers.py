@@ -28,12 +28,18 @@ def project(linear: nn.Module, x: Float[Tensor, "b t n"], *, widen: bool = True)
     idle = -linear.out_features % 8 if x.is_cuda and x.shape[1] > 1 else 0
     if idle:  # matrix units want rows in multiples of 16 bytes: 9 heads without it take five times as long
         weight, bias = F.pad(weight, (0, 0, 0, idle)), None if bias is None else F.pad(bias, (0, idle))
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))[..., : linear.out_features]
-    return (y.to(torch.promote_types(x.dtype, torch.float32)) if widen else y).transpose(1, 2)
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if idle:
+        y = y[..., : linear.out_features]
+    if widen and y.dtype not in (torch.float32, torch.float64):
+        y = y.float()
+    return y.transpose(1, 2)
 
 
 def narrower(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the smaller one: weights that train in float32 work in the precision of the model."""
+    if u.dtype == weight.dtype:
+        return u, weight
     dtype = u.dtype if u.dtype.itemsize < weight.dtype.itemsize else weight.dtype
     return u.to(dtype), weight.to(dtype)
 

@@ -22,6 +22,7 @@ from .padded import as_given, in_parts, padding_last
 from .peft import is_choosing, is_of_peft, running
 from .positions import MemoryPositions, Positions, Rotary
 from .recall import recall, with_reading
+from .split import Split
 from .state import MemoryState
 from .step import kernel_step
 from .tokens import Tokens
@@ -84,6 +85,7 @@ class MemoryStore(nn.Module):
         self.rotary = rotary
         self.eviction = FoldAll() if eviction is None else eviction
         self.memory_positions = memory_positions
+        self.split: Split | None = None  # of a model that is split over several processes by its heads
         if compressor is not None or eviction is not None:
             self._make_plain()  # now, since compiled code makes no modules
 

@@ -39,20 +39,39 @@ def recall(
         return None, memory
     assert x is not None
     outputs, evicted, folds = [], leaving.tokens, leaving.where
-    x, keys = x[:, leaving.first :], evicted.k
+    x, keys = x[:, leaving.first :] if leaving.first else x, evicted.k
     if positions.hidden:
         q, keys = positions.for_memory(q, rank()[..., leaving.first :]), positions.for_memory(keys, leaving.rank)
     size = _SEGMENT.get(q.device.type, _LONG_SEGMENT)
+    gates = {n: gate for n, gate in evicted.gates.items() if not n.startswith(RIDES)}
     several = len(evicted) > size  # asked first: compiled code for one segment serves every length
-    for start in range(0, len(evicted), size) if several else (0,):
+    if not several:
+        return _recall(compressor, memory, q, x, keys, evicted.v, gates, folds, leaving.reads)
+    for start in range(0, len(evicted), size):
         part = slice(start, start + size)
-        k, v = keys[:, :, part], evicted.v[:, :, part]
-        gates = {n: gate[:, :, part] for n, gate in evicted.gates.items() if not n.startswith(RIDES)}
         mask, reads = (None if u is None else u[..., part] for u in (folds, leaving.reads))
-        reading, memory = compressor.scan(memory, q[:, :, part], k, v, gates, mask)
-        output = compressor.output(reading, x[:, part])
-        outputs.append(output if reads is None else output.masked_fill(~per_head(reads, output), 0))
-    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], memory
+        own = {name: gate[:, :, part] for name, gate in gates.items()}
+        qkv = (q[:, :, part], x[:, part], keys[:, :, part], evicted.v[:, :, part])
+        output, memory = _recall(compressor, memory, *qkv, own, mask, reads)
+        outputs.append(output)
+    return torch.cat(outputs, dim=2), memory
+
+
+def _recall(
+    compressor: Compressor,
+    memory: State,
+    q: Tensor,
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Tensor],
+    folds: Tensor | None,
+    reads: Tensor | None,
+) -> tuple[Tensor, State]:
+    """The same in one go."""
+    reading, memory = compressor.scan(memory, q, k, v, gates, folds)
+    output = compressor.output(reading, x)
+    return output if reads is None else output.masked_fill(~per_head(reads, output), 0), memory
 
 
 def with_reading(

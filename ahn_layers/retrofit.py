@@ -227,6 +227,8 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def memory_report(model: nn.Module) -> str:
     """A table of what is retrofitted, and what each layer holds per sequence once its window is full.
 
+    Of a model that is split over several processes (tensor parallelism), this process's share.
+
     Args:
         model: a retrofitted model, or one that contains it.
 
@@ -266,6 +268,8 @@ def memory_report(model: nn.Module) -> str:
         cells = zip(row, widths, sides, strict=True)
         lines.append("  ".join(f"{cell:{side}{width}}" for cell, width, side in cells))
     lines.insert(1, "-" * len(lines[0]))
+    shares = max(1 if store.split is None else store.split.shares for store in stores)
+    lines += [f"split by heads over {shares} processes: parameters and bytes of this one"] if shares > 1 else []
     lines += [f"skipped {name}: {reason}" for name, reason in record.skipped.items()]
     return "\n".join(lines)
 

@@ -130,7 +130,8 @@ class Ring:
         while start < len(new):
             slot = self.next_slot(held.uniform + start)
             size = min(len(new) - start, self.capacity - slot)
-            held.slots.columns(slot, slot + size).zip(Tensor.copy_, new.columns(start, start + size))
+            written = new if size == len(new) else new.columns(start, start + size)
+            held.slots.columns(slot, slot + size).zip(Tensor.copy_, written)
             start += size
         return held.slots
 

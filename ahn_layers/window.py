@@ -121,6 +121,9 @@ class Window(Ring):
 
     def _step(self, held: Held, new: Tokens, arrives: Bool[Tensor, " b"] | None) -> tuple[InSlots, Leaving, Held]:
         """One new token and every slot allocated: the token takes the slot of the one that leaves."""
+        full = held.uniform is not None and held.uniform >= self.capacity
+        if full and arrives is None and not torch.compiler.is_compiling():
+            return self._turn(held, new)
         slot = self.slot(held.seen)
 
         def leaves() -> Tensor:
@@ -136,7 +139,6 @@ class Window(Ring):
             held.padded or arrives is not None,
             held.overwritten,
         )
-        full = held.uniform is not None and held.uniform >= self.capacity
         rank = Later(lambda: held.seen.unsqueeze(1))
         reads = None
         if arrives is not None:  # a query at padding sees what the last real token saw
@@ -146,6 +148,19 @@ class Window(Ring):
         leavers = Later(lambda: held.slots.take(slot.unsqueeze(1)))
         ranks = Later(lambda: held.seen.unsqueeze(1) - self.window_size)
         return view, Leaving(0, leavers, Later(leaves), ranks, reads), after
+
+    def _turn(self, held: Held, new: Tokens) -> tuple[InSlots, Leaving, Held]:
+        """The same where all slots are filled and it is one slot in every row, whose number is known."""
+        assert held.uniform is not None
+        slot = self.next_slot(held.uniform)
+        leavers = Later(lambda: held.slots.map(lambda u: u[:, :, slot : slot + 1].clone()))  # it is written to
+        slots = Later(lambda: self.overwritten(held, new) if held.overwritten else self.slots_with(held, new, None))
+        seen = held.seen + 1
+        after = Held(slots, seen, held.uniform + 1, held.padded, held.overwritten)
+        rank = Later(lambda: held.seen.unsqueeze(1))
+        ranks = Later(lambda: held.seen.unsqueeze(1) - self.window_size)
+        view = InSlots(Later(lambda: (slots().k, slots().v)), rank, seen, True, self.num_sinks)
+        return view, Leaving(0, leavers, Later(lambda: None), ranks), after
 
     def _cut(self, whole: Tokens, past: int) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
         """Sinks, unless the context begins with them, and context, of all tokens in the order of rank."""

@@ -138,19 +138,12 @@ def encoder_decoder():
     return BartForConditionalGeneration(BartConfig(**sizes, **heads, pad_token_id=0))
 
 
-def split_by_heads():
-    model = base()
-    model._tp_size = 2  # as transformers leaves a model that it has split
-    return model
-
-
 def lora():
     return get_peft_model(base(), LoraConfig(target_modules=["q_proj"]))
 
 
 FIRST = "call retrofit(model, ...) first"
 RETROFITTING = {
-    "split by heads": (lambda: put(split_by_heads()), ValueError, "is split over 2 processes", "without tp_plan"),
     "twice": (lambda: put(retrofitted()), ValueError, "LlamaForCausalLM is retrofitted already", "restore(model)"),
     "not of transformers": (lambda: put(nn.Linear(2, 2)), TypeError, "Linear is not", "HippocampalAttention"),
     "inside PEFT": (lambda: put(lora()), TypeError, "PeftModel", "model.get_base_model()"),

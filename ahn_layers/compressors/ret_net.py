@@ -36,5 +36,6 @@ class RetNet(Recurrent):
     def recurrence(self) -> Recurrence:
         """Decay by ``gamma``, then add ``k' v^T``."""
         weight = self.o_proj.weight
-        power = torch.arange(5, 5 + self.num_states, dtype=state_dtype(weight), device=weight.device)
+        first = 5 + self.first_state
+        power = torch.arange(first, first + self.num_states, dtype=state_dtype(weight), device=weight.device)
         return Recurrence(rate=torch.log1p(-torch.exp2(-power)), read_scale=self.head_dim**-0.5)

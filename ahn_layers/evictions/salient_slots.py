@@ -68,6 +68,8 @@ class SalientSlots(Eviction):
         torch.Size([1, 2, 8, 8])
     """
 
+    heads_apart = True
+
     def __init__(
         self,
         num_slots: int,

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
 from ..record import Mode, Retrofitted
+from ..split import refuse_gradients
 from .cache import memory_layer, self_attention
 from .cache_layers import MemoryLayer
 from .call import CACHE_NAMES, padding_mask
@@ -130,7 +131,8 @@ class DecoderAttention(HippocampalAttention):
             q: Tensor, k: Tensor, v: Tensor, *, weights: Weights | None = None, texts: Tensor | None = None,
             **options: Any,
         ) -> Tensor:  # fmt: skip
-            hidden, state, valid = x.to(q.device), None if layer is None else layer.state, options["valid"]
+            hidden = x.to(q.device) if store.split is None else refuse_gradients(store, x.to(q.device))
+            state, valid = None if layer is None else layer.state, options["valid"]
             if weights is not None:
                 weights.check(store.window, state, k.shape[2], valid, texts)
             if texts is not None:

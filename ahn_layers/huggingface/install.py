@@ -13,6 +13,7 @@ from ..eviction import Eviction
 from ..memory import MemoryStore
 from ..positions import MemoryPositions
 from ..record import Retrofitted
+from ..split import check_splits
 from ..window import Window
 from .batching import METHODS, refuse_batching
 from .cache_name import accept_cache, refuse_cache
@@ -53,11 +54,6 @@ def check_model(model: Any) -> None:
         raise ValueError(f"{name} is retrofitted already: call restore(model) first.")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only language model.")
-    if (model.tp_size or 1) > 1:
-        raise ValueError(
-            f"{name} is split over {model.tp_size} processes by its heads (tp_plan), the memory is not. Load it "
-            "without tp_plan; device_map puts whole layers on several GPUs."
-        )
     config = model.config.get_text_config(decoder=True)
     base = base_name(config._attn_implementation)  # of a model that was made from a view
     if base not in BASES:
@@ -151,17 +147,28 @@ def make_store(
         )
     if memory_positions == "none" and block.rotary is None:
         memory_positions = "absolute"  # this layer rotates nothing
-    memory = policy = None
-    assert block.like is not None
-    if eviction is not None:
-        with torch.device(block.like.device):
-            policy = eviction.for_layer(**block.sizes)
-        policy = policy.to(block.like.device, block.like.dtype)
-    if compressor is not None:
-        with torch.device(block.like.device):
-            memory = compressor(**block.sizes, **options)  # type: ignore[arg-type]
-        memory = memory.to(block.like.dtype)
-    return MemoryStore(window, memory, block.rotary, eviction=policy, memory_positions=memory_positions)
+    like = block.like
+    assert like is not None
+
+    def make_policy(**sizes: int) -> nn.Module:
+        with torch.device(like.device):
+            return eviction.for_layer(**sizes).to(like.device, like.dtype)  # type: ignore[union-attr]
+
+    def make_memory(**sizes: int) -> nn.Module:
+        with torch.device(like.device):
+            return compressor(**sizes, **options).to(like.dtype)  # type: ignore[misc,arg-type]
+
+    makers = {"eviction": make_policy} if eviction is not None else {}
+    makers |= {"compressor": make_memory} if compressor is not None else {}
+    split = block.split
+    if split is None:
+        parts: dict[str, Any] = {name: make(**block.sizes) for name, make in makers.items()}
+    else:
+        check_splits(compressor, options, eviction, block.sizes, split.shares)
+        parts, split = split.make(makers, block.sizes)
+    store = MemoryStore(window, rotary=block.rotary, memory_positions=memory_positions, **parts)
+    store.split = split
+    return store
 
 
 def replace_blocks(

@@ -17,12 +17,14 @@ from transformers.cache_utils import (
 )
 
 from ..positions import Rotary
+from ..split import Split
 from .attended import how_it_differs
 from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .native_layer import SHARING
 from .rotations import find_rotary
+from .split_model import find_splits, group_of, why_unsplit
 from .stepwise import cache_of_two_tokens, what_others_change
 from .trial import AttentionCall, MaskCall, Trial
 
@@ -56,6 +58,7 @@ class AttentionBlock:
         trained_length: tokens that the model was trained on, None if its config does not say.
         on_meta: whether the model had no values yet, so that its rotation is not known.
         elsewhere: whether it attends to something else than the text, so that its index in the cache means nothing.
+        split: which of its heads this process holds, None if there is one process; sizes are those of the process.
         reason: why it cannot be retrofitted, empty if it can.
     """
 
@@ -72,6 +75,7 @@ class AttentionBlock:
     trained_length: int | None = None
     on_meta: bool = False
     elsewhere: bool = False
+    split: Split | None = None
     reason: str = ""
 
 
@@ -142,7 +146,13 @@ def probe_model(model: Any) -> Probed:
                 found = find_rotary(near_q, far_q, _SHIFT, block.trained_length, frequencies)
                 block.on_meta, (block.rotary, block.fixed_positions) = near_q.is_meta, found
             blocks.append(block)
-    _find_sources(blocks, {call.module: call.k for call in near.calls})
+    its_call = {call.module: call for call in near.calls}
+    _find_sources(blocks, {module: call.k for module, call in its_call.items()})
+    group = group_of(model)
+    if group is not None:
+        for block, split in zip(blocks, find_splits(group, [its_call[b.module] for b in blocks]), strict=True):
+            block.split = split if isinstance(split, Split) else None
+            block.reason = block.reason or (split if isinstance(split, str) else "")
     repeated = [index for index, n in Counter(b.layer_idx for b in blocks if not b.elsewhere).items() if n > 1]
     for block in blocks:
         if block.layer_idx in repeated and not block.reason:
@@ -165,9 +175,10 @@ def _first_trial(model: Any) -> tuple[Trial, Any]:
             return Trial(model, entry=entry), entry
         except Exception as error:
             first = error if first is None else first
+    why = why_unsplit(model) or "retrofit its decoder, model.get_decoder(), or see whether the base model runs"
     raise ValueError(
         f"{type(model).__name__} could not read three tokens of text ({type(first).__name__}: {first}), so its "
-        "attention is unknown: retrofit its decoder, model.get_decoder(), or see whether the base model runs."
+        f"attention is unknown: {why}."
     ) from first
 
 

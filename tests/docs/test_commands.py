@@ -30,6 +30,7 @@ PROGRAMS = (
     "pip",
     "pytest",
     "accelerate",
+    "torchrun",
     "mkdocs",
     "git",
     "cd",
@@ -135,6 +136,11 @@ def check(command, parse):
         options = launch_command_parser().parse_args([u for u in rest[1:] if u != "..."])
         if "..." not in rest:
             parse(options.training_script, options.training_script_args)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(rest)
+        parse(options.training_script, options.training_script_args)
     elif program == "pip":
         extras, known = requirements()
         for word in (u for u in rest[1:] if not u.startswith("-")):

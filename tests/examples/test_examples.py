@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ahn_layers import GatedDeltaNet, HippocampalCache, adapter_parameters, retrofit
+from ahn_layers import GatedDeltaNet, HippocampalCache, adapter_parameters, retrofit, save_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHATS = ("llama", "qwen", "mistral", "gemma3")
@@ -151,6 +151,18 @@ def test_a_chat_needs_a_template(monkeypatch):
     monkeypatch.setattr(module, "load_causal_lm", load)
     with pytest.raises(SystemExit, match="has no chat template"):
         llama.run(["--model", "base", "--prompt", "Hello"])
+
+
+def test_tensor_parallel(tmp_path, capsys):
+    """In one process; ``tests/huggingface/test_tensor_parallel.py`` has two."""
+    module = importlib.import_module("_chat")
+    model, tokenizer = module.random_model(LlamaConfig(**module.SMALL))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    save_adapter(retrofit(model, GatedDeltaNet, window_size=20, num_sinks=2), tmp_path / "adapter")
+    small = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter"), "--repeat", "2"]
+    text = importlib.import_module("tensor_parallel").main([*small, "--max-new-tokens", "4"])
+    assert f"tokens, then: {text}" in capsys.readouterr().out
 
 
 def test_quickstart(tmp_path, capsys):

@@ -58,6 +58,10 @@ WRONG = {
     "serve": [(["--adapter", "nowhere"], "--adapter nowhere: no such file"), (["--rows", "0"], "at least 1")],
     "serve_ray": [(["--adapter", "nowhere"], "--adapter nowhere: no such file"), (["--replicas", "x"], "at least 1")],
     "sessions": [(["--model", "nothing"], "nothing"), (["--tokens", "0"], "at least 1")],
+    "tensor_parallel": [
+        (["--model", "nothing"], "--model nothing: no such folder, and no hub model"),
+        (["--adapter", "nowhere"], "nowhere: no such file or folder"),
+    ],
     "train": [
         (["--text", "nothing.txt", *OUTPUT], "nothing.txt"),
         (["--text", "here", "--start-from", "nowhere", *OUTPUT], "nowhere: no such file or folder"),

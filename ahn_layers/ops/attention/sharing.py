@@ -15,7 +15,7 @@ def share_columns(*wanted: tuple[Tensor, int, int]) -> list[tuple[Tensor, Tensor
     """
     tensors = [u for u, _, _ in wanted]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(u.requires_grad for u in tensors):
-        return [(u, u[:, :, start:stop]) for u, start, stop in wanted]
+        return [(u, u if stop - start == u.shape[2] else u[:, :, start:stop]) for u, start, stop in wanted]
     found = _Share.apply([(start, stop) for _, start, stop in wanted], *tensors)  # type: ignore[no-untyped-call]
     return list(zip(found[: len(wanted)], found[len(wanted) :], strict=True))
 

@@ -1,5 +1,6 @@
 """One token folded into a state, and queries that read it."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,10 +12,13 @@ def delta_step(
     k: Float[Tensor, "b s d"],
     v: Float[Tensor, "b s e"],
     beta: Float[Tensor, "b s"],
+    *,
+    fresh: bool = False,
 ) -> Float[Tensor, "b s d e"]:
-    """``S + k (beta (v - S^T k))^T`` for one token."""
+    """``S + k (beta (v - S^T k))^T`` for one token; a ``fresh`` state, which nobody else knows, is overwritten."""
     stored = (k.unsqueeze(-2) @ state).squeeze(-2)
-    return state + k.unsqueeze(-1) * (beta.unsqueeze(-1) * (v - stored)).unsqueeze(-2)
+    add = Tensor.addcmul_ if fresh and not torch.is_grad_enabled() else torch.addcmul
+    return add(state, k.unsqueeze(-1), (beta.unsqueeze(-1) * (v - stored)).unsqueeze(-2))
 
 
 def fold_and_read(
@@ -37,5 +41,9 @@ def fold_and_read(
         return triton_decode.fold_and_read(state, q, k, v, g, beta)
     if g is not None:
         state = state * (g if by_channel else g.unsqueeze(-1)).exp().unsqueeze(-1)
-    state = state + k.unsqueeze(-1) * v.unsqueeze(-2) if beta is None else delta_step(state, k, v, beta)
-    return (q.unflatten(1, (state.shape[1], -1)) @ state).flatten(1, 2), state
+    if beta is None:
+        state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
+    else:
+        state = delta_step(state, k, v, beta, fresh=g is not None)
+    grouped = q.reshape(len(q), state.shape[1], -1, q.shape[-1])
+    return (grouped @ state).flatten(1, 2), state

@@ -15,7 +15,8 @@ def l2_normalize(u: Float[Tensor, "*h d"], eps: float = 1e-6, scale: float = 1.0
 
         return triton_normalize.l2_normalize(u, scale, eps)
     wide = u.to(torch.promote_types(u.dtype, torch.float32))
-    return (wide * (scale * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + eps))).to(u.dtype)
+    factor = torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + eps)
+    return (wide * (factor if scale == 1.0 else scale * factor)).to(u.dtype)
 
 
 def rms_normalize(u: Float[Tensor, "*h d"], eps: float = 1e-5) -> Float[Tensor, "*h d"]:

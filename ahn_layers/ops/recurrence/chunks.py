@@ -34,7 +34,8 @@ def cut(
 
 def per_state(state: Float[Tensor, "b s d e"], *tensors: Float[Tensor, "b _ t _"]) -> list[Float[Tensor, "b s t _"]]:
     """Keys or values once for every state; there are several states to a head if they differ in their gates."""
-    return [u.repeat_interleave(state.shape[1] // u.shape[1], dim=1) for u in tensors]
+    repeats = [state.shape[1] // u.shape[1] for u in tensors]
+    return [u if n == 1 else u.repeat_interleave(n, dim=1) for u, n in zip(tensors, repeats, strict=True)]
 
 
 def decay_matrix(g: Float[Tensor, "*b c"]) -> tuple[Float[Tensor, "*b c"], Float[Tensor, "*b c c"]]:

@@ -88,8 +88,12 @@ def number(most: float) -> Callable[[str], float]:
     return convert
 
 
-def find_adapter(adapter: str | Path | None) -> Path | None:
+def find_adapter(adapter: str | Path | None, option: str = "--adapter") -> Path | None:
     """Where an adapter lies on this machine; a hub repository is downloaded. None for None.
+
+    Args:
+        adapter: folder, file or hub id.
+        option: what it was given by, for messages.
 
     Raises:
         FileNotFoundError: if there is no such folder, file or repository.
@@ -99,7 +103,7 @@ def find_adapter(adapter: str | Path | None) -> Path | None:
     try:
         return download(str(adapter))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"--adapter {error}") from None
+        raise FileNotFoundError(f"{option} {error}") from None
 
 
 def give_memory(

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with user_errors("learn_to_recall"):
         options.output.mkdir(parents=True, exist_ok=True)
         texts = read_texts(options.text) if options.text else [load_text(None)]
-        ask = find_adapter(options.ask)
+        ask = find_adapter(options.ask, "--ask")
         model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
         compressor = Compressor.by_name[options.compressor] if options.compressor else None
         sizes = {"window_size": options.window, "num_sinks": options.sinks}

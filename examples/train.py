@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     with user_errors("train"):
-        resume, adapter = last_checkpoint(options), find_adapter(options.start_from)
+        resume, adapter = last_checkpoint(options), find_adapter(options.start_from, "--start-from")
         tokenizer = load_tokenizer(options.model)
         documents, dev = load_data(tokenizer, options)
         model, _ = load_causal_lm(options.model, dtype)

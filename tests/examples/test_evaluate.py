@@ -143,7 +143,7 @@ WRONG = {
     "nothing beyond the window": (["--text", "TEXT", "--dev", "TEXT", "--dev-length", "500"], "--dev-length 500"),
     "texts shorter than a sequence": (["--text", "TEXT", "--length", "90000"], "at least one stretch of 90000"),
     "no checkpoint": (["--text", "TEXT", "--resume"], "--resume: no checkpoint"),
-    "no adapter": (["--text", "TEXT", "--start-from", "nowhere"], "nowhere: no such folder"),
+    "no adapter": (["--text", "TEXT", "--start-from", "nowhere"], "nowhere: no such file or folder"),
     "nothing to measure on the way": (["--text", "TEXT", "--eval-every", "5"], "--eval-every"),
     "a share": (["--text", "TEXT", "--copies", "2"], "from 0 to 1"),
     "a window": (["--text", "TEXT", "--window", "0"], "at least 1"),

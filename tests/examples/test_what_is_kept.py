@@ -252,7 +252,7 @@ def test_an_adapter_without_slots(module, options):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--adapter", "nowhere"], "--adapter nowhere: no such folder"),
+    (["--adapter", "nowhere"], "--adapter nowhere: no such file or folder"),
     (["--text", "nothing.txt"], "nothing.txt"),
     (["--text", "empty.txt"], "--text empty.txt: expected at least 1 token"),
     (["--html", "model"], "model: is a folder"),

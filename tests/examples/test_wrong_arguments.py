@@ -41,7 +41,7 @@ WRONG = {
     ],
     "learn_to_recall": [
         (["--text", "nothing.txt"], "nothing.txt"),
-        (["--ask", "nowhere"], "nowhere: no such file or folder"),
+        (["--ask", "nowhere"], "--ask nowhere: no such file or folder"),
         (["--steps", "1.5"], "expected a whole number"),
     ],
     "nanogpt": [(["--text", "nothing.txt"], "nothing.txt"), (["--temperature", "0"], "expected a positive number")],
@@ -64,7 +64,7 @@ WRONG = {
     ],
     "train": [
         (["--text", "nothing.txt", *OUTPUT], "nothing.txt"),
-        (["--text", "here", "--start-from", "nowhere", *OUTPUT], "nowhere: no such file or folder"),
+        (["--text", "here", "--start-from", "nowhere", *OUTPUT], "--start-from nowhere: no such file or folder"),
         (["--text", "here", "--model", "nothing", *OUTPUT], "--model nothing: no such folder"),
         (["--text", "here", "--lr", "fast", *OUTPUT], "expected a number from 0 to 10"),
         (["--text", "here", *OUTPUT, "--resume"], "no checkpoint in"),

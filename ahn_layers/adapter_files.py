@@ -96,7 +96,13 @@ def read(source: str | Path, revision: str | None = None) -> AdapterFiles:
     """
     files = _find(source, revision)
     description = _read_both(files[0]) if files[0].name == WEIGHTS else None
-    return AdapterFiles(files[0], _read_weights(files), description)
+    weights = _read_weights(files)
+    if not weights and description is None:
+        raise ValueError(
+            f"{', '.join(str(path) for path in files)}: no memory weights, expected keys like "
+            "'model.layers.0.ahn.fn.o_proj.weight'."
+        )
+    return AdapterFiles(files[0], weights, description)
 
 
 def _read_both(path: Path) -> dict[str, Any]:
@@ -167,11 +173,6 @@ def _read_weights(files: list[Path]) -> Weights:
                     weights.setdefault(int(match[1]), {})[match[2]] = file.get_tensor(key)
                 elif pattern is _OURS:
                     raise ValueError(f"{path}: unknown key {key!r}, expected layers.<index>.<parameter>.")
-    if not weights:
-        raise ValueError(
-            f"{', '.join(str(path) for path in files)}: no memory weights, expected keys like "
-            "'model.layers.0.ahn.fn.o_proj.weight'."
-        )
     return weights
 
 

@@ -56,7 +56,9 @@ def check_upload(repo_id: str, token: str | None = None) -> None:
     try:
         from huggingface_hub import get_token
     except ImportError as error:
-        raise ImportError("push_adapter needs huggingface_hub: pip install huggingface_hub.") from error
+        raise ImportError(
+            "push_adapter needs huggingface_hub, which comes with transformers: pip install transformers."
+        ) from error
     if not (token or get_token()):
         raise ValueError(
             "no token of the Hugging Face hub: run `hf auth login`, set HF_TOKEN, or pass token=, with write access."

@@ -9,7 +9,9 @@ from ahn_layers import (
     GatedDeltaNet,
     HippocampalAttention,
     Mamba2,
+    SalientSlots,
     load_adapter,
+    memory_report,
     outer,
     retrofit,
     save_adapter,
@@ -30,6 +32,19 @@ def test_round_trip(compressor, options, tmp_path):
     assert not same(weights(other), weights(model))
     assert load_adapter(other, tmp_path / "adapter") is other
     assert same(weights(other), weights(model))
+
+
+def test_an_adapter_may_have_no_weights(tmp_path):
+    """A score that needs no training, and no compressor: the description is all; where weights belong, they must be."""
+    policy = SalientSlots(6, score="key_norm")
+    save_adapter(retrofit(plain(), None, window_size=8, eviction=policy), tmp_path / "slots")
+    found = find_retrofitted(load_adapter(plain(), tmp_path / "slots"))[1]
+    assert found.window.window_size == 8
+    assert "6 slots" in memory_report(load_adapter(plain(), tmp_path / "slots"))
+    save_adapter(make(), tmp_path / "other")
+    save_file({}, tmp_path / "other" / "adapter.safetensors")
+    with pytest.raises(ValueError, match="not the weights that adapter.json beside it was written with"):
+        load_adapter(plain(), tmp_path / "other")
 
 
 def test_a_plain_model_is_retrofitted_as_the_adapter_says(tmp_path):

@@ -294,7 +294,7 @@ def test_the_lesson_refuses(lesson, capsys):
         with pytest.raises(SystemExit):
             main([*small, *wrong])
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="learn_to_recall: nowhere"):
+    with pytest.raises(SystemExit, match="learn_to_recall: --ask nowhere"):
         main([*small, "--ask", "nowhere"])
 
 

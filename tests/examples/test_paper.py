@@ -261,7 +261,7 @@ def test_the_command_runs_saves_and_goes_on(tmp_path, capsys):
     (["--data", "."], "none of the folders lv_eval, infinite_bench, longbench"),
     (["--data", ".", "--tasks", "lv_eval_cmrc_mixup"], "no file lv_eval/cmrc_mixup_128k.jsonl"),
     (["--output", __file__], "expected a folder, and this is a file"),
-    (["--adapter", "nowhere"], "--adapter nowhere: no such folder"),
+    (["--adapter", "nowhere"], "nowhere: no such file or folder"),
     (["--random-weights", "--tasks", "ruler"], "RULER needs a tokenizer"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_a_model_loads(options, message, tmp_path, monkeypatch, capsys):

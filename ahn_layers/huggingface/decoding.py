@@ -1,4 +1,4 @@
-"""How ``generate`` decodes: what it calls for every token, with which inputs and masks."""
+"""How ``generate`` decodes: the call of one token, its inputs and its masks."""
 
 import inspect
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class CompiledCall(ModelMethod):
         return None if self.recorder is None else self.recorder.known_inputs(cache)
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
-        """What ``generate`` calls for every token, made anew for each ``generate``."""
+        """The call of one token; each ``generate`` makes a new one."""
         model: Any = self.model
         usual = partial(type(model).get_compiled_call, model, compile_config)
         if not all(block.owns_mask for block in model.modules() if isinstance(block, DecoderAttention)):

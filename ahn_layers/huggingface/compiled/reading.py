@@ -55,7 +55,7 @@ class Reader:
         )
 
     def reading_model(self, length: int, size: int, inputs: dict[str, Any], options: Any) -> nn.Module:
-        """The model that reads a prompt: the twin if it outgrows the window and nothing speaks against it."""
+        """The model that reads a prompt: its compiled twin, where that can read a prompt longer than the window."""
         cache, mask = inputs.get(CACHE), inputs.get("attention_mask")
         blocks = [module for module in self.model.modules() if isinstance(module, DecoderAttention)]
         if (

@@ -28,7 +28,7 @@ class Recorder:
         self.__init__(**state)  # type: ignore[misc]
 
     def step(self, usual: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        """What ``generate`` calls for every token: recorded on a cache of fixed addresses, else the usual."""
+        """The call of one token: recorded on a cache of fixed addresses, otherwise the model itself."""
         if self._region is None:
             self._region = compiled_region(dynamic=False, backend=decoding_backend)
         step = Step(self.model, self._region)

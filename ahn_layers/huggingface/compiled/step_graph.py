@@ -31,7 +31,7 @@ _CONSTANT = (
 
 
 class Step:
-    """What ``generate`` calls for every token: the model, recorded as soon as two calls look the same.
+    """The call of one token in ``generate``: the model, recorded as soon as two calls look the same.
 
     The first step runs as it is and compiles; the second is recorded; from then on the recording is replayed. A step
     that cannot be recorded, or whose arguments change their shape, runs as it is.

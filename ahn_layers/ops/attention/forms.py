@@ -19,7 +19,7 @@ def is_fused_beside(part: Between) -> bool:
 
 
 def is_cut_in_pieces(q: Tensor, context_k: Tensor, window_size: int) -> bool:
-    """Whether the window is cut into pieces without masks but the causal one: full for every query, or never too small.
+    """Whether the window is cut into pieces with causal masks only: where it is always full, or holds all the keys.
 
     cuDNN's kernels know no windows and are the fastest on Hopper, FlashAttention 2 skips what its window hides.
     """

@@ -1,0 +1,57 @@
+"""The benchmarks page: its numbers and its figure are those of the pages that say how they were measured."""
+
+import re
+import runpy
+
+import pytest
+
+from .test_docs import EXCERPTS, ROOT
+
+DOCS = ROOT / "docs"
+DETAILS = (DOCS / "benchmarks-details.md").read_text()
+ROWS = [line for line in (DOCS / "benchmarks.md").read_text().splitlines() if line.startswith("| ")][1:]
+
+
+@pytest.fixture(scope="module")
+def figures():
+    pytest.importorskip("matplotlib")
+    return runpy.run_path(str(DOCS / "figures.py"))
+
+
+def cells(row):
+    return [u.strip().replace("*", "") for u in row.strip("|").split("|")][1:4]
+
+
+@pytest.mark.parametrize("row", ROWS[1:], ids=lambda row: row[2:40])
+def test_a_number_of_the_short_table_stands_in_the_details(row):
+    """The first row is in the table of the recall guide, see below."""
+    for number in re.findall(r"\d[\d.,]*", " ".join(cells(row))):
+        assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|\.\d)", DETAILS), number
+
+
+def test_the_answers_are_those_of_the_guide(figures):
+    table = figures["recall_table"]((DOCS / "guides" / "recall.md").read_text())
+    assert cells(ROWS[0]) == [str(cell.right) for cell in table[:3]]
+    assert {cell.asked for cell in table[:3]} == {144} and "of 144" in ROWS[0]
+
+
+def test_the_figure_has_the_times_of_the_table(figures):
+    prompts = figures["prompt_table"](DETAILS)
+    short = " ".join(ROWS)
+    assert {arm for arm, _, _ in prompts} == {"full attention", "memory"} and len(prompts) >= 3
+    for _, tokens, seconds in prompts:
+        assert f"{tokens:,}" in short and re.search(rf"\b{seconds:g}0? s\b", short), "the short table lacks this row"
+
+
+def test_the_figure_has_the_bytes_of_the_readme(figures):
+    """Those are compared with ``memory_report`` in test_readme.py."""
+    (row,) = re.findall(r"^\| Qwen2\.5-3B .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    said = [float(u) for u in re.findall(r"([\d.]+) GB", row)]
+    held = [figures["larger_bytes"](kept, 131_072) / 1e9 for kept in (None, 32_768, 8_192)]
+    assert held == [pytest.approx(u, rel=0.02) for u in said]
+    assert figures["larger_bytes"](8_192, 2**20) == figures["larger_bytes"](8_192, 2**15)
+
+
+def test_a_narrow_screen_has_a_figure_of_its_own():
+    shown = EXCERPTS["for_site"]((DOCS / "benchmarks.md").read_text(), "benchmarks.md")
+    assert "benchmarks-tall.png){ .on-phone }" in shown

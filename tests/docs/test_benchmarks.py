@@ -55,3 +55,16 @@ def test_the_figure_has_the_bytes_of_the_readme(figures):
 def test_a_narrow_screen_has_a_figure_of_its_own():
     shown = EXCERPTS["for_site"]((DOCS / "benchmarks.md").read_text(), "benchmarks.md")
     assert "benchmarks-tall.png){ .on-phone }" in shown
+
+
+def test_the_cost_of_training_follows_from_the_measured_speeds():
+    text = (DOCS / "guides" / "training.md").read_text().split("## What it costs", 1)[1]
+    rows = re.findall(r"^\| [\w.-]+ \| ([\d,]+)(, computed)? \| ([\d.]+) min \| ([\d.]+) h \|", text, re.MULTILINE)
+    assert len(rows) == 3 and [bool(computed) for _, computed, *_ in rows] == [False, False, True]
+    for speed, computed, minutes, hours in rows:
+        assert computed or f"{speed} tokens/s" in DETAILS
+        per_second = int(speed.replace(",", ""))
+        assert float(minutes) == pytest.approx(13.6e6 / per_second / 60, rel=0.05)
+        assert float(hours) == pytest.approx(1e9 / per_second / 3600, rel=0.03)
+    larger, smaller = (int(rows[i][0].replace(",", "")) for i in (1, 2))
+    assert smaller == pytest.approx(larger * 3.09 / 7.07, rel=0.01)

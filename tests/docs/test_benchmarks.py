@@ -43,6 +43,15 @@ def test_the_figure_has_the_times_of_the_table(figures):
         assert f"{tokens:,}" in short and re.search(rf"\b{seconds:g}0? s\b", short), "the short table lacks this row"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/paper.md"])
+def test_other_pages_have_the_times_of_the_table(figures, page):
+    """Rounded; those of a million tokens are in the README alone."""
+    text = (ROOT / page).read_text()
+    for _, tokens, seconds in figures["prompt_table"](DETAILS):
+        if tokens == 131_072 or page == "README.md":
+            assert re.search(rf"(?<![\d.])({seconds:.2f}|{seconds:.1f}|{seconds:.0f}) s\b", text), (tokens, seconds)
+
+
 def test_the_figure_has_the_bytes_of_the_readme(figures):
     """Those are compared with ``memory_report`` in test_readme.py."""
     (row,) = re.findall(r"^\| Qwen2\.5-3B .*$", (ROOT / "README.md").read_text(), re.MULTILINE)

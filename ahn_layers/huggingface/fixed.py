@@ -18,14 +18,14 @@ def can_be_fixed(cache: Any) -> bool:
 def fix(cache: Any) -> None:
     """Put layers of fixed addresses, with the same rows, in the place of those that grow.
 
-    A cache that cannot be fixed stays as it is: without tokens, with a row that ends in padding (recorded steps do not
-    note where that ends), or without the memory for a full window, which gives a warning.
+    A cache that cannot be fixed stays as it is: where gradients are recorded; without tokens; with a row that ends in
+    padding, since recorded steps do not note where that ends; or, with a warning, without memory for a full window.
     """
     settle_for_use(cache)
     growing = list(cache.layers)
-    if not can_be_fixed(cache) or any(
-        u.state is None or (u.padding is not None and u.padding.is_open) for u in growing
-    ):
+    if torch.is_grad_enabled() or not can_be_fixed(cache):
+        return
+    if any(u.state is None or (u.padding is not None and u.padding.is_open) for u in growing):
         return
     try:
         cache.layers[:] = [StaticMemoryLayer.in_place_of(layer) for layer in growing]

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from .decoder import CACHE
+from .decoder import CACHE, DecoderAttention
 from .fixed import fix, release
 from .model_method import ModelMethod
+from .reconcile import length_of
 
 _ASKED = "_hippocampal_fixes"
 
@@ -73,3 +74,7 @@ class WhileDecoding(ModelMethod):
                 yield
             finally:
                 release(cache)
+            length = length_of(cache)
+            for module in model.modules():
+                if isinstance(module, DecoderAttention):
+                    module.warn_if_far(length)  # recorded steps warn of nothing

@@ -63,7 +63,8 @@ class StaticMemoryLayer(MemoryLayer):
         if length < len(slots):
             slots = slots.map(lambda u: u[:, :, :length].clone())
         layer.state = replace(self.state, slots=slots, length=length, padded=padded, inplace=False)
-        layer.padding = None if self.padding is None else self.padding.cropped(length)
+        padding = None if self.padding is None else self.padding.cropped(length)  # noted before a step, which may fail
+        layer.padding = None if padding is None or not padding.any else padding
         layer.made_with, layer.broken, layer.recording = self.made_with, self.broken, None
         layer.record_past |= self.record_past
         layer.edits += self.edits

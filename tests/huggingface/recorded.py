@@ -55,9 +55,14 @@ def recorded(monkeypatch):
         monkeypatch.setattr(decides, "serves", lambda compile_config: compile_config is None)
         monkeypatch.setattr(decides.recorder, "_region", run_plainly)
         monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", _criteria)
+        monkeypatch.setattr(type(model), "get_compiled_call", _refuse)
         return model
 
     return make
+
+
+def _refuse(self, compile_config):
+    raise AssertionError("transformers was asked to compile the whole model")
 
 
 def _criteria(self, model_kwargs, generation_config):

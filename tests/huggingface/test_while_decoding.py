@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from ahn_layers import GatedDeltaNet, HippocampalCache, MaxPooling, SalientSlots, Titans
 from ahn_layers.huggingface.cache_layers import MemoryLayer
 from ahn_layers.huggingface.decoder import CACHE
-from ahn_layers.huggingface.fixed import is_fixed
+from ahn_layers.huggingface.fixed import fix, is_fixed, release
 from ahn_layers.huggingface.layer_values import describe, tensors_of
 
 from ..models import CAPACITY, generate, logits, retrofitted, tokens
@@ -331,23 +331,116 @@ def test_in_and_out_of_inference_mode(inside, pair):
     assert Replay.count == 24
 
 
-def test_a_mask_that_is_given_a_turn_later(pair):
-    """What a step was called with is not taken for what the next ``generate`` says, though a traceback holds it."""
+def test_what_one_call_was_asked_for_is_not_what_the_next_one_is(pair):
+    """Though the traceback of an error holds the recorded step of the first one."""
+    model, plain = pair()
+    ids, cache, other = tokens(1, 6), HippocampalCache(), HippocampalCache()
+    with pytest.raises(StoppedError) as held:
+        generate(model, ids, 20, cache=cache, logits_processor=[Raise(6)], **ones(ids))
+    with pytest.raises(StoppedError):
+        generate(plain, ids, 20, cache=other, logits_processor=[Raise(6)], **ones(ids))
+    ids = tokens(1, cache.get_seq_length() + 2)
+    asked = {"output_hidden_states": True, "return_dict_in_generate": True}
+    found, expected = (
+        generate(one, ids, 10, cache=c, **asked, **ones(ids)) for one, c in ((model, cache), (plain, other))
+    )
+    assert held.value.__traceback__ is not None and torch.equal(found.sequences, expected.sequences)
+    for mine, its in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert all(torch.equal(u, v) for u, v in zip(mine, its, strict=True))
+
+
+def test_a_row_that_ends_in_padding(pair):
     model, plain = pair(window_size=WIDE)
-    caches, texts = (HippocampalCache(), HippocampalCache()), []
+    ids, mask, caches = tokens(2, 8), torch.ones(2, 8, dtype=torch.long), (HippocampalCache(), HippocampalCache())
+    mask[1, 6:] = 0
+    texts = []
     for one, cache in zip((model, plain), caches, strict=True):
-        ids = tokens(2, 6)
-        try:
-            generate(one, ids, 20, cache=cache, streamer=None, logits_processor=[Raise(6)], **ones(ids))
-        except StoppedError as error:
-            kept = error
-        length = cache.get_seq_length()
-        more = tokens(2, length + 4, seed=3)
-        mask = torch.ones_like(more)
-        mask[1, 2:5] = 0
-        texts.append(generate(one, more, 10, cache=cache, attention_mask=mask))
-        assert kept.__traceback__ is not None
-    assert torch.equal(*texts) and same(*caches)
+        text = generate(one, ids, 10, cache=cache, attention_mask=mask)
+        longer = torch.cat((text, tokens(2, 2)), dim=1)
+        goes_on = torch.cat((mask, torch.ones(2, 12, dtype=torch.long)), dim=1)
+        texts.append(generate(one, longer, 10, cache=cache, attention_mask=goes_on))
+    assert torch.equal(*texts) and same(*caches) and Replay.count
+
+
+def test_an_end_inside_the_first_step_after_a_row_has_finished(pair):
+    """Its padding is noted before the step, which then takes nothing in."""
+    model, plain = pair(window_size=WIDE)
+    ids = tokens(3, CAPACITY)
+    free = generate(plain, ids, 12, eos_token_id=None)[:, CAPACITY:]
+    end = next(int(u) for u in free[0, 4:] if not bool((free[:, :4] == u).any()))
+    options = {"eos_token_id": end, "pad_token_id": 0} | ones(ids)
+    caches, ended = [], []
+    for one in (model, plain):
+        cache = HippocampalCache()
+
+        def stop(*_, cache=cache):
+            if not Replay.silent and ((Replay.count and not ended) or [cache.get_seq_length()] == ended):
+                ended.append(cache.get_seq_length())
+                raise StoppedError
+
+        handle = one.model.layers[1].register_forward_hook(stop)
+        with pytest.raises(StoppedError):
+            generate(one, ids, 30, cache=cache, **options)
+        handle.remove()
+        caches.append(cache)
+    assert ended[0] > CAPACITY + 1 and ended[0] == ended[1]
+    outs = [logits(plain, tokens(3, 4, seed=1), (3, 1), cache) for cache in caches]
+    assert torch.equal(*outs) and same(*caches)
+
+
+class LearnedStart(GatedDeltaNet):
+    """Its state before the first token is a weight."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.start = torch.nn.Parameter(super().init_state(1, torch.zeros(())).clone() + 0.1)
+
+    def init_state(self, batch_size, like):
+        """The weight itself."""
+        return self.start.to(like).expand(batch_size, *self.start.shape[1:])
+
+
+def test_nothing_that_others_hold_is_overwritten(pair):
+    """Neither a weight that a state begins with, nor a state of a window that is not full."""
+    model, plain = pair(compressor=LearnedStart)
+    model.float(), plain.float()
+    weights = [u.clone() for u in model.state_dict().values()]
+    cache, other = HippocampalCache(), HippocampalCache()
+    for one, own in ((model, cache), (plain, other)):
+        logits(one, tokens(1, 3), 3, own)
+    state = cache.layers[0].state
+    before = {name: u.clone() for name, u in state.tensors().items()}
+    texts = [generate(one, tokens(1, 5), 12, cache=c) for one, c in ((model, cache), (plain, other))]
+    assert torch.equal(*texts) and Replay.count
+    assert all(torch.equal(u, v) for u, v in zip(model.state_dict().values(), weights, strict=True))
+    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items()) and len(state.slots) == 3
+
+
+def test_layers_that_disagree_are_unusable():
+    model, cache = retrofitted(), HippocampalCache()
+    logits(model, tokens(2, 5), 5, cache)
+    with torch.no_grad():
+        fix(cache)
+    cache.layers[1].state.seen += 1
+    release(cache)
+    with pytest.raises(RuntimeError, match="this cache is unusable"):
+        cache.clone()
+
+
+def test_a_cache_that_was_left_fixed(pair):
+    """A second interruption may hit the moment in which it is released: the next call does that."""
+    model, plain = pair(window_size=WIDE)
+    cache, ids = HippocampalCache(), tokens(1, 5)
+    logits(model, ids, 5, cache)
+    with torch.no_grad():
+        fix(cache)
+    assert is_fixed(cache) and is_fixed(copy.deepcopy(cache))
+    copied = copy.deepcopy(cache)
+    copied.crop(-2)
+    assert copied.get_seq_length() == 3 and not is_fixed(copied)
+    more = torch.cat((ids, tokens(1, 2)), dim=1)
+    assert torch.equal(generate(model, more, 10, cache=cache, **ones(more)), generate(plain, more, 10, **ones(more)))
+    assert not is_fixed(cache)
 
 
 class Raise:

@@ -169,25 +169,19 @@ def test_the_cache_that_generate_returns(pair):
     assert all(torch.equal(u, v) for u, v in zip(found.logits, expected.logits, strict=True))
 
 
-@pytest.mark.parametrize("use", ["len", "clone", "save", "take", "deepcopy", "crop", "reset", "forward"])
+@pytest.mark.parametrize("use", ["len", "clone", "save", "take", "deepcopy", "crop"])
 def test_looks_in_between_are_answered(use, pair, tmp_path):
     """By a streamer; what changes the cache ends the time of fixed addresses."""
     model, plain = pair()
     answers = {}
 
-    def look(name, one, cache):
+    def look(name, cache):
         def at_every_token():
             own = answers.setdefault(name, [])
             if use == "len":
                 own.append(int(cache.get_seq_length()))
             elif use == "crop":
                 cache.crop(0)
-            elif use == "reset":
-                if len(own) == 0:
-                    cache.reset()
-                own.append(0)
-            elif use == "forward":
-                own.append(logits(one, tokens(1, 2), 2, cache))
             else:
                 copies = {"clone": cache.clone, "take": lambda: cache.take(0), "deepcopy": lambda: copy.deepcopy(cache)}
                 if use == "save":
@@ -200,12 +194,34 @@ def test_looks_in_between_are_answered(use, pair, tmp_path):
     found, caches = [], []
     for name, one in (("fixed", model), ("growing", plain)):
         cache, ids = HippocampalCache(), tokens(1, 3)
-        mask = ones(ids) if use not in ("reset", "forward") else {}
-        found.append(generate(one, ids, 9, cache=cache, streamer=look(name, one, cache), **mask))
+        found.append(generate(one, ids, 9, cache=cache, streamer=look(name, cache), **ones(ids)))
         caches.append(cache)
     assert torch.equal(*found) and same(*caches)
     for mine, its in zip(*answers.values(), strict=True) if answers.get("fixed") else ():
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("use", ["forward", "reorder_cache", "batch_repeat_interleave", "put", "reset"])
+@pytest.mark.parametrize("length", [3, 20])
+def test_changes_in_between(use, length):
+    model, caches = retrofitted(), (HippocampalCache(), HippocampalCache())
+    for cache in caches:
+        logits(model, tokens(2, length), length, cache)
+    with torch.no_grad():
+        fix(caches[0])
+    for cache in caches:
+        if use == "reorder_cache":
+            cache.reorder_cache(torch.tensor([1, 0]))
+        elif use == "batch_repeat_interleave":
+            cache.batch_repeat_interleave(2)
+        elif use == "put":
+            cache.put(1, caches[1].take(0))
+        elif use == "reset":
+            cache.reset()
+    assert is_fixed(caches[0]) == (use == "forward")
+    new = tokens(4 if use == "batch_repeat_interleave" else 2, 7, seed=2)
+    outs = [logits(model, new, (3, 1, 3), cache) for cache in caches]
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
 
 
 class StoppedError(Exception):

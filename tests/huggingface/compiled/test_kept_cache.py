@@ -3,7 +3,6 @@
 # ruff: noqa: F811 - fixtures are imported
 
 import importlib
-import sys
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ def chat(model, cache, rows=1, first=20, turns=3, **options):
 @pytest.mark.parametrize("rows, options", [(1, {}), (2, {"do_sample": True, "top_k": 4})], ids=["greedy", "sampled"])
 def test_turns_are_replayed_and_those_of_eager_steps(rows, options, window, models, recorded):
     """Bytes and lengths too; and nothing is compiled from the second turn on, nor for another cache."""
-    model, ahn = make(models, window_size=window), sys.modules["ahn_layers"]
+    model, ahn = make(models, window_size=window), importlib.import_module("ahn_layers")
     expected = list(chat(model, ahn.HippocampalCache(), rows, disable_compile=True, **options))
     assert not recorded
     list(chat(model, ahn.HippocampalCache(), rows, turns=1, **options))
@@ -59,7 +58,7 @@ def test_turns_are_replayed_and_those_of_eager_steps(rows, options, window, mode
 
 def test_a_short_conversation_and_a_long_one_share_code(models, recorded):
     """Rows of the same number, whatever they have read before; joined rows and the cache that is returned too."""
-    model, ahn = make(models, window_size=60), sys.modules["ahn_layers"]
+    model, ahn = make(models, window_size=60), importlib.import_module("ahn_layers")
     caches = [ahn.HippocampalCache() for _ in range(2)]
     texts = [generate(model, tokens(1, length), NEW, cache=c) for length, c in zip((5, 200), caches, strict=True)]
     joined = ahn.HippocampalCache.join(caches)
@@ -79,8 +78,17 @@ def test_a_short_conversation_and_a_long_one_share_code(models, recorded):
     assert torch.equal(out.sequences, generate(model, tokens(2, 9), NEW, disable_compile=True))
 
 
+def test_slots_are_kept_alike(models, recorded):
+    ahn = importlib.import_module("ahn_layers")
+    model = make(models, eviction=ahn.SalientSlots(8, score="value_norm", rate=0.1))
+    expected = list(chat(model, ahn.HippocampalCache(), disable_compile=True))
+    for one, other in zip(chat(model, ahn.HippocampalCache()), expected, strict=True):
+        assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
+    assert len(recorded) == 3 * ONE_STEP_EACH
+
+
 def test_a_row_that_finishes_early_leaves_no_pads(models):
-    model, ahn, ids = make(models, window_size=30), sys.modules["ahn_layers"], tokens(3, 8)
+    model, ahn, ids = make(models, window_size=30), importlib.import_module("ahn_layers"), tokens(3, 8)
     free = generate(model, ids, NEW, disable_compile=True)
     end = int(free[0, 8 + 4])
     caches, options = [], {"eos_token_id": end, "pad_token_id": 0}
@@ -98,7 +106,7 @@ def test_a_row_that_finishes_early_leaves_no_pads(models):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_end_between_replays(error, window, models, recorded):
     """The cache goes on with the tokens that it holds."""
-    model, ahn = make(models, window_size=window), sys.modules["ahn_layers"]
+    model, ahn = make(models, window_size=window), importlib.import_module("ahn_layers")
     ids, cache, other = tokens(1, 20), ahn.HippocampalCache(), ahn.HippocampalCache()
     text = generate(model, ids, NEW, cache=other, disable_compile=True)
 
@@ -115,7 +123,7 @@ def test_an_end_between_replays(error, window, models, recorded):
 
 
 def test_crop_and_copies_between_turns(models, recorded, tmp_path):
-    model, ahn = make(models, window_size=400), sys.modules["ahn_layers"]
+    model, ahn = make(models, window_size=400), importlib.import_module("ahn_layers")
     cache, ids = ahn.HippocampalCache(), tokens(1, 20)
     text = generate(model, ids, NEW, cache=cache)
     cache.save(tmp_path / "kept")
@@ -128,7 +136,7 @@ def test_crop_and_copies_between_turns(models, recorded, tmp_path):
 
 def test_memory_is_given_back(models):
     """A conversation that fits the window holds no full window between turns."""
-    model, ahn = make(models, window_size=20_000), sys.modules["ahn_layers"]
+    model, ahn = make(models, window_size=20_000), importlib.import_module("ahn_layers")
     cache, ids = ahn.HippocampalCache(), tokens(1, 20)
     generate(model, ids, NEW, cache=ahn.HippocampalCache())
     torch.cuda.synchronize()

@@ -416,6 +416,7 @@ class LearnedStart(GatedDeltaNet):
         return self.start.to(like).expand(batch_size, *self.start.shape[1:])
 
 
+@torch.no_grad()
 def test_nothing_that_others_hold_is_overwritten(pair):
     """Neither a weight that a state begins with, nor a state of a window that is not full."""
     model, plain = pair(compressor=LearnedStart)
@@ -424,12 +425,16 @@ def test_nothing_that_others_hold_is_overwritten(pair):
     cache, other = HippocampalCache(), HippocampalCache()
     for one, own in ((model, cache), (plain, other)):
         logits(one, tokens(1, 3), 3, own)
+    before = {name: u.clone() for name, u in cache.layers[0].state.tensors().items()}
     state = cache.layers[0].state
-    before = {name: u.clone() for name, u in state.tensors().items()}
-    texts = [generate(one, tokens(1, 5), 12, cache=c) for one, c in ((model, cache), (plain, other))]
+    fix(cache)
+    logits(model, tokens(1, 9), 1, cache)
+    release(cache)
+    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items()) and len(state.slots) == 3
+    logits(plain, tokens(1, 9), 1, other)
+    texts = [generate(one, tokens(1, 14), 12, cache=c) for one, c in ((model, cache), (plain, other))]
     assert torch.equal(*texts) and Replay.count
     assert all(torch.equal(u, v) for u, v in zip(model.state_dict().values(), weights, strict=True))
-    assert all(torch.equal(u, before[name]) for name, u in state.tensors().items()) and len(state.slots) == 3
 
 
 def test_layers_that_disagree_are_unusable():

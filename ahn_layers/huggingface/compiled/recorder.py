@@ -6,6 +6,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
+from ..cache_name import renamed
 from ..decoder import CACHE
 from .region import compiled_region, decoding_backend
 from .step_graph import Step, can_record
@@ -34,6 +35,7 @@ class Recorder:
         step = Step(self.model, self._region)
 
         def run(**inputs: Any) -> Any:
+            inputs = renamed(inputs)
             cache = inputs.get(CACHE)
             if not can_record(cache):
                 call = usual() if cache is None or cache.is_compileable else self.model

@@ -38,7 +38,8 @@ class Recorder:
             inputs = renamed(inputs)
             cache = inputs.get(CACHE)
             if not can_record(cache):
-                return usual()(**inputs)
+                call = usual() if cache is None or cache.is_compileable else self.model
+                return call(**inputs)
             self._steps[cache] = ref(step)  # which lives as long as this function: until generate returns
             return step(**inputs)
 
@@ -49,3 +50,7 @@ class Recorder:
         step = None if cache is None else self._steps.get(cache)
         known = None if step is None else step()
         return None if known is None else known.known_inputs
+
+    def forget(self, cache: Any) -> None:
+        """Know nothing of a cache any longer: a step may outlive its ``generate`` in a traceback."""
+        self._steps.pop(cache, None)

@@ -14,6 +14,8 @@ from typing import Any, get_args, get_type_hints
 import jaxtyping
 from beartype import beartype
 
+__name__ = "jaxtyping.checking"
+"""``ahn_layers/peft.py`` walks over the stack, past the frames of type checkers, which it knows by this name."""
 _as_jaxtyping = jaxtyping.jaxtyped
 _scope = _as_jaxtyping("context")
 """Names of axes mean one size within it: the call of one function."""

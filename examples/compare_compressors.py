@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         try:
             result = comparison.compare(name, goals, references)
             results["compressors"][name] = result | {"seconds": time.perf_counter() - started}
-        except Exception as error:  # of a kernel, or of memory: the others are worth their numbers all the same
+        except Exception as error:  # of a kernel, or of memory: the others still give their numbers
             results["failed"][name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         results["seconds"] = time.perf_counter() - begin

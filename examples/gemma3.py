@@ -3,7 +3,7 @@ r"""Chat with a Gemma 3 model over a document of any length; and get Gemma 3 270
     python examples/gemma3.py                                    # gemma-3-1b-it, no trained memory
     python examples/gemma3.py --model google/gemma-3-4b-it --window 8064 --document book.txt \
         --prompt "What is this text about?"
-    python examples/gemma3.py --random-weights --prompt "Hello"  # no network, no sense either
+    python examples/gemma3.py --random-weights --prompt "Hello"  # no network; random replies
     python examples/learn_to_recall.py --model gemma3
 
 The layers with full attention get the memory, one in six; the others keep their own sliding windows. You will see what

@@ -9,16 +9,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from importlib.util import find_spec
 from pathlib import Path
 
+import jaxtyping
 from jaxtyping import install_import_hook
+
+from .checking import jaxtyped
 
 PACKAGE = Path(find_spec("ahn_layers").origin).parent
 names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("[!_]*.py")]
 # Triton compiles the source of its kernels and does not find what they use behind a decorator
 install_import_hook([name for name in names if ".triton_" not in name], "beartype.beartype")
+jaxtyping.jaxtyped = jaxtyped
 
 from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 
@@ -66,9 +69,3 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture
-def fast(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
+    DynamicLayer,
     EncoderDecoderCache,
     QuantizedCache,
 )
@@ -240,13 +241,17 @@ def memory_layer(cache: Any, layer_idx: int) -> MemoryLayer | None:
             f"a retrofitted model cannot use a cache {kind}: its window is small and its state fixed, so nothing is "
             "gained. Leave cache_implementation unset, or use 'static'."
         )
-    if cache.layer_class_to_replicate is not None:
+    made = cache.layer_class_to_replicate
+    if made is None and not SHARING:
+        made = DynamicLayer  # transformers 5.17 makes no cache layer for a layer that shares keys
+    if made is not None:
         while len(cache.layers) <= layer_idx:
-            cache.layers.append(cache.layer_class_to_replicate())
+            cache.layers.append(made())
     layer = cache.layers[layer_idx]
     if isinstance(layer, MemoryLayer):
         return layer
     shares = isinstance(layer, SHARING)  # keys and values come from another layer, which holds tokens or not
+    shares |= type(layer) is DynamicLayer and static_length(cache.layers) is not None  # and was made above
     if not shares and layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise ValueError(
             f"layer {layer_idx} of this cache holds {int(layer.get_seq_length())} tokens of full attention: they "

@@ -44,9 +44,8 @@ class StaticMemoryLayer(MemoryLayer):
     def of(cls, state: MemoryState, padding: Padding | None, made_with: str) -> "StaticMemoryLayer":
         """A layer that holds the rows of a state, which belongs to it from now on."""
         layer = cls(state.window.capacity)
-        slots = state.slots.widened(state.window.capacity)
         layer.pads = torch.zeros_like(state.seen)
-        layer.state = replace(state, slots=slots, inplace=True)
+        layer.state = replace(state, slots=state.slots.widened(state.window.capacity), inplace=True)
         layer._joined, layer.made_with = True, made_with
         assert state.length is not None
         layer.align(state.length, padding)
@@ -70,8 +69,7 @@ class StaticMemoryLayer(MemoryLayer):
         if torch.compiler.is_compiling():
             return self._run_in_place(store, q, k, v, x, **options)
         self.refuse_broken()
-        held = self.state is not None
-        with self.overwriting(held):
+        with self.overwriting(self.state is not None):
             return self._run_in_place(store, q, k, v, x, **options)
 
     def _run_in_place(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:

@@ -15,6 +15,7 @@ import pkgutil
 import re
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -172,14 +173,17 @@ def test_links_of_the_readme_lead_somewhere():
                 assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
+@cache
 def messages():
     """``(where, text)`` of every error the library raises, with … in place of what is filled in."""
+    found = []
     for path in sorted((ROOT / "ahn_layers").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in RAISED:
                 text = text_of(node.args[0])
                 if text.strip("… (:)") and not text.startswith("module "):
-                    yield f"{path.name}:{node.lineno}", text
+                    found.append((f"{path.name}:{node.lineno}", text))
+    return found
 
 
 def text_of(node):

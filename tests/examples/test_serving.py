@@ -28,7 +28,6 @@ SYSTEM = {"role": "system", "content": "You are a machine that speaks in bytes, 
 def path():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        patch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
         jaxtyping.config.update("jaxtyping_disable", True)
         yield
         jaxtyping.config.update("jaxtyping_disable", False)

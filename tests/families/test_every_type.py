@@ -35,14 +35,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.usefixtures("fast")
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_types_that_stand_for_others(name):
     verdict = judge(cases.build(name))
     assert (verdict.word, verdict.layers) == ("passes", REPRESENTATIVE[name]), verdict.cause
 
 
-@pytest.mark.usefixtures("fast")
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", ["image/gemma3", "image/qwen2_vl", "audio/qwen2_audio"])
 def test_a_saved_model_comes_back_whole_or_not_at_all(name, tmp_path):
     """With its class named, it is refused; with an Auto class, it is the same model."""

@@ -15,7 +15,7 @@ from ..models import positions, retrofitted, tokens
 from . import exhausted, mutations, properties, rotations, saving, serving, streaming
 from .stores import Interrupt
 
-pytestmark = pytest.mark.usefixtures("fast")
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.parametrize(

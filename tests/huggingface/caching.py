@@ -14,9 +14,8 @@ every_length = pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
 
 
 @pytest.fixture(autouse=True)
-def fast(unchecked, monkeypatch):
-    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
+def fast(unchecked):
+    """Shapes are not checked: there are many calls of small models."""
 
 
 @pytest.fixture(scope="module")

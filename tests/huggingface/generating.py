@@ -13,9 +13,8 @@ some = pytest.mark.parametrize("name", SOME)
 
 
 @pytest.fixture(autouse=True)
-def fast(unchecked, monkeypatch):
-    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
+def fast(unchecked):
+    """Shapes are not checked: there are many calls of small models."""
 
 
 def left_padded(*lengths):

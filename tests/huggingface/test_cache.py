@@ -9,9 +9,11 @@ import re
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ahn_layers import HippocampalCache, Mamba2, full_attention, memory_report, restore, window_only
+from ahn_layers.huggingface.cache import memory_layer
 from ahn_layers.huggingface.cache_layers import MemoryLayer
 from ahn_layers.huggingface.static_layer import StaticMemoryLayer
 
@@ -243,3 +245,15 @@ def test_the_report_says_the_bytes_of_the_cache(compressor, dtype):
     for batch in (1, 3):
         cache = read(model, tokens(batch, LONG))
         assert [batch * number for number in said] == [*(layer.nbytes for layer in cache.layers), cache.nbytes]
+
+
+@pytest.mark.parametrize("first, length", [(DynamicLayer(), None), (StaticLayer(20), 20)], ids=["growing", "fixed"])
+def test_layers_that_share_keys_need_none_in_the_base_models_cache(first, length, monkeypatch):
+    """As with transformers 5.17, whose caches end before them."""
+    monkeypatch.setattr("ahn_layers.huggingface.cache.SHARING", ())
+    cache = DynamicCache()
+    cache.layers, cache.layer_class_to_replicate = [first], None
+    ours = [memory_layer(cache, index) for index in (4, 2)]
+    assert ours == [cache.layers[4], cache.layers[2]] and len(cache.layers) == 5
+    assert all(getattr(layer, "max_cache_len", None) == length for layer in ours)
+    assert all(isinstance(layer, StaticMemoryLayer) == (length is not None) for layer in ours)

@@ -31,14 +31,8 @@ ROOT = Path(__file__).parents[2]
 LONG = 5 * CAPACITY
 CUTS = {"fives": 5, "to the brim": [CAPACITY, LONG - CAPACITY], "past it": [CAPACITY + 1, 1, 17, 13]}
 
-without_checks = pytest.mark.usefixtures("fast")
+without_checks = pytest.mark.usefixtures("unchecked")
 every_family = pytest.mark.parametrize("name", FAMILIES)
-
-
-@pytest.fixture
-def fast(unchecked, monkeypatch):
-    """Shapes are not checked, nor functions decorated in every call to check them: that takes most of the time."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
 
 
 def close(actual, expected, name, message=None):

@@ -37,7 +37,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.usefixtures("fast")
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", RIGHT)
 def test_traits_that_a_memory_honours(name):
     traits, options = RIGHT[name]

@@ -23,12 +23,6 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 aligned = pytest.mark.parametrize("size", ALIGNED.values(), ids=ALIGNED)
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch):
-    """Shapes are not checked in every call."""
-    monkeypatch.setattr("jaxtyping.jaxtyped", lambda **_: lambda function: function)
-
-
 @pytest.fixture(scope="module")
 def model():
     return retrofitted()

@@ -200,7 +200,7 @@ def check_norms_and_gates(device, dtype, tolerance):
             out = x + down(product)
             return out, [y, right][:watched] if watched < 2 else []
 
-        for watched in range(3):
+        for watched in range(3 if size < 100 else 1):  # the graphs are those of any size
             merged = []
 
             def backend(graph, _, merged=merged):

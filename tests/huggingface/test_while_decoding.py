@@ -20,7 +20,7 @@ from ..models import CAPACITY, generate, logits, retrofitted, tokens
 from .recorded import ENOUGH, Replay, recorded  # noqa: F401 - a fixture
 from .test_turns import chat as chat_of_a_batch
 
-pytestmark = pytest.mark.usefixtures("fast")
+pytestmark = pytest.mark.usefixtures("unchecked")
 WIDE = 60
 """A window that does not fill up."""
 
@@ -230,8 +230,10 @@ class StoppedError(Exception):
 
 
 @pytest.mark.parametrize("window", [6, WIDE])
-@pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["streamer", "criterion", "after a replay"])
+@pytest.mark.parametrize(
+    "place, error",
+    [("streamer", StoppedError), ("criterion", KeyboardInterrupt), ("after a replay", KeyboardInterrupt)],
+)
 def test_an_end_between_two_steps(place, error, window, pair, monkeypatch):
     model, plain = pair(window_size=window)
 
@@ -265,8 +267,7 @@ def test_an_end_between_two_steps(place, error, window, pair, monkeypatch):
     assert torch.equal(*texts) and same(*caches)
 
 
-@pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt])
-@pytest.mark.parametrize("layer", ["layers.0", "layers.2"])
+@pytest.mark.parametrize("layer, error", [("layers.0", StoppedError), ("layers.2", KeyboardInterrupt)])
 @pytest.mark.parametrize("first, window", [(3, WIDE), (CAPACITY - 1, 6), (CAPACITY, 6), (20, 6)])
 def test_an_end_inside_the_first_step(first, window, layer, error, pair):
     """The same state, or the same refusal, as in a cache that grows."""

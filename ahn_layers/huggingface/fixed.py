@@ -1,10 +1,13 @@
 """A cache at fixed addresses for a while: every layer with all slots allocated, and growing again afterwards."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..compressor import map_state
 from .cache_layers import MemoryLayer
 from .static_layer import StaticMemoryLayer
 from .transaction import settle, settle_for_use
@@ -18,17 +21,15 @@ def can_be_fixed(cache: Any) -> bool:
 def fix(cache: Any) -> None:
     """Put layers of fixed addresses, with the same rows, in the place of those that grow.
 
-    A cache that cannot be fixed stays as it is: where gradients are recorded; without tokens; with a row that ends in
-    padding, since recorded steps do not note where that ends; or, with a warning, without memory for a full window.
+    A cache that cannot be fixed stays as it is: where gradients are recorded, without tokens, or, with a warning,
+    without memory for a full window.
     """
     settle_for_use(cache)
     growing = list(cache.layers)
-    if torch.is_grad_enabled() or not can_be_fixed(cache):
-        return
-    if any(u.state is None or (u.padding is not None and u.padding.is_open) for u in growing):
+    if torch.is_grad_enabled() or not can_be_fixed(cache) or any(layer.state is None for layer in growing):
         return
     try:
-        cache.layers[:] = [StaticMemoryLayer.in_place_of(layer) for layer in growing]
+        cache.layers[:] = [_in_place_of(layer) for layer in growing]
     except torch.OutOfMemoryError as error:
         warnings.warn(
             f"decoding runs without a CUDA graph, there is no memory for a full window: {error}", stacklevel=2
@@ -60,7 +61,7 @@ def release(cache: Any) -> None:
     seen, pads = torch.stack([torch.stack((layer.state.seen, layer.pads)) for layer in fixed], dim=1).cpu()
     ends = seen + pads
     length, agree = int(ends[0, 0]), bool((ends == ends[0, 0]).all())
-    layers = [layer.released(length, padded=bool(pads.any())) if layer in fixed else layer for layer in cache.layers]
+    layers = [_released(layer, length, padded=bool(pads.any())) if layer in fixed else layer for layer in cache.layers]
     for layer in () if agree else layers:
         layer.broken = True
     cache.layers[:] = layers
@@ -68,3 +69,44 @@ def release(cache: Any) -> None:
 
 def _stands_in(layer: Any) -> bool:
     return isinstance(layer, StaticMemoryLayer) and layer.growing is not None
+
+
+def _in_place_of(growing: MemoryLayer) -> StaticMemoryLayer:
+    """A layer that goes on with the tokens of one that grows; a full window is not copied."""
+    state = growing.changeable()
+    assert state is not None
+    layer = StaticMemoryLayer.of(
+        replace(
+            state,
+            slots=state.slots.map(Tensor.contiguous),
+            seen=state.seen.clone(),
+            memory=None if state.memory is None else map_state(torch.clone, state.memory),
+            kept={name: u.clone() for name, u in state.kept.items()},
+        ),
+        growing.padding,
+        growing.made_with,
+    )
+    layer.growing = growing
+    return layer
+
+
+def _released(fixed: StaticMemoryLayer, length: int, *, padded: bool) -> MemoryLayer:
+    """The layer in whose place another stood, with the tokens that are there now.
+
+    Args:
+        fixed: the other layer.
+        length: columns of each row.
+        padded: whether any of them was padding.
+    """
+    layer, state = fixed.growing, fixed.state
+    assert layer is not None and state is not None
+    slots = state.slots
+    if length < len(slots):
+        slots = slots.map(lambda u: u[:, :, :length].clone())
+    layer.state = replace(state, slots=slots, length=length, padded=padded, inplace=False)
+    padding = None if fixed.padding is None else fixed.padding.cropped(length)  # noted before a step, which may fail
+    layer.padding = None if padding is None or not padding.any else padding
+    layer.made_with, layer.broken, layer.recording = fixed.made_with, fixed.broken, None
+    layer.record_past |= fixed.record_past
+    layer.edits += fixed.edits
+    return layer

@@ -41,36 +41,6 @@ class StaticMemoryLayer(MemoryLayer):
         self.growing: MemoryLayer | None = None
 
     @classmethod
-    def in_place_of(cls, growing: MemoryLayer) -> "StaticMemoryLayer":
-        """A layer that goes on with the tokens of one that grows; a full window is not copied."""
-        state = growing.changeable()
-        assert state is not None
-        slots, kept = state.slots.map(Tensor.contiguous), {name: u.clone() for name, u in state.kept.items()}
-        own = replace(state, slots=slots, seen=state.seen.clone(), memory=_copy(state.memory), kept=kept)
-        layer = cls.of(own, growing.padding, growing.made_with)
-        layer.growing = growing
-        return layer
-
-    def released(self, length: int, *, padded: bool) -> MemoryLayer:
-        """The layer in whose place this one stood, with the tokens that are here now.
-
-        Args:
-            length: columns of each row.
-            padded: whether any of them was padding.
-        """
-        assert self.growing is not None and self.state is not None
-        layer, slots = self.growing, self.state.slots
-        if length < len(slots):
-            slots = slots.map(lambda u: u[:, :, :length].clone())
-        layer.state = replace(self.state, slots=slots, length=length, padded=padded, inplace=False)
-        padding = None if self.padding is None else self.padding.cropped(length)  # noted before a step, which may fail
-        layer.padding = None if padding is None or not padding.any else padding
-        layer.made_with, layer.broken, layer.recording = self.made_with, self.broken, None
-        layer.record_past |= self.record_past
-        layer.edits += self.edits
-        return layer
-
-    @classmethod
     def of(cls, state: MemoryState, padding: Padding | None, made_with: str) -> "StaticMemoryLayer":
         """A layer that holds the rows of a state, which belongs to it from now on."""
         layer = cls(state.window.capacity)

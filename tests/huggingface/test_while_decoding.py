@@ -20,7 +20,7 @@ from ..models import CAPACITY, generate, logits, retrofitted, tokens
 from .recorded import ENOUGH, Replay, recorded  # noqa: F401 - a fixture
 from .test_turns import chat as chat_of_a_batch
 
-pytestmark = pytest.mark.usefixtures("fast")
+pytestmark = pytest.mark.usefixtures("unchecked")
 WIDE = 60
 """A window that does not fill up."""
 
@@ -179,7 +179,7 @@ def test_looks_in_between_are_answered(use, pair, tmp_path):
         def at_every_token():
             own = answers.setdefault(name, [])
             if use == "len":
-                own.append(int(cache.get_seq_length()))
+                own.append(cache.get_seq_length())
             elif use == "crop":
                 cache.crop(0)
             else:
@@ -198,6 +198,7 @@ def test_looks_in_between_are_answered(use, pair, tmp_path):
         caches.append(cache)
     assert torch.equal(*found) and same(*caches)
     for mine, its in zip(*answers.values(), strict=True) if answers.get("fixed") else ():
+        assert type(mine) is type(its)
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
 
 
@@ -229,8 +230,10 @@ class StoppedError(Exception):
 
 
 @pytest.mark.parametrize("window", [6, WIDE])
-@pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["streamer", "criterion", "after a replay"])
+@pytest.mark.parametrize(
+    "place, error",
+    [("streamer", StoppedError), ("criterion", KeyboardInterrupt), ("after a replay", KeyboardInterrupt)],
+)
 def test_an_end_between_two_steps(place, error, window, pair, monkeypatch):
     model, plain = pair(window_size=window)
 
@@ -264,8 +267,7 @@ def test_an_end_between_two_steps(place, error, window, pair, monkeypatch):
     assert torch.equal(*texts) and same(*caches)
 
 
-@pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt])
-@pytest.mark.parametrize("layer", ["layers.0", "layers.2"])
+@pytest.mark.parametrize("layer, error", [("layers.0", StoppedError), ("layers.2", KeyboardInterrupt)])
 @pytest.mark.parametrize("first, window", [(3, WIDE), (CAPACITY - 1, 6), (CAPACITY, 6), (20, 6)])
 def test_an_end_inside_the_first_step(first, window, layer, error, pair):
     """The same state, or the same refusal, as in a cache that grows."""
@@ -456,6 +458,7 @@ def test_a_cache_that_was_left_fixed(pair):
     with torch.no_grad():
         fix(cache)
     assert is_fixed(cache) and is_fixed(copy.deepcopy(cache))
+    assert all(layer.growing.state is None for layer in cache.layers)  # nothing is held twice
     copied = copy.deepcopy(cache)
     copied.crop(-2)
     assert copied.get_seq_length() == 3 and not is_fixed(copied)
@@ -484,7 +487,7 @@ def test_no_memory_for_a_full_window(pair, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("ahn_layers.huggingface.fixed.StaticMemoryLayer.in_place_of", fail)
+    monkeypatch.setattr("ahn_layers.huggingface.fixed._in_place_of", fail)
     cache, other = HippocampalCache(), HippocampalCache()
     with pytest.warns(UserWarning, match="no memory for a full window"):
         found = generate(model, tokens(1, 5), 10, cache=cache, **ones(tokens(1, 5)))

@@ -95,6 +95,35 @@ def test_layers_are_compiled_once(name, models, steps):
     assert graphs.count == 2 and list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("window", [6, 60], ids=["full", "not full"])
+def test_an_end_between_compiled_layers_of_a_kept_cache(window, models, steps, monkeypatch):
+    """The state of before, or a refusal: compiled code takes no notes, what calls it does."""
+    ahn, model, ids = (
+        importlib.import_module("ahn_layers"),
+        models.retrofitted(window_size=window),
+        models.tokens(1, 20),
+    )
+    steps(model, Graphs().backend)
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda self, inputs, options: True)
+    cache, calls, place = ahn.HippocampalCache(), [], model.model.norm
+
+    def stop(*_):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with place.register_forward_hook(stop), pytest.raises(KeyboardInterrupt):
+        models.generate(model, ids, 40, cache=cache, attention_mask=torch.ones_like(ids))
+    if window == 6:
+        with pytest.raises(RuntimeError, match="this cache is unusable"):
+            cache.clone()
+        return
+    other = ahn.HippocampalCache()
+    models.logits(model, ids, 20, other)
+    assert cache.get_seq_length() == 20
+    assert torch.equal(*(models.logits(model, models.tokens(1, 4), 2, one) for one in (cache, other)))
+
+
 def test_layers_that_cannot_be_compiled_run_as_they_are(models, steps):
     model, ids = models.retrofitted(), models.tokens(2, 3)
 

@@ -21,7 +21,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _to_mathml(match: re.Match[str]) -> str:
-    text = unescape(match[2])
+    text = unescape(match[2]).replace(r"\mathrm{", r"\operatorname{")  # which GitHub does not allow
     if match[1] == "span":
         return f'<span class="maths">{convert(text, display="inline")}</span>'
     parts = [convert(part, display="block") for part in text.split(r"\qquad")]  # a line may end between them

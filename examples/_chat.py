@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ahn_layers import HippocampalCache
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 """Sizes of a model with random weights."""
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+LONG = 2048
+"""Tokens from which on reading is worth a bar."""
 _MARK = "@reply@"
 
 
@@ -27,10 +30,10 @@ class Chat:
     Args:
         model: a retrofitted model.
         tokenizer: its tokenizer, with a chat template.
-        piece: tokens read per call of the model: bounds the activations.
+        piece: tokens read per call of the model: bounds the activations. By default ``generate`` chooses.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, piece: int = 2048) -> None:
+    def __init__(self, model: Any, tokenizer: Any, piece: int | None = None) -> None:
         self.model, self.tokenizer, self.piece = model, tokenizer, piece
         self.cache = HippocampalCache()
         self.ids = torch.empty(1, 0, dtype=torch.long, device=model.device)
@@ -39,17 +42,18 @@ class Chat:
         """Add a message, and stream the model's reply to standard output."""
         new = self.tokenizer(self._format(message), add_special_tokens=False, return_tensors="pt", verbose=False)
         self.ids = torch.cat((self.ids, new.input_ids.to(self.ids.device)), dim=1)
-        self._read()
         asked = self.ids.shape[1]
-        out = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            cache=self.cache,
-            max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            pad_token_id=self.tokenizer.eos_token_id,
-            **GREEDY,
-        )
+        with self._progress(asked - self.cache.get_seq_length()):
+            out = self.model.generate(
+                self.ids,
+                attention_mask=torch.ones_like(self.ids),
+                cache=self.cache,
+                max_new_tokens=max_new_tokens,
+                prefill_chunk_size=self.piece,
+                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                pad_token_id=self.tokenizer.eos_token_id,
+                **GREEDY,
+            )
         ends = torch.tensor(self.model.generation_config.eos_token_id, device=out.device)
         ended = bool(torch.isin(out[0, -1], ends))
         self.ids = out[:, :-1] if ended else out  # the template of the next message closes the turn
@@ -82,15 +86,26 @@ class Chat:
         text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return text.split(_MARK)[-1] if begun else text
 
-    @torch.no_grad()
-    def _read(self) -> None:
-        """Take in all tokens but the last, which ``generate`` needs."""
-        begin, end = self.cache.get_seq_length(), self.ids.shape[1] - 1
-        with tqdm(total=end - begin, desc="reading", unit=" tokens", disable=end - begin <= self.piece) as bar:
-            for part in self.ids[:, begin:end].split(self.piece, dim=1):
-                self.model(part, cache=self.cache, use_cache=True, logits_to_keep=1)
-                bar.update(part.shape[1])
+    @contextmanager
+    def _progress(self, count: int) -> Iterator[None]:
+        """Within this context, a bar of the tokens that are read, if a document is among them."""
+        if count < LONG:
+            yield
+            return
+        with tqdm(total=count, desc="reading", unit=" tokens") as bar:
+
+            def note(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                bar.update(kwargs["input_ids"].shape[1])
                 bar.set_postfix_str(self.figures())
+                if bar.n >= count:  # the reply begins
+                    handle.remove()
+                    bar.close()
+
+            handle = self.model.register_forward_hook(note, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
 
 
 def main(argv: Sequence[str] | None, *, description: str, config: PretrainedConfig, default: str | None) -> list[str]:
@@ -133,8 +148,9 @@ def _parse(argv: Sequence[str] | None, description: str, default: str | None) ->
     parser.add_argument("--document", type=Path, help="text file that stands before the first message")
     parser.add_argument("--prompt", action="append", help="message, may be repeated (default: type them)")
     parser.add_argument("--max-new-tokens", type=positive, default=256)
-    piece = 8192 if gpu else 2048
-    parser.add_argument("--piece", type=positive, default=piece, help="tokens of a document read at a time")
+    parser.add_argument(
+        "--piece", type=positive, help="tokens of a document read at a time (default: as generate does)"
+    )
     parser.add_argument("--device", type=device, default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     return parser.parse_args(argv)

@@ -3,7 +3,7 @@
     python examples/benchmark.py
     python examples/benchmark.py --decode --threads 2    # a token with the memory, and with the window alone
 
-Prints the ratios that the documentation quotes, measured on this machine, with one thread unless it is told otherwise.
+Prints the ratios that the documentation quotes, measured on this machine with one thread (``--threads`` for more).
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Ask a server by many clients at once: tokens a second, time to the first token, and whether anything is lost.
+"""Ask a server from many clients at once: tokens a second, time to the first token, and whether anything is lost.
 
     python examples/serve.py --adapter examples/adapters/smollm2-135m-instruct-gdn
     python examples/clients.py --clients 16                # in another terminal
-    python examples/clients.py --clients 1 --requests 4    # the same by one client, to compare
+    python examples/clients.py --clients 1 --requests 4    # the same with one client, to compare
 
 You will see a line for each client as it ends, then the sums. Every client has a conversation of its own, and asks
 several questions in it, one after the other.

@@ -4,8 +4,8 @@
     python examples/custom_architecture.py --compressor Mamba2 --steps 2000
 
 Each text tells four keys with their values, goes on with noise that is longer than the window, then asks for every key.
-Two decoders learn the task from nothing, with the same sizes, seeds and texts: one has the window alone, the other a
-memory besides. You will see the first one stay at chance, since no answer is in its window, and the second one answer
+Two decoders learn the task from scratch, with the same sizes, seeds and texts: one has the window alone, the other a
+memory too. You will see the first one stay at chance, since no answer is in its window, and the second one answer
 nearly every question, and most of them even after four times the noise that it was trained on.
 """
 

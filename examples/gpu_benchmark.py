@@ -1,4 +1,4 @@
-"""Speed and memory on a GPU, beside the base model: kernels, reading a long prompt, decoding, a training step.
+"""Speed and memory on a GPU, beside the base model: kernels, long prompts, decoding, a conversation, a training step.
 
     python examples/gpu_benchmark.py --output results
 
@@ -18,11 +18,14 @@ import torch
 import transformers
 from _common import compressor_names, count, device, positive
 from gpu_measurements import PARTS, SHAPES, Results
+from gpu_turns import kept
 from looks import color
 from matplotlib.figure import Figure
 
 import ahn_layers
 from ahn_layers import GatedDeltaNet
+
+MEASURED = PARTS | {"kept": kept}
 
 
 def main(arguments: Sequence[str] | None = None) -> Results:
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     }  # fmt: skip
     for name in options.parts:
         start = time.perf_counter()
-        results[name] = PARTS[name](options)
+        results[name] = MEASURED[name](options)
         results[name]["seconds"] = time.perf_counter() - start
         print(json.dumps({name: results[name]}, indent=1), flush=True)
         if options.output:
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> Results:
 def table(results: Results) -> str:
     """Everything measured, one line each."""
     lines = [f"{results['device']}, {results['versions']}"]
-    for part in PARTS:
+    for part in MEASURED:
         for name, value in results.get(part, {}).items():
             cells = value if isinstance(value, dict) else {"": value}
             lines.append(f"{part:9} {name:38} " + "  ".join(f"{unit} {u:.3f}" for unit, u in cells.items()))
@@ -90,7 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--new-tokens", type=positive, default=128)
     add("--train-length", type=positive, default=8192)
     add("--train-batch", type=positive, default=1)
-    add("--parts", nargs="+", default=[name for name in PARTS if name != "first"], choices=PARTS)
+    add("--parts", nargs="+", default=[name for name in MEASURED if name != "first"], choices=MEASURED)
     add("--device", type=device, default="cuda" if gpu else "cpu")
     add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
     add("--output", type=Path, help="folder for results.json and results.png")

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from _common import compressor_names, count, device, find_adapter, number, positive, user_errors
+from arms import slots_of
 from looks import look
 from matplotlib.figure import Figure
 from needles import Example, make, score
@@ -38,9 +39,11 @@ from tqdm import tqdm
 from ahn_layers import (
     Compressor,
     SalientSlots,
+    adapter_parameters,
     full_attention,
     load_adapter,
     memory_report,
+    restore,
     retrofit,
     save_adapter,
     window_only,
@@ -71,10 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         texts = read_texts(options.text) if options.text else [load_text(None)]
         ask = find_adapter(options.ask, "--ask")
         model, tokenizer = load_causal_lm(options.model, getattr(torch, options.dtype), options.device)
-        compressor = Compressor.by_name[options.compressor] if options.compressor else None
-        sizes = {"window_size": options.window, "num_sinks": options.sinks}
         if options.ask is None:
-            retrofit(model, compressor, eviction=SalientSlots(options.slots), **sizes)
+            give_slots(model, options)
         else:
             load_adapter(model, ask)
             (options.window, options.sinks, options.slots) = sizes_of(model)
@@ -98,6 +99,47 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     plot(results, options.output / "recall.png")
     print(f"{results['seconds'] / 60:.1f} minutes. All of this is in {options.output}")
     return results | {"adapter": options.ask or options.output}
+
+
+def give_slots(model: Any, options: argparse.Namespace) -> None:
+    """Retrofit a model with slots; scores and compressor may come from adapters that were trained before.
+
+    Args:
+        model: a causal language model of transformers.
+        options: the command line.
+
+    Raises:
+        ValueError: if an adapter is not what is asked for.
+    """
+    sizes: dict[str, Any] = {"window_size": options.window, "num_sinks": options.sinks}
+    compressor, trained = options.compressor, {}
+    if options.scores_from is not None:
+        found, slots = weights_of(model, options.scores_from, "--scores-from", sizes)
+        if not slots:
+            raise ValueError(f"--scores-from {options.scores_from}: this memory has no slots.")
+        trained = {name: u for name, u in found.items() if ".eviction." in name}
+        restore(model)
+    if options.start_from is not None:
+        found, slots = weights_of(model, options.start_from, "--start-from", sizes)
+        if slots:
+            raise ValueError(f"--start-from {options.start_from}: this memory has slots already, expected one without.")
+        trained |= found
+        record = model.hippocampus
+        compressor = record.compressor
+        sizes |= {"memory_positions": record.memory_positions, **record.options}
+        restore(model)
+    chosen = Compressor.by_name[compressor] if compressor else None
+    retrofit(model, chosen, eviction=SalientSlots(options.slots), **sizes)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model):
+            if name in trained:
+                parameter.copy_(trained[name])
+
+
+def weights_of(model: Any, adapter: str, option: str, sizes: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """Give a model a trained memory; returns its weights by name, and how many slots it has."""
+    load_adapter(model, find_adapter(adapter, option), **sizes)
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model)}, slots_of(model)
 
 
 def sizes_of(model: Any) -> tuple[int, int, int]:
@@ -141,7 +183,7 @@ def learn(
         return
     for bar, batch in steps("3. answers", crops(2, options.steps), groups=answer_groups(model), **how):
         with soft_slots(model):
-            found_loss = distillation_loss(model, batch["input_ids"], answers=batch["answers"])
+            found_loss = distillation_loss(model, batch["input_ids"], answers=batch["answers"], ce_weight=options.ce)
         found_loss.loss.backward()
         log["losses"].append(found_loss.loss.item())
         bar.set_postfix(loss=f"{mean(log['losses'][-10:]):.3f}")
@@ -246,6 +288,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--slots", type=positive, default=352, help="evicted tokens kept in each key/value head (default: 352)")
     add("--ask", help="an adapter with slots: ask the questions with it, and learn nothing")
     add("--compressor", choices=compressor_names(), help="takes what is not kept; default: none, it is lost")
+    add("--start-from", help="an adapter without slots, whose compressor takes what is not kept")
+    add("--scores-from", help="an adapter with slots, whose scores and rates to begin with")
+    add("--ce", type=float, default=0.0, help="weight of the loss on the text itself in the third stage (default: 0)")
     add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
     add("--batch", type=positive, default=1, help="texts a step (default: 1)")
     add(
@@ -276,8 +321,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.facts = options.facts or ((6, 14) if options.length <= 2048 else (2, 6))
     if options.facts[0] > options.facts[1]:
         parser.error(f"--facts {options.facts[0]} {options.facts[1]}: expected the smaller number first")
-    if options.length <= options.window + options.sinks + 256 + 100:
-        parser.error(f"--length {options.length}: expected at least 357 more than --window and --sinks")
+    least = max(options.window + options.sinks + 357, 528)  # attention beyond 256 tokens is learned; facts need room
+    if options.length < least:
+        parser.error(f"--length {options.length}: expected at least {least}")
     return options
 
 

@@ -3,7 +3,7 @@
     python examples/llama.py                                     # SmolLM2-135M-Instruct, which is a Llama
     python examples/llama.py --document book.txt --prompt "What is this text about?"
     python examples/llama.py --model meta-llama/Llama-3.2-1B-Instruct --window 8064 --document book.txt
-    python examples/llama.py --random-weights --prompt "Hello"   # no network, no sense either
+    python examples/llama.py --random-weights --prompt "Hello"   # no network; random replies
 
 You will see the document being read with a running figure of the cache, the reply as it is written, and after each
 turn the bytes held and, once the window is full, what full attention would hold. Each turn reads its own tokens only.

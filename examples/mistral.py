@@ -2,7 +2,7 @@
 
     python examples/mistral.py                                   # Mistral-7B-Instruct-v0.3: 15 GB in bfloat16
     python examples/mistral.py --dtype bfloat16 --window 8064 --document book.txt --prompt "What is this text about?"
-    python examples/mistral.py --random-weights --prompt "Hello" # no network, no sense either
+    python examples/mistral.py --random-weights --prompt "Hello" # no network; random replies
 
 Models with a sliding window of their own (v0.1: 4,096 tokens) take a window that fits into it: ``--window 3968``.
 You will see the document being read with a running figure of the cache, the reply as it is written, and after each

@@ -1,4 +1,4 @@
-"""A GPT with learned positions, as nanoGPT has them, gets a memory: trained from nothing, sampled without end.
+"""A GPT with learned positions, as nanoGPT has them, gets a memory: trained from scratch, sampled at any length.
 
     python examples/nanogpt.py                          # a few minutes on two CPU cores
     python examples/nanogpt.py --text shakespeare.txt --steps 3000 --tokens 2000

@@ -5,8 +5,8 @@ r"""Reproduce the paper: LV-Eval, InfiniteBench and LongBench with full attentio
     python examples/paper.py --random-weights --data tests/fixtures --window 112 --sinks 16 --output tiny
 
 Prompts, metrics, truncation and windows are those of the AHN paper's evaluation (``protocols.py``). Records come from
-the hub, or from a folder (``--data``). Each task is saved as it ends: the same command goes on where it was stopped.
-Writes ``results.md``, ``results.json`` and the answers.
+the hub, or from a folder (``--data``). Each task is saved when it ends, and the same command continues where it
+stopped. Writes ``results.md``, ``results.json`` and the answers.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from _chat import SMALL, random_model
-from _common import compressor_names, count, describes_itself, find_adapter, give_memory, positive
+from _common import compressor_names, count, describes_itself, find_adapter, give_memory, positive, user_errors
 from arms import arms_of, positioned, use_arm
 from protocols import PAPER, PROTOCOLS, Protocol, find
 from smollm2 import load_causal_lm
@@ -38,7 +37,7 @@ Results = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Run what was asked for; returns what is written to ``results.json``."""
     options = parse(arguments)
-    try:
+    with user_errors("paper"):
         tasks = check(options)
         adapter = find_adapter(options.adapter)
         model, tokenizer = load(options)
@@ -48,9 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         results = begin(options, model, tokenizer)
         with positioned(model, options.sink_positions) if options.sink_positions else nullcontext():
             run(tasks, model, tokenizer, options, results)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        print(f"paper: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"\n{table(results)}\n\n{options.output}/results.md, results.json, answers")
     return results
 

@@ -3,7 +3,7 @@ r"""Chat with a Qwen model over a document of any length, in constant memory. Re
     python examples/qwen.py                                      # Qwen2.5-0.5B-Instruct, no trained memory
     python examples/qwen.py --model Qwen/Qwen2.5-3B-Instruct --window 32640 --sinks 128 --document book.txt \
         --adapter ByteDance-Seed/AHN-GDN-for-Qwen-2.5-Instruct-3B
-    python examples/qwen.py --random-weights --prompt "Hello"    # no network, no sense either
+    python examples/qwen.py --random-weights --prompt "Hello"    # no network; random replies
 
 You will see the document being read with a running figure of the cache, the reply as it is written, and after each
 turn the bytes held and, once the window is full, what full attention would hold. Each turn reads its own tokens only.

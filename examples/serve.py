@@ -2,7 +2,7 @@
 
     python examples/serve.py --adapter examples/adapters/smollm2-135m-instruct-gdn    # SmolLM2-135M-Instruct
     python examples/serve.py --model meta-llama/Llama-3.2-1B-Instruct --window 8064 --rows 32
-    python examples/serve.py --random-weights --port 8001                    # no network, no sense either
+    python examples/serve.py --random-weights --port 8001                    # no network; random replies
 
 You will see the address; any client of OpenAI's API can be pointed at it. Ctrl-C finishes the replies that have begun,
 saves the conversations and ends.

@@ -22,7 +22,7 @@ from gpu_measurements import SHAPES
 from peak_memory import PeakMemory
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from ahn_layers import Compressor, adapter_parameters, retrofit
 from ahn_layers.distillation import compile_layers, distillation_loss, freeze_base
@@ -40,6 +40,10 @@ MODELS = {
     "llama-3.1-8b": LlamaConfig(
         **LLAMA, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
         tie_word_embeddings=False,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32_768, tie_word_embeddings=False, eos_token_id=None,
     ),
     **SHAPES,
 }  # fmt: skip

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 from ..files import load_tensors, reading, save_tensors
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
+from .fixed import is_fixed, is_traced, release
 from .hybrid_layer import layer_in_place_of, static_length
 from .layer_values import describe, rebuild, tensors_of
 from .native_layer import SHARING
@@ -55,23 +56,28 @@ class HippocampalCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last tokens, see ``MemoryLayer.crop``."""
-        settle_for_use(self)
+        self._settle_for_change()
         super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""
-        settle_for_use(self)
+        self._settle_for_change()
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        settle_for_use(self)
+        self._settle_for_change()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        settle_for_use(self)
+        self._settle_for_change()
         super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        release(self)
+        super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without a call that was interrupted."""
@@ -81,7 +87,8 @@ class HippocampalCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Columns that have been read; those of a call that is running, or was interrupted, do not count."""
         before = length_before(self, layer_idx)
-        return super().get_seq_length(layer_idx) if before is None else before
+        length = super().get_seq_length(layer_idx) if before is None else before
+        return int(length) if is_fixed(self) and not is_traced() else length
 
     @property
     def joined(self) -> bool:
@@ -168,6 +175,7 @@ class HippocampalCache(DynamicCache):
             ValueError: if the rows do not fit. Nothing has changed.
         """
         settle(self)
+        release(self)
         settle(cache)
         put_layers(self.layers, numbers(rows, len(rows_of(self.layers))), cache.layers)
 
@@ -193,6 +201,10 @@ class HippocampalCache(DynamicCache):
                 cache.layers.append(rebuild(layer, own))
                 check_loaded(cache.layers[-1], layer)
         return cache
+
+    def _settle_for_change(self) -> None:
+        settle_for_use(self)
+        release(self)
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":
         settle_for_use(self)

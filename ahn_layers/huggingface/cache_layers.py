@@ -63,7 +63,7 @@ class MemoryLayer(StateLayer):
         if before is not None:
             before.inplace = not self.record_past
         writes = before is not None and before.held.overwritten and len(before.slots) == store.window.capacity
-        with self._overwriting(writes):
+        with self.overwriting(writes):
             out, self.state = store(q, k, v, x, before, valid=valid, **options)
         self.state.inplace = False  # another caller that continues it must not change it
         if self.record_past:
@@ -74,7 +74,7 @@ class MemoryLayer(StateLayer):
         return out
 
     @contextmanager
-    def _overwriting(self, writes: bool) -> Iterator[None]:
+    def overwriting(self, writes: bool) -> Iterator[None]:
         """Notes that the tensors of the state are no longer what they were, once the store has written to them.
 
         A store refuses what it cannot do before it writes; in between, memory may run out or the call be interrupted.

@@ -176,7 +176,7 @@ class ForwardHook:
         call.real = reconcile(cache, call.mask, *tokens.shape[:2])
         call.texts = self._find_texts(call, kwargs, tokens)
         if isinstance(cache, Cache):
-            begin(cache)
+            begin(cache, tokens.shape[1])
 
     def _find_texts(self, call: Call, kwargs: dict[str, Any], tokens: Tensor) -> Tensor | None:
         """Find packed texts, and arrange the arguments so that layers that are not retrofitted keep them apart too."""

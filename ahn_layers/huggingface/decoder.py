@@ -82,7 +82,7 @@ class DecoderAttention(HippocampalAttention):
                 layer.armed = False
         attend.check()
         if self._warn_after is not None:
-            self._warn_if_far(x.shape[1] if layer is None or layer.is_compileable else layer.get_seq_length())
+            self.warn_if_far(x.shape[1] if layer is None or layer.is_compileable else layer.get_seq_length())
         return out
 
     def anonymous(self) -> "DecoderAttention":
@@ -155,7 +155,8 @@ class DecoderAttention(HippocampalAttention):
                 "model.set_attn_implementation('sdpa')."
             )
 
-    def _warn_if_far(self, length: int) -> None:
+    def warn_if_far(self, length: int) -> None:
+        """Warn, once, if a text of this length shows the model sinks at distances that it was not trained on."""
         if self._warn_after is not None and length > self._warn_after:
             warnings.warn(
                 f"{type(self.block).__name__}: the text has passed the trained length of {self._warn_after} tokens, "

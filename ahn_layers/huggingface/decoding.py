@@ -42,6 +42,11 @@ class CompiledCall(ModelMethod):
         """What the step that is decoding on this cache is called with from now on, None if that is not known."""
         return None if self.recorder is None else self.recorder.known_inputs(cache)
 
+    def forget(self, cache: Any) -> None:
+        """Another ``generate`` begins on this cache: what an earlier one knew does not hold any longer."""
+        if self.recorder is not None:
+            self.recorder.forget(cache)
+
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         """The call of one token; each ``generate`` makes a new one."""
         model: Any = self.model

@@ -29,6 +29,7 @@ from .prepare_cache import PrepareCache
 from .probe import AttentionBlock, Probed
 from .saving import SavePretrained
 from .weights import Recorded, are_installed
+from .while_decoding import CompileCriteria, WhileDecoding
 from .whole_call import WholeCallHook
 
 REPLACED: dict[str, type[ModelMethod]] = {
@@ -36,6 +37,8 @@ REPLACED: dict[str, type[ModelMethod]] = {
     "_prefill": Prefill,
     "prepare_inputs_for_generation": PrepareInputs,
     "get_compiled_call": CompiledCall,
+    "_valid_auto_compile_criteria": CompileCriteria,
+    "_optimize_model_for_decode": WhileDecoding,
     "_get_stopping_criteria": StoppingCriteria,
     "save_pretrained": SavePretrained,
 }

@@ -10,6 +10,7 @@ from . import speedups
 from .decoder import CACHE, DecoderAttention
 from .model_method import ModelMethod
 from .rotations import longest_fixed_rotation
+from .while_decoding import note_read
 
 PREFILL_CHUNK = 4096
 """Tokens that ``generate`` reads at a time, of all rows together, unless the caller asks for another size."""
@@ -71,9 +72,11 @@ class Prefill(ModelMethod):
             for end in self._ends(input_ids, generation_config, model_kwargs):
                 upto = {name: u[..., :end] for name, u in model_kwargs.items() if name in PER_TOKEN and u is not None}
                 read(input_ids[:, :end], generation_config, model_kwargs | upto, *args, **kwargs)
-            return read(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            out = read(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             generation_config.disable_compile, generation_config.prefill_chunk_size = before, size
+        note_read(model, generation_config, model_kwargs.get(CACHE))
+        return out
 
     def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> range:
         """Up to where to read before the rest is read in one go; nothing to do for an empty cache."""

@@ -9,10 +9,12 @@ from transformers.generation import GenerationMode
 from .cache import HippocampalCache, fill
 from .decoder import CACHE, DecoderAttention
 from .finished import watch
+from .fixed import can_be_fixed, release
 from .joined import refuse_unmasked
 from .model_method import ModelMethod
 from .prefill import PER_TOKEN, are_off, is_plain_text, piece_for
 from .transaction import settle_for_use
+from .while_decoding import ask
 
 WORTH_RECORDING = 32
 """New tokens for which a step is compiled and recorded unasked."""
@@ -41,10 +43,16 @@ class PrepareCache(ModelMethod):
         blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
         if are_off(blocks):
             return prepare(generation_config, model_kwargs, *args, **kwargs)
-        settle_for_use(model_kwargs.get(CACHE))
+        kept = model_kwargs.get(CACHE)
+        settle_for_use(kept)
         chunk, asked = generation_config.prefill_chunk_size, generation_config.cache_implementation
         generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
-        if _gains_from_fixed_addresses(model, blocks, generation_config, model_kwargs, mode):
+        gains = _gains_from_fixed_addresses(model, blocks, generation_config, model_kwargs, mode)
+        if isinstance(kept, HippocampalCache):
+            release(kept)  # if an earlier call could not
+            model.get_compiled_call.forget(kept)
+            generation_config.cache_implementation = None if asked == "dynamic" else asked  # which it is
+        elif gains and kept is None and not generation_config.return_dict_in_generate:
             generation_config.cache_implementation = "static"
         try:
             result = prepare(generation_config, model_kwargs, *args, **kwargs)
@@ -66,6 +74,8 @@ class PrepareCache(ModelMethod):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         watch(generation_config, cache, mode, batch_size * copies)
         keeps_all = generation_config.output_hidden_states or generation_config.output_attentions
+        if gains and not keeps_all and isinstance(cache, HippocampalCache) and can_be_fixed(cache):
+            ask(generation_config)
         cuts = model.hippocampus.returns_cache and is_plain_text(model_kwargs)
         if chunk is None and cuts and not keeps_all:  # pieces would return the last one's
             generation_config.prefill_chunk_size = piece_for(model, batch_size * copies)
@@ -75,18 +85,18 @@ class PrepareCache(ModelMethod):
 def _gains_from_fixed_addresses(
     model: Any, blocks: list[DecoderAttention], options: Any, model_kwargs: dict[str, Any], mode: Any
 ) -> bool:
-    """Whether the cache is made a static one unasked: on a GPU, where a step then is one CUDA graph.
+    """Whether the cache gets fixed addresses unasked: on a GPU, where a step then is one CUDA graph.
 
-    A bounded cache has its size from the start, so nothing is lost by it but taking tokens back; so not where that is
-    needed, nor where the caller gets the cache, or says how to compile, or that nothing be compiled.
+    A bounded cache has its size from the start, so nothing is lost by it but taking tokens back. A cache that nobody
+    sees is a static one; one that outlives ``generate`` has fixed addresses while it decodes. Neither where tokens are
+    taken back, nor where the caller says how to compile, or that nothing be compiled.
     """
     prompt = next((u.shape[-1] for u in map(model_kwargs.get, PER_TOKEN) if isinstance(u, Tensor)), 0)
     new = options.max_new_tokens or (options.max_length or 0) - prompt
     return (
-        model_kwargs.get(CACHE) is None
-        and options.cache_implementation is None
+        options.cache_implementation is None
         and options.use_cache is not False
-        and not (options.disable_compile or options.return_dict_in_generate or options.is_assistant)
+        and not (options.disable_compile or options.is_assistant)
         and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         and new >= WORTH_RECORDING
         and model.get_compiled_call.serves(options.compile_config)

@@ -21,6 +21,9 @@ class StaticMemoryLayer(MemoryLayer):
 
     Args:
         max_cache_len: what the rest of the model's cache is told.
+
+    Attributes:
+        growing: the layer in whose place this one stands for a while, None if it stands there for good.
     """
 
     is_compileable = True
@@ -35,14 +38,44 @@ class StaticMemoryLayer(MemoryLayer):
         self._empty_memory: State | None = None
         self._empty_kept: dict[str, Tensor] = {}
         self._joined = False
+        self.growing: MemoryLayer | None = None
+
+    @classmethod
+    def in_place_of(cls, growing: MemoryLayer) -> "StaticMemoryLayer":
+        """A layer that goes on with the tokens of one that grows; a full window is not copied."""
+        state = growing.changeable()
+        assert state is not None
+        slots, kept = state.slots.map(Tensor.contiguous), {name: u.clone() for name, u in state.kept.items()}
+        own = replace(state, slots=slots, seen=state.seen.clone(), memory=_copy(state.memory), kept=kept)
+        layer = cls.of(own, growing.padding, growing.made_with)
+        layer.growing = growing
+        return layer
+
+    def released(self, length: int, *, padded: bool) -> MemoryLayer:
+        """The layer in whose place this one stood, with the tokens that are here now.
+
+        Args:
+            length: columns of each row.
+            padded: whether any of them was padding.
+        """
+        assert self.growing is not None and self.state is not None
+        layer, slots = self.growing, self.state.slots
+        if length < len(slots):
+            slots = slots.map(lambda u: u[:, :, :length].clone())
+        layer.state = replace(self.state, slots=slots, length=length, padded=padded, inplace=False)
+        padding = None if self.padding is None else self.padding.cropped(length)  # noted before a step, which may fail
+        layer.padding = None if padding is None or not padding.any else padding
+        layer.made_with, layer.broken, layer.recording = self.made_with, self.broken, None
+        layer.record_past |= self.record_past
+        layer.edits += self.edits
+        return layer
 
     @classmethod
     def of(cls, state: MemoryState, padding: Padding | None, made_with: str) -> "StaticMemoryLayer":
         """A layer that holds the rows of a state, which belongs to it from now on."""
         layer = cls(state.window.capacity)
-        slots = state.slots.widened(state.window.capacity)
         layer.pads = torch.zeros_like(state.seen)
-        layer.state = replace(state, slots=slots, inplace=True)
+        layer.state = replace(state, slots=state.slots.widened(state.window.capacity), inplace=True)
         layer._joined, layer.made_with = True, made_with
         assert state.length is not None
         layer.align(state.length, padding)
@@ -66,8 +99,7 @@ class StaticMemoryLayer(MemoryLayer):
         if torch.compiler.is_compiling():
             return self._run_in_place(store, q, k, v, x, **options)
         self.refuse_broken()
-        held = self.state is not None
-        with self._overwriting(held):
+        with self.overwriting(self.state is not None):
             return self._run_in_place(store, q, k, v, x, **options)
 
     def _run_in_place(self, store: MemoryStore, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Tensor:

@@ -11,6 +11,7 @@ from ..compressor import State
 from ..state import MemoryState
 from . import native_layer
 from .cache_layers import MemoryLayer
+from .static_layer import StaticMemoryLayer
 
 _OPEN = "_hippocampal_snapshot"
 _LARGE = 1 << 22
@@ -31,12 +32,34 @@ class _Prefix(NamedTuple):
         return replace(longer, slots=slots, seen=seen, length=self.length, memory=self.memory, kept=self.kept)
 
 
+class _Place(NamedTuple):
+    """Where the tokens of a layer of fixed addresses ended, and how many columns come."""
+
+    seen: Tensor
+    pads: Tensor
+    coming: int
+
+    def put_back(self, layer: StaticMemoryLayer, state: MemoryState) -> bool:
+        """Take out what has come since, if nothing can have left the window: then it stands in slots of its own."""
+        if bool((self.seen + self.coming > state.window.capacity).any()):
+            return False
+        if state.seen.is_inference() and not torch.is_inference_mode_enabled():
+            return True  # it was copied before it was written to
+        with torch.no_grad():
+            come = torch.arange(len(state.slots), device=self.seen.device) >= self.seen.unsqueeze(1)
+            state.slots.map(lambda u: u.masked_fill_(come.view(len(come), 1, -1, *[1] * (u.ndim - 3)), 0))
+            state.seen.copy_(self.seen)
+            layer.pads.copy_(self.pads)
+        state.length, state.padded = None, True
+        return True
+
+
 class Snapshot:
     """A cache as it was before a call."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, count: int) -> None:
         self.layers = list(cache.layers)
-        self.saved = [_save(layer) for layer in self.layers]
+        self.saved = [_save(layer, count) for layer in self.layers]
 
     def restore(self, cache: Cache) -> None:
         """Put every layer back; where that is impossible, the cache refuses to be used."""
@@ -50,10 +73,15 @@ class Snapshot:
                 layer.broken = True
 
 
-def begin(cache: Cache) -> None:
-    """Remember the cache as it is; a call that was interrupted before is undone first."""
+def begin(cache: Cache, count: int) -> None:
+    """Remember the cache as it is; a call that was interrupted before is undone first.
+
+    Args:
+        cache: the cache.
+        count: columns that the call brings.
+    """
     settle(cache)
-    setattr(cache, _OPEN, Snapshot(cache))
+    setattr(cache, _OPEN, Snapshot(cache, count))
 
 
 def complete(cache: Cache) -> Snapshot | None:
@@ -80,8 +108,10 @@ def length_before(cache: Cache, layer_idx: int) -> int | None:
         return 0
     saved, length = snapshot.saved[layer_idx], None
     if isinstance(snapshot.layers[layer_idx], MemoryLayer):
-        state = saved[0]["state"]
+        state, place = saved[0]["state"], saved[0].get("place")
         length = 0 if state is None else state.length
+        if place is not None and not torch.compiler.is_compiling():
+            length = int(place.seen[0] + place.pads[0])
     elif isinstance(saved, tuple):
         length = saved[0].get("length")
     return length
@@ -106,14 +136,14 @@ def settle_for_use(cache: Any) -> None:
             layer.refuse_broken()
 
 
-def _save(layer: Any) -> Any:
+def _save(layer: Any, count: int) -> Any:
     if not isinstance(layer, MemoryLayer):
         return native_layer.save(layer)
     linear = getattr(layer, "linear", None)  # a recurrence beside the attention
-    return _save_memory(layer), None if linear is None else (linear, native_layer.save(linear))
+    return _save_memory(layer, count), None if linear is None else (linear, native_layer.save(linear))
 
 
-def _save_memory(layer: MemoryLayer) -> dict[str, Any]:
+def _save_memory(layer: MemoryLayer, count: int) -> dict[str, Any]:
     """What ``_put_memory_back`` needs to undo the calls to come, unless they write into tensors that are there now.
 
     A large window that grows is not held on to, which would take its memory twice: the tokens of a longer one begin
@@ -121,6 +151,8 @@ def _save_memory(layer: MemoryLayer) -> dict[str, Any]:
     """
     layer.overwritten = False
     saved, state = dict(vars(layer)) | {"was_empty": layer.is_empty}, layer.state
+    if isinstance(layer, StaticMemoryLayer) and state is not None and not layer.is_empty:
+        saved["place"] = _Place(state.seen.clone(), layer.pads.clone(), count)
     if not layer.grows or state is None or layer.recording is not None or state.nbytes <= _LARGE:
         return saved
     if state.uniform is not None and state.uniform < state.window.capacity:
@@ -129,14 +161,14 @@ def _save_memory(layer: MemoryLayer) -> dict[str, Any]:
 
 
 def _put_memory_back(layer: MemoryLayer, before: dict[str, Any]) -> bool:
-    """Go back to what was saved, if that is possible: a layer of fixed addresses only to having been empty."""
-    was_empty = before.pop("was_empty")
+    """Go back to what was saved, if that is possible."""
+    was_empty, place = before.pop("was_empty"), before.pop("place", None)
     if not layer.grows and (was_empty or layer.is_empty):
         layer.reset()
         return True
     if layer.edits != before["edits"]:
         return layer.state is None
-    if layer.overwritten:
+    if layer.overwritten and not (isinstance(layer, StaticMemoryLayer) and place.put_back(layer, before["state"])):
         return False
     if isinstance(before["state"], _Prefix):
         assert layer.state is not None

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, TrainingArguments
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from ahn_layers import (
+    DeltaNet,
     HippocampalAttention,
     HippocampalCache,
     SalientSlots,
     adapter_parameters,
     full_attention,
     retrofit,
+    save_adapter,
 )
 from ahn_layers.distillation import (
     DistillationTrainer,
@@ -279,17 +282,39 @@ def test_the_lesson(lesson, capsys):
     assert not Path("asked/adapter.json").exists()
 
 
-def test_the_lesson_with_a_compressor(lesson):
+def test_the_lesson_goes_on_from_trained_parts(lesson):
     main, small = lesson
-    assert main([*small, "--compressor", "GatedDeltaNet", "--output", "out"])["losses"]
-    assert '"GatedDeltaNet"' in Path("out/adapter.json").read_text()
+    assert main([*small, "--compressor", "GatedDeltaNet", "--output", "slots"])["losses"]
+    assert '"GatedDeltaNet"' in Path("slots/adapter.json").read_text()
+    model = retrofit(AutoModelForCausalLM.from_pretrained("model"), DeltaNet, window_size=30, memory_positions="none")
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.normal_()
+    save_adapter(model, "compressor")
+    none = ["--score-steps", "0", "--retrieval-steps", "0", "--steps", "0"]
+    parts = ["--scores-from", "slots", "--start-from", "compressor"]
+    main([*small, *none, *parts, "--output", "both"])
+    assert {'"DeltaNet"', '"none"'} <= set(Path("both/adapter.json").read_text().replace(",", " ").split())
+    scores, compressor, both = (load_file(f"{u}/adapter.safetensors") for u in ("slots", "compressor", "both"))
+    chosen = {name: u for name, u in scores.items() if ".eviction." in name} | compressor
+    assert chosen.keys() == both.keys() and all(torch.equal(u, both[name]) for name, u in chosen.items())
+    assert main([*small, *none, "--steps", "1", "--ce", "0.5", *parts, "--output", "more"])["losses"]
+    assert not torch.equal(
+        load_file("more/adapter.safetensors")[next(iter(compressor))], next(iter(compressor.values()))
+    )
+    for wrong, message in (
+        (["--start-from", "slots"], "--start-from slots: this memory has slots already"),
+        (["--scores-from", "compressor"], "--scores-from compressor: this memory has no slots"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*small, *wrong])
 
 
 def test_the_lesson_refuses(lesson, capsys):
     main, small = lesson
     for wrong, message in (
         (["--test-length", "200"], "--test-length 200: expected more than the 52 tokens kept"),
-        (["--length", "300"], "--length 300: expected at least"),
+        (["--length", "300"], "--length 300: expected at least 528"),
     ):
         with pytest.raises(SystemExit):
             main([*small, *wrong])

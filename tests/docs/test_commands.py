@@ -239,7 +239,7 @@ def test_a_chat_takes_the_shipped_adapters(adapter, options, run, tmp_path, monk
     assert record.window.window_size == wanted.get("--window", described["window_size"])
     assert record.window.num_sinks == wanted.get("--sinks", 32)
     assert record.options == ({"shared_state": True} if "shared" in adapter.name else {})
-    assert record.memory_positions == ("none" if adapter.name.endswith("-gdn") else "absolute")
+    assert record.memory_positions == described["memory_positions"]
     slots = [module for module in given["model"].modules() if isinstance(module, SalientSlots)]
     assert len(slots) == (30 if "slots" in adapter.name else 0)
 

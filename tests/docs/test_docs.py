@@ -29,9 +29,10 @@ from ..small_models import install
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+EXCERPTS = runpy.run_path(str(ROOT / "docs" / "excerpts.py"))
 INCLUDED = re.compile(r'^-+8<-+ "([^"]+\.md)"$', re.MULTILINE)
 FENCE = re.compile(r"^( *)(`{3,})(?: \{ \.)?(\w*)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
-SNIPPET = re.compile(r'^-+8<-+ "([^":]+)(?::(\w+))?"$')
+LISTING = re.compile(r'^-+8<-+ "([^"]+\.py)"$')
 RAISED = {"AttributeError", "FileNotFoundError", "ImportError", "RuntimeError", "TypeError", "ValueError"}
 MODULES = [name for _, name, _ in pkgutil.walk_packages(ahn_layers.__path__, "ahn_layers.")]
 
@@ -41,8 +42,11 @@ def page_name(page):
 
 
 def markdown(page):
-    """What a page says, with the other pages that it takes in."""
-    return INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(), page.read_text())
+    """What a page says on the site, with the other pages that it takes in."""
+    text = page.read_text()
+    if page.is_relative_to(ROOT / "docs"):
+        text = EXCERPTS["for_site"](text, page.relative_to(ROOT / "docs").as_posix())
+    return INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(), text)
 
 
 def fences(page, *languages):
@@ -58,19 +62,8 @@ def fences(page, *languages):
 def python_blocks(page):
     """Like ``fences``, without blocks that show a whole script: those run in test_examples.py."""
     for line, code, runs in fences(page, "python", "py"):
-        included = SNIPPET.match(code.strip())
-        if included is None or included[2] is not None:
+        if not LISTING.match(code.strip()):
             yield line, code, runs
-
-
-def shown(code):
-    """The code that the site shows: a marked part of an example in place of a line that takes it in."""
-    included = SNIPPET.match(code.strip())
-    if included is None:
-        return code
-    text = (ROOT / included[1]).read_text()
-    start, end = (f"# --8<-- [{mark}:{included[2]}]\n" for mark in ("start", "end"))
-    return text[text.index(start) + len(start) : text.index(end)]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if list(python_blocks(p))], ids=page_name)
@@ -81,8 +74,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch, unchecked):
     monkeypatch.delitem(sys.modules, "_chat")  # pages stand without the examples
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(ROOT / "examples")])
     names = {"__name__": "documentation"}
-    for line, block, runs in python_blocks(page):
-        code = shown(block)
+    for line, code, runs in python_blocks(page):
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")
         if runs:
             exec(compiled, names)
@@ -164,8 +156,8 @@ def test_public_names_of_a_module_have_an_entry(name):
 
 
 def test_every_example_is_shown_on_a_page():
-    """A page takes in each script as it is."""
-    text = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    """A page takes in each script as it is: a link on a line of its own, whose text is the path."""
+    text = "".join(map(markdown, PAGES))
     shown = set(re.findall(r'^ *-+8<-+ "(examples/[\w/]+\.py)"$', text, re.MULTILINE))
     assert shown >= {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
 

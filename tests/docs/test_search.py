@@ -44,6 +44,21 @@ TYPED = {
     "needle in a haystack": "faq/",
     "GatedDeltaNet": "reference/compressors/",
     "benchmark": "benchmarks/",
+    "OOM": "faq/",
+    "Ollama": "faq/",
+    "MPS": "faq/",
+    "Mac": "faq/",
+    "multi-turn": "faq/",
+    "streaming": "faq/",
+    "flash attention": "faq/",
+    "long document": "guides/long-document/",
+    "summarize": "guides/long-document/",
+    "throughput": "faq/",
+    "perplexity": "faq/",
+    "cost of training": "guides/training/",
+    "multimodal": "faq/",
+    "classification": "faq/",
+    "agent": "faq/",
 }
 """What a user types, and a page that has the answer."""
 SHOWN = 5

@@ -231,6 +231,13 @@ def test_a_browser_shows_the_pages(browser, address_of_site, pages, size, scheme
 
 
 @needs_chromium
+def test_the_benchmarks_fit_a_screen(browser, address_of_site):
+    browser.open(address_of_site + "benchmarks/", WIDE)
+    end = browser.evaluate("document.querySelector('article').lastElementChild.getBoundingClientRect().bottom")
+    assert 0 < end <= WIDE[1]
+
+
+@needs_chromium
 def test_a_phone_keeps_the_first_column_of_a_wide_table(browser, address_of_site):
     browser.open(address_of_site + "comparison/", PHONE)
     measure = """

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.hard.caches import cache_cases, check_cache, check_generate, check_packed, generate_cases, packed_cases
+from tests.hard.batches import check_generate, check_packed, generate_cases, packed_cases
+from tests.hard.caches import cache_cases, check_cache
 from tests.hard.rounding import check_rounding, rounding_cases, table
 from tests.hard.stores import check_store, store_cases
 

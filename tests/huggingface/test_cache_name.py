@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 
 from ahn_layers import HippocampalCache, restore
 from ahn_layers.huggingface import cache_name
+from ahn_layers.huggingface.compiled import recorder
 from ahn_layers.huggingface.decoder import CACHE
 
 from ..models import retrofitted, tokens
@@ -66,3 +67,13 @@ def test_a_retrofitted_model_takes_cache():
     restore(model)
     assert "_takes_cache" not in vars(model)
     assert model._prepare_generation_config.__func__ is GenerationMixin._prepare_generation_config
+
+
+def test_an_older_step_is_recorded_too(older, monkeypatch):
+    """The step that a server takes from ``get_compiled_call``."""
+    monkeypatch.setattr(recorder, "CACHE", "past_key_values")
+    monkeypatch.setattr(recorder, "can_record", lambda cache: cache is not None)
+    monkeypatch.setattr(recorder, "Step", lambda model, region: lambda **inputs: inputs)
+    cache = HippocampalCache()
+    step = recorder.Recorder(nn.Module()).step(lambda: pytest.fail)
+    assert step(input_ids=1, cache=cache) == {"input_ids": 1, "past_key_values": cache}

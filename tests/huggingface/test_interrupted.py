@@ -8,6 +8,8 @@ from transformers import DynamicCache, StaticCache
 
 from ahn_layers import GatedDeltaNet, HippocampalCache, retrofit
 from ahn_layers.huggingface.decoder import CACHE
+from ahn_layers.huggingface.layer_values import tensors_of
+from ahn_layers.huggingface.transaction import settle
 
 from ..models import CAPACITY, base, retrofitted, tokens
 
@@ -24,7 +26,7 @@ def call(model, ids, cache, **options):
         return model(ids, use_cache=True, **options, **{CACHE: cache}).logits
 
 
-def interrupt(model, ids, cache, place, error):
+def interrupt(model, ids, cache, place, error, **options):
     """A call that ends in the middle of the model."""
 
     def stop(*_):
@@ -33,7 +35,7 @@ def interrupt(model, ids, cache, place, error):
     handle = place.register_forward_hook(stop)
     try:
         with pytest.raises(error):
-            call(model, ids, cache)
+            call(model, ids, cache, **options)
     finally:
         handle.remove()
 
@@ -84,6 +86,26 @@ def test_an_overwritten_cache_refuses_to_go_on(make, count, error):
             call(model, tokens(1, 1), cache)
     cache.reset()
     assert torch.equal(call(model, tokens(1, 5), cache), call(model, tokens(1, 5), make()))
+
+
+@pytest.mark.parametrize("error", [UnexpectedError, KeyboardInterrupt])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_fixed_addresses_go_back_while_nothing_has_left_the_window(layer, error):
+    """Rows and padding too, without a trace in the slots."""
+    model, new, cache, other = retrofitted(), tokens(2, 3, seed=1), static(), static()
+    mask = torch.ones(2, CAPACITY, dtype=torch.long)
+    mask[0, :2], mask[1, -2] = 0, 0
+    for one in (cache, other):
+        call(model, tokens(2, CAPACITY - 3), one, attention_mask=mask[:, :-3])
+    interrupt(model, new, cache, model.model.layers[layer], error, attention_mask=mask)
+    settle(cache)  # as the next use does
+    for mine, its in zip(cache.layers, other.layers, strict=True):
+        assert torch.equal(mine.pads, its.pads) and mine.padding == its.padding
+        assert all(torch.equal(u, v) for u, v in zip(tensors_of(mine).values(), tensors_of(its).values(), strict=True))
+    assert torch.equal(call(model, new, cache, attention_mask=mask), call(model, new, other, attention_mask=mask))
+    interrupt(model, tokens(2, 4), cache, model.model.layers[layer], error)  # the first row loses a token
+    with pytest.raises(RuntimeError, match="this cache is unusable"):
+        call(model, new, cache)
 
 
 @pytest.mark.parametrize("make", [HippocampalCache, static])

@@ -1,105 +1,17 @@
 """A retrofit changes one model object: not the configs that others share, nor models that are made from them."""
 
 import copy
-import pickle
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    StaticCache,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ahn_layers import GatedDeltaNet, full_attention, restore, retrofit
-from ahn_layers.huggingface.decoder import CACHE
+from ahn_layers import full_attention, restore
 
-from ..models import (
-    CAPACITY,
-    NARROW,
-    SINKS,
-    SIZES,
-    WINDOW,
-    base,
-    generate,
-    logits,
-    positions,
-    tokens,
-    train_memory,
-)
+from ..models import CAPACITY, base, logits, positions, tokens
+from .isolated import LONG, built, everything, put, same, shared
 
-LONG = 5 * CAPACITY
 FAMILIES = ["llama", "mistral_window", "gemma3", "phimoe", "vlm"]
-
-
-def shared(name, attention, count=2):
-    """Models with weights of their own that share one config object."""
-    torch.manual_seed(0)
-    kwargs = {"attn_implementation": attention, "experts_implementation": "eager"}
-    if name == "vlm":
-        text = {**SIZES, "layer_types": ["full_attention", "sliding_attention", "full_attention"], "head_dim": 8}
-        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = Gemma3Config(
-            text_config={**text, "sliding_window": NARROW},
-            vision_config={**vision, "image_size": 28, "patch_size": 14},
-            image_token_index=3,
-            boi_token_index=4,
-            eoi_token_index=5,
-            mm_tokens_per_image=4,
-            **{"attn_implementation": attention},
-        )
-        models = [Gemma3ForConditionalGeneration(config) for _ in range(count)]
-    else:
-        config = base(name).config
-        config._attn_implementation = attention
-        models = [AutoModelForCausalLM.from_config(config, **kwargs) for _ in range(count)]
-        models = [type(models[0])(config) for _ in models]
-    assert all(model.config is config for model in models)
-    for model in models:
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-    return [model.eval() for model in models]
-
-
-@torch.no_grad()
-def everything(model):
-    """Logits of a model on all paths on which masks are made."""
-    ids, mask = tokens(2, LONG), torch.ones(2, LONG, dtype=torch.long)
-    mask[0, :7] = 0
-    padding = {"attention_mask": mask, "position_ids": positions(mask)}
-    text = model.config.get_text_config()
-    static = StaticCache(config=text, max_cache_len=LONG)
-    static_pieces = [model(input_ids=u, **{CACHE: static}).logits for u in ids.split([21, LONG - 21], dim=1)]
-    options = {"cache_implementation": "static", "disable_compile": True, "attention_mask": mask}
-    return {
-        "one pass": logits(model, ids),
-        "padded": logits(model, ids, **padding)[:, 7:],
-        "pieces": logits(model, ids, [21, 1, 18], cache=DynamicCache(config=text)),
-        "static": torch.cat(static_pieces, dim=1),
-        "generate": generate(model, ids, attention_mask=mask),
-        "generate, static": generate(model, ids, **options),
-    }
-
-
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, u in found.items():
-        assert torch.equal(u, expected[name]), name
-
-
-def put(model, **options):
-    retrofit(model, GatedDeltaNet, **{"window_size": WINDOW, "num_sinks": SINKS} | options)
-    train_memory(model)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -124,27 +36,6 @@ def test_models_that_share_a_config_do_not_notice(name, attention):
     assert not any("ConfigView" in str(type(m.config).__mro__) for m in first.modules() if hasattr(m, "config"))
     restore(second)
     same(everything(second), before)
-
-
-def built(model, how, folder):
-    """A plain model made from a retrofitted one."""
-    inner = model.get_submodule("model").config  # a view
-    weights = {name: u for name, u in model.state_dict().items() if ".memory." not in name}
-    if how == "config":
-        made = type(model)(model.config)
-    elif how == "view":
-        made = type(model)(inner)
-    elif how == "from_config":
-        made = AutoModelForCausalLM.from_config(inner)
-    elif how == "copied view":
-        made = type(model)(copy.deepcopy(inner))
-    else:
-        made = type(model)(model.config)
-        made.load_state_dict(weights)
-        made.to(model.dtype).save_pretrained(folder)
-        made = type(model).from_pretrained(folder, config=model.config if how == "loaded" else inner, dtype=model.dtype)
-    made.load_state_dict(weights)
-    return made.to(model.dtype).eval()
 
 
 @pytest.mark.parametrize(
@@ -225,120 +116,6 @@ def test_an_implementation_without_a_memory_is_an_error_when_it_runs():
     ):
         model(tokens(1, LONG))
     model.set_attn_implementation("sdpa")
-    assert torch.equal(logits(model, tokens(1, LONG)), expected)
-
-
-# --- copies
-
-
-def copies(model):
-    yield "deepcopy", copy.deepcopy(model)
-    yield "pickle", pickle.loads(pickle.dumps(model))
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "vlm"])
-def test_copies_have_views_and_records_of_their_own(name):
-    model, plain = shared(name, "sdpa", 2)
-    plain.load_state_dict(model.state_dict())
-    before, ours = everything(plain), everything(put(model))
-    for how, copied in copies(model):
-        same(everything(copied), ours)
-        assert copied.hippocampus is not model.hippocampus, how
-        with full_attention(copied):
-            same(everything(copied), before)
-            same(everything(model), ours)
-        copied.config.get_text_config()._attn_implementation = "eager"
-        assert model.config.get_text_config()._attn_implementation == "sdpa"
-        copied.config.get_text_config()._attn_implementation = "sdpa"
-        restore(copied)
-        same(everything(copied), before)
-        same(everything(put(copied)), ours)
-    same(everything(model), ours)
-
-
-def test_a_part_of_a_model_can_be_copied():
-    model = put(base())
-    layer = copy.deepcopy(model.model.layers[1])
-    x, places = torch.randn(1, LONG, 32, dtype=torch.float64), torch.arange(LONG)[None]
-    rotation = model.model.rotary_emb(x, places)
-    expected = model.model.layers[1](x, position_embeddings=rotation)
-    assert torch.equal(layer(x, position_embeddings=rotation), expected)
-
-
-def test_a_pickled_model_runs_in_a_new_process(tmp_path):
-    model = put(base())
-    torch.save((model, logits(model, tokens(1, LONG)), logits(base(), tokens(1, LONG))), tmp_path / "model.pt")
-    code = (
-        "import sys, torch; from ahn_layers import restore;"
-        f"model, ours, plain = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False);"
-        f"ids = torch.randint(1, 64, (1, {LONG}), generator=torch.Generator().manual_seed(0));"
-        "assert torch.equal(model(ids, use_cache=False).logits, ours);"
-        "assert torch.equal(restore(model)(ids, use_cache=False).logits, plain)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-
-
-# --- threads and interruptions
-
-
-def test_a_model_that_runs_meanwhile_does_not_notice():
-    running, other = shared("llama", "eager", 2)
-    ids, stop, wrong, count = tokens(1, 12), threading.Event(), [], [0]
-    expected = logits(running, ids)
-
-    def loop():
-        while not stop.is_set():
-            count[0] += 1
-            if not torch.equal(logits(running, ids), expected):
-                wrong.append(count[0])
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    try:
-        for _ in range(5):
-            put(other)
-            logits(other, ids)
-            restore(other)
-    finally:
-        stop.set()
-        thread.join()
-    assert count[0] > 0 and not wrong
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_after_a_call_that_failed_other_models_are_still_plain(error):
-    plain, model = base(), put(base())
-    made = built(model, "view", None)
-
-    def fail(*_):
-        raise error("between two layers")
-
-    handle = model.model.layers[1].register_forward_hook(fail)
-    with pytest.raises(error):
-        model(tokens(1, LONG))
-    handle.remove()
-    expected = everything(plain)
-    if error is ValueError:
-        same(everything(made), expected)
-    ours = everything(model)
-    same(everything(made), expected)
-    same(everything(model), ours)
-
-
-def test_a_model_that_was_interrupted_while_it_was_probed_is_as_it_was():
-    model = base()
-    before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    expected = logits(model, tokens(1, LONG))
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    handle = model.model.layers[1].register_forward_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        retrofit(model, GatedDeltaNet, window_size=WINDOW)
-    handle.remove()
-    for name, module in model.named_modules():
-        assert vars(module) == before[name], name
     assert torch.equal(logits(model, tokens(1, LONG)), expected)
 
 

@@ -1,7 +1,8 @@
-"""When ``generate`` makes a static cache unasked: on a GPU, here with a model that is told that it stands on one."""
+"""When the cache of ``generate`` gets fixed addresses unasked: on a GPU, here with a model that is told so."""
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from ahn_layers import HippocampalCache
 from ahn_layers.huggingface.static_layer import StaticMemoryLayer
@@ -13,7 +14,7 @@ ENOUGH, FEW = 32, 31
 
 
 def is_static(model, count=ENOUGH, **options):
-    """Whether layers of the cache have fixed addresses, asked in the middle of ``generate``."""
+    """Whether layers of the cache have fixed addresses while ``generate`` decodes."""
     seen = []
 
     def look(module, args, kwargs):
@@ -22,8 +23,8 @@ def is_static(model, count=ENOUGH, **options):
 
     with model.register_forward_pre_hook(look, with_kwargs=True):
         found = generate(model, tokens(1, 20), count, **options)
-    assert len(set(seen)) == 1
-    return seen[0], found
+    assert len(set(seen[1:])) == 1
+    return seen[-1], found
 
 
 @pytest.fixture
@@ -36,9 +37,14 @@ def on_a_gpu(monkeypatch):
 def test_it_is_where_nothing_is_lost_by_it(on_a_gpu):
     plain, expected = is_static(retrofitted())
     assert not plain
-    for options in ({}, {"do_sample": True, "top_k": 1}):
+    for options in (
+        {},
+        {"do_sample": True, "top_k": 1},
+        {"cache": HippocampalCache()},
+        {"return_dict_in_generate": True},
+    ):
         static, found = is_static(on_a_gpu, **options)
-        assert static and torch.equal(found, expected)
+        assert static and torch.equal(getattr(found, "sequences", found), expected)
     assert on_a_gpu.generation_config.cache_implementation is None
 
 
@@ -48,16 +54,24 @@ def test_it_is_where_nothing_is_lost_by_it(on_a_gpu):
         {"count": FEW},
         {"disable_compile": True},
         {"cache_implementation": "dynamic"},
-        {"return_dict_in_generate": True},
         {"num_beams": 2},
         {"prompt_lookup_num_tokens": 3},
-        {"use_cache": True, "cache": "theirs"},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
     ],
     ids=str,
 )
-def test_it_is_not_where_the_caller_needs_another(on_a_gpu, options):
-    options = options | ({"cache": HippocampalCache()} if "cache" in options else {})
+@pytest.mark.parametrize("kept", [False, True])
+def test_it_is_not_where_the_caller_needs_another(on_a_gpu, options, kept):
+    options = options | ({"cache": HippocampalCache()} if kept else {})
     assert not is_static(on_a_gpu, **options)[0]
+
+
+@pytest.mark.parametrize("make", [DynamicCache, HippocampalCache], ids=["of transformers", "that records"])
+def test_it_is_not_where_the_cache_takes_tokens_back(on_a_gpu, make):
+    cache = make()
+    if make is HippocampalCache:
+        cache.activate_past_recording()
+    assert not is_static(on_a_gpu, cache=cache)[0]
 
 
 def test_it_is_not_where_some_layers_have_no_memory(monkeypatch):

@@ -6,6 +6,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
+from ..cache_name import renamed
 from ..decoder import CACHE
 from .region import compiled_region, decoding_backend
 from .step_graph import Step, can_record
@@ -34,9 +35,11 @@ class Recorder:
         step = Step(self.model, self._region)
 
         def run(**inputs: Any) -> Any:
+            inputs = renamed(inputs)
             cache = inputs.get(CACHE)
             if not can_record(cache):
-                return usual()(**inputs)
+                call = usual() if cache is None or cache.is_compileable else self.model
+                return call(**inputs)
             self._steps[cache] = ref(step)  # which lives as long as this function: until generate returns
             return step(**inputs)
 
@@ -47,3 +50,7 @@ class Recorder:
         step = None if cache is None else self._steps.get(cache)
         known = None if step is None else step()
         return None if known is None else known.known_inputs
+
+    def forget(self, cache: Any) -> None:
+        """Know nothing of a cache any longer: a step may outlive its ``generate`` in a traceback."""
+        self._steps.pop(cache, None)

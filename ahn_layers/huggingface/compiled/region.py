@@ -73,7 +73,9 @@ def run_plainly(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 def _run_layer(region: Callable[..., Any], module: nn.Module, cache: LayerCache, /, *args: Any, **kwargs: Any) -> Any:
     """The layer, given its own part of the cache alone: so nothing in its arguments tells it from other layers."""
     args = tuple(cache if isinstance(u, Cache) else u for u in args)
-    return region(module, *args, **{name: cache if isinstance(u, Cache) else u for name, u in kwargs.items()})
+    kwargs = {name: cache if isinstance(u, Cache) else u for name, u in kwargs.items()}
+    with cache.layer.overwriting(cache.layer.state is not None):  # compiled code takes no notes
+        return region(module, *args, **kwargs)
 
 
 def decoding_backend(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:

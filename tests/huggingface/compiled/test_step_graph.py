@@ -60,8 +60,12 @@ def test_a_thousand_tokens(model, recorded):
     ids = tokens(1, 5)
     generate(model, ids, 4, **STATIC)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert torch.equal(generate(model, ids, 1000, **STATIC), eager(model, ids, 1000))
+        found = generate(model, ids, 1000, **STATIC)
     assert len(recorded) > 990
+    with torch.no_grad():  # rounding may decide between two tokens that are as likely, and what follows is another text
+        logits = model(found[:, :-1]).logits[:, ids.shape[1] - 1 :]
+    chosen = logits.gather(2, found[:, ids.shape[1] :, None]).squeeze(2)
+    torch.testing.assert_close(chosen, logits.amax(dim=2), rtol=1e-3, atol=1e-3)
 
 
 def test_two_caches_in_turn(model):

@@ -20,7 +20,7 @@ from ..models import CAPACITY, generate, logits, retrofitted, tokens
 from .recorded import ENOUGH, Replay, recorded  # noqa: F401 - a fixture
 from .test_turns import chat as chat_of_a_batch
 
-pytestmark = pytest.mark.usefixtures("fast")
+pytestmark = pytest.mark.usefixtures("unchecked")
 WIDE = 60
 """A window that does not fill up."""
 

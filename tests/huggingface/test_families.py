@@ -238,7 +238,8 @@ def test_restore_gives_back_the_original(name):
 def test_what_cannot_be_honoured_is_refused(name):
     model, ids = base(name, torch.float32), tokens(1, 12)
     keys, expected = list(model.state_dict()), logits(model, ids)
-    with pytest.raises(ValueError, match=REFUSED[name].trait):
+    trait = REFUSED[name].trait.replace("indexed", "(indexed|deepseek_sparse)")  # its name with transformers 5.17
+    with pytest.raises(ValueError, match=trait):
         retrofit(model, GatedDeltaNet, window_size=WINDOW, num_sinks=SINKS)
     assert list(model.state_dict()) == keys
     assert torch.equal(logits(model, ids), expected), "the model is unchanged"

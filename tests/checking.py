@@ -39,6 +39,7 @@ def _checked(function: Any) -> Any:
     if any("{" in shape for shape in shapes):  # a size that an argument gives
         return _as_jaxtyping(function, typechecker=beartype)
     checks = beartype(function)
+    checks.__globals__.setdefault("__name__", function.__module__)  # beartype 0.20 gives it none
 
     @wraps(function)
     def with_shapes(*args: Any, **kwargs: Any) -> Any:

@@ -116,7 +116,8 @@ class MemoryLayer(StateLayer):
         keep = max(0, length + tokens_to_remove) if tokens_to_remove <= 0 else min(length, tokens_to_remove)
         if keep < length and self.state is not None:
             state = cropped(self.state, self.padding, self.recording, length, keep)
-            self.edited(state, None if self.padding is None else self.padding.cropped(keep))
+            padding = self.padding if state is not None else None
+            self.edited(state, None if padding is None else padding.cropped(keep))
         else:
             self.recording = None
 

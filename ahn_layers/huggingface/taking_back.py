@@ -14,16 +14,14 @@ from .recording import MAX_ROLLBACK, Recording
 
 def cropped(
     state: MemoryState, padding: Padding | None, recording: Recording | None, length: int, keep: int
-) -> MemoryState:
-    """The state of the first ``keep`` of ``length`` columns.
+) -> MemoryState | None:
+    """The state of the first ``keep`` of ``length`` columns, None if all columns were recorded and none is left.
 
     Raises:
         RuntimeError: if tokens were folded that are not recorded.
     """
     if recording is not None and length - keep <= len(recording):
-        replayed = recording.first(len(recording) - (length - keep)).replayed()
-        assert replayed is not None
-        return replayed
+        return recording.first(len(recording) - (length - keep)).replayed()
     if not bool((state.seen <= state.window.capacity).all()):
         raise RuntimeError(
             f"crop({keep - length}): {0 if recording is None else len(recording)} tokens are recorded and older "

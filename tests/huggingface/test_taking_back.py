@@ -36,6 +36,18 @@ def test_taken_back_is_never_read(model, length, count):
     close(go_on(model, cache), go_on(model, fresh))
 
 
+@every_length
+def test_everything_is_taken_back(model, length):
+    """A cache that has recorded from the start is empty again."""
+    cache, mask = HippocampalCache(), torch.ones(2, length, dtype=torch.long)
+    mask[0, : length // 2] = 0
+    cache.activate_past_recording()
+    read(model, tokens(2, length), cache, attention_mask=mask, position_ids=positions(mask))
+    cache.crop(-length)
+    assert cache.get_seq_length() == 0
+    close(go_on(model, cache, rows=2), go_on(model, HippocampalCache(), rows=2))
+
+
 @pytest.mark.parametrize("compressor", [*KINDS, None])
 def test_a_part_of_a_draft_is_taken_back(compressor):
     model, cache, text = retrofitted(compressor=compressor), HippocampalCache(), tokens(1, LONG + 20)

@@ -29,7 +29,7 @@ def put_back(layer: Any, saved: Any) -> bool:
     Returns:
         Whether that was possible: not where the call has written into tensors that were there before.
     """
-    attributes, stamps = saved
+    attributes, stamps = dict(saved[0]), saved[1]
     if type(layer) in _GROWING or not stamps:
         if "length" in attributes:
             length = attributes.pop("length")

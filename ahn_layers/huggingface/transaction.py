@@ -14,6 +14,8 @@ from .cache_layers import MemoryLayer
 from .static_layer import StaticMemoryLayer
 
 _OPEN = "_hippocampal_snapshot"
+_NOTES = ("was_empty", "place")
+"""What is saved of a layer beside its attributes."""
 _LARGE = 1 << 22
 """Bytes of a state that are not kept a second time while a call runs."""
 
@@ -62,8 +64,15 @@ class Snapshot:
         self.saved = [_save(layer, count) for layer in self.layers]
 
     def restore(self, cache: Cache) -> None:
-        """Put every layer back; where that is impossible, the cache refuses to be used."""
-        possible = [_put_back(layer, saved) for layer, saved in zip(self.layers, self.saved, strict=True)]
+        """Put every layer back; where that is impossible, the cache refuses to be used.
+
+        If that is interrupted too, as by a device that has no memory left, it is done again before the next use.
+        """
+        try:
+            possible = [_put_back(layer, saved) for layer, saved in zip(self.layers, self.saved, strict=True)]
+        except BaseException:
+            setattr(cache, _OPEN, self)
+            raise
         fresh = [layer for layer in cache.layers if not any(layer is old for old in self.layers)]
         cache.layers[:] = self.layers
         if all(possible):
@@ -162,13 +171,15 @@ def _save_memory(layer: MemoryLayer, count: int) -> dict[str, Any]:
 
 def _put_memory_back(layer: MemoryLayer, before: dict[str, Any]) -> bool:
     """Go back to what was saved, if that is possible."""
-    was_empty, place = before.pop("was_empty"), before.pop("place", None)
-    if not layer.grows and (was_empty or layer.is_empty):
+    place: _Place | None = before.get("place")
+    if not layer.grows and (before["was_empty"] or layer.is_empty):
         layer.reset()
         return True
     if layer.edits != before["edits"]:
         return layer.state is None
-    if layer.overwritten and not (isinstance(layer, StaticMemoryLayer) and place.put_back(layer, before["state"])):
+    if layer.overwritten and not (
+        isinstance(layer, StaticMemoryLayer) and place is not None and place.put_back(layer, before["state"])
+    ):
         return False
     if isinstance(before["state"], _Prefix):
         assert layer.state is not None
@@ -176,7 +187,7 @@ def _put_memory_back(layer: MemoryLayer, before: dict[str, Any]) -> bool:
             return False
         before = before | {"state": before["state"].of(layer.state)}
     layer.__dict__.clear()
-    layer.__dict__.update(before)
+    layer.__dict__.update({name: value for name, value in before.items() if name not in _NOTES})
     return True
 
 

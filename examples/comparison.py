@@ -68,7 +68,7 @@ class Comparison:
                 return example
 
     def teach(self) -> list[Tensor]:
-        """Hidden states of the base model beyond the window, for every training batch."""
+        """Hidden states of the base model beyond the window, of each training batch."""
         decoder = self.model.get_decoder()
         with torch.no_grad():
             return [

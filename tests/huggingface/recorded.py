@@ -11,8 +11,22 @@ ENOUGH = 6
 """New tokens for which a step is recorded, in these tests."""
 
 
-class Replay:
-    """In place of a CUDA graph: what the device would do, without what Python does around it.
+class Rerun:
+    """In place of a CUDA graph: the step itself, at the addresses of its first inputs."""
+
+    def __init__(self, function, leaves, structure):
+        self.function, self.structure = function, structure
+        self.static = [u.clone() if isinstance(u, torch.Tensor) else u for u in leaves]
+
+    def __call__(self, leaves):
+        for mine, new in zip(self.static, leaves, strict=True):
+            if isinstance(mine, torch.Tensor):
+                mine.copy_(new)
+        return self.function(**torch.utils._pytree.tree_unflatten(self.static, self.structure))
+
+
+class Replay(Rerun):
+    """What the device would do, without what Python does around it.
 
     Attributes:
         count: replays of all recordings.
@@ -23,17 +37,10 @@ class Replay:
     silent = False
     during = staticmethod(lambda: None)
 
-    def __init__(self, function, leaves, structure):
-        self.function, self.structure = function, structure
-        self.static = [u.clone() if isinstance(u, torch.Tensor) else u for u in leaves]
-
     def __call__(self, leaves):
-        for mine, new in zip(self.static, leaves, strict=True):
-            if isinstance(mine, torch.Tensor):
-                mine.copy_(new)
         Replay.silent = True
         try:
-            out = self.function(**torch.utils._pytree.tree_unflatten(self.static, self.structure))
+            out = super().__call__(leaves)
         finally:
             Replay.silent = False
         Replay.count += 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import CompileConfig, StaticCache
 
+from ..recorded import Rerun
 from .graphs import Graphs, fresh, models  # noqa: F401 - fixtures
 
 
@@ -37,20 +38,6 @@ def test_decoding_with_a_static_cache_is_one_graph(name, switch, models):
             out = models.generate(model, ids, count, **mask, **compiling(graphs.backend))
             assert torch.equal(out, models.generate(model, ids, count, **mask)), f"{ids.shape[1]} tokens"
             assert graphs.count == 1
-
-
-class Rerun:
-    """In place of a CUDA graph: the step itself."""
-
-    def __init__(self, function, leaves, structure):
-        self.function, self.structure = function, structure
-        self.static = [u.clone() if isinstance(u, torch.Tensor) else u for u in leaves]
-
-    def __call__(self, leaves):
-        for mine, new in zip(self.static, leaves, strict=True):
-            if isinstance(mine, torch.Tensor):
-                mine.copy_(new)
-        return self.function(**torch.utils._pytree.tree_unflatten(self.static, self.structure))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
+from .all_layers import all_or_none, refuse_recurrences
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .fixed import is_fixed, is_traced, release
@@ -55,24 +56,28 @@ class HippocampalCache(DynamicCache):
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last tokens, see ``MemoryLayer.crop``."""
+        """Take back the last tokens, see ``MemoryLayer.crop``; if a layer refuses, all stay as they are."""
         self._settle_for_change()
-        super().crop(int(tokens_to_remove))
+        with all_or_none(self.layers):
+            super().crop(int(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""
         self._settle_for_change()
-        super().reorder_cache(beam_idx)
+        with all_or_none(self.layers):
+            super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         self._settle_for_change()
-        super().batch_repeat_interleave(repeats)
+        with all_or_none(self.layers):
+            super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self._settle_for_change()
-        super().batch_select_indices(indices)
+        with all_or_none(self.layers):
+            super().batch_select_indices(indices)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -145,6 +150,7 @@ class HippocampalCache(DynamicCache):
             raise ValueError("no caches to join: expected at least one.")
         for cache in caches:
             settle(cache)
+            refuse_recurrences(cache)
         joined = cls()
         joined.layers = join_layers([cache.layers for cache in caches], rows)
         return joined
@@ -159,6 +165,7 @@ class HippocampalCache(DynamicCache):
             IndexError: if there is no such row.
         """
         settle(self)
+        refuse_recurrences(self)
         copy = type(self)()
         copy.layers = take_layers(self.layers, numbers(rows, len(rows_of(self.layers))))
         return copy
@@ -175,6 +182,7 @@ class HippocampalCache(DynamicCache):
             ValueError: if the rows do not fit. Nothing has changed.
         """
         settle(self)
+        refuse_recurrences(self)
         release(self)
         settle(cache)
         put_layers(self.layers, numbers(rows, len(rows_of(self.layers))), cache.layers)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..fingerprint import identity_of
+from .all_layers import refuse_uneven
 from .cache import HippocampalCache, fill, self_attention
 from .config_view import naming
 from .joined import align_rows, refuse_unaligned
@@ -166,6 +167,7 @@ class ForwardHook:
         if isinstance(cache, HippocampalCache):
             fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
         settle_for_use(cache)
+        refuse_uneven(cache)
         kept = cache is not None or (kwargs.get("use_cache") is not False and not torch.is_grad_enabled())
         if kept and self.owner.mode == "memory" and self.owner.compressor is not None:
             call.identity = identity_of(module, self.owner)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
@@ -12,9 +12,9 @@ from .padding import Padding
 
 def tensors_of(layer: Any) -> dict[str, Tensor]:
     """Every tensor of a layer by a unique name."""
+    held: dict[str, Any] = {name: getattr(layer, name, None) for name in ("keys", "values")}
     if isinstance(layer, MemoryLayer):
-        return {} if layer.state is None else layer.state.tensors()
-    held = {name: getattr(layer, name, None) for name in ("keys", "values")}
+        held = {} if layer.state is None else layer.state.tensors()
     for name in ("conv_states", "recurrent_states"):
         states = getattr(layer, name, ())
         held |= {f"{name}.{i}": states[i] for i in range(len(states))}
@@ -23,7 +23,7 @@ def tensors_of(layer: Any) -> dict[str, Tensor]:
 
 def describe(layer: Any) -> dict[str, Any]:
     """What the tensors alone do not say, as JSON values."""
-    if isinstance(layer, MemoryLayer):
+    if isinstance(layer, MemoryLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
         if layer.state is None:
             return {"type": "memory"}
         state = layer.state.description()

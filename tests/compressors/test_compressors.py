@@ -158,7 +158,7 @@ def test_recurrences_that_are_not_computed_are_refused(fields, message, unchecke
 @pytest.mark.parametrize("options", [{"rate": 0}, {"num_slots": 0}, {"rate": 1.5}], ids=str)
 @pytest.mark.usefixtures("unchecked")
 def test_pools_have_a_size(options):
-    with pytest.raises(ValueError, match="=(0|1.5): expected a positive whole number"):
+    with pytest.raises(ValueError, match=r"=(0|1\.5): expected a positive whole number"):
         AveragePooling(8, 2, 4, **options)
 
 

@@ -1,0 +1,91 @@
+"""What is done to a cache is done to all of its layers, or to none."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ahn_layers import HippocampalCache
+from ahn_layers.huggingface.decoder import CACHE
+
+from ..models import logits, retrofitted, tokens
+from ..refusing import refused
+from .caching import close
+
+READ, WHOLE = 20, 30
+WIDE_NARROW_WIDE = {"window_size": {0: 50, 1: 4, 2: 50}, "num_sinks": {0: 0, 1: 1, 2: 0}}
+
+
+def filled(model, cache, rows=1):
+    ids = tokens(rows, WHOLE)
+    logits(model, ids[:, :READ], READ, cache)
+    return ids
+
+
+@pytest.mark.parametrize("name, options", [("llama", WIDE_NARROW_WIDE), ("gemma2", {"window_size": 50})])
+def test_tokens_are_taken_back_from_all_layers_or_none(name, options):
+    """The layers before the one that refuses have room for all tokens, and could give theirs back."""
+    model, cache = retrofitted(name, **options), HippocampalCache()
+    ids = filled(model, cache)
+    if name == "gemma2":  # its first and its last layer slide: now the last one alone refuses
+        cache.layers[0].activate_past_recording()
+    with pytest.raises(RuntimeError):
+        cache.crop(-3)
+    assert {int(layer.get_seq_length()) for layer in cache.layers} == {READ}
+    close(logits(model, ids[:, READ:], WHOLE, cache).double(), logits(model, ids)[:, READ:].double())
+
+
+def test_a_cache_of_transformers_of_which_some_layers_refused_is_not_read():
+    model, cache = retrofitted(**WIDE_NARROW_WIDE), DynamicCache()
+    ids = filled(model, cache)
+    with pytest.raises(RuntimeError, match="cannot be undone"):
+        cache.crop(-3)
+    with refused(RuntimeError, "DynamicCache", "[17, 20]", "Begin a new cache"):
+        logits(model, ids[:, READ:], WHOLE, cache)
+
+
+def test_rows_are_chosen_in_all_layers_or_none():
+    """Transformers cannot choose rows of a convolution's states; the layer before it has its rows chosen."""
+    model, cache = retrofitted("lfm2"), HippocampalCache()
+    ids = filled(model, cache, rows=2)
+    cache.layers.insert(0, cache.layers.pop(1))
+    with pytest.raises(AttributeError):
+        cache.batch_select_indices(torch.tensor([1, 1]))
+    cache.layers.insert(1, cache.layers.pop(0))
+    close(logits(model, ids[:, READ:], WHOLE, cache), logits(model, ids)[:, READ:])
+
+
+ROWS = {
+    "take": lambda cache: cache.take([1, 0]),
+    "join": lambda cache: HippocampalCache.join([cache, cache]),
+    "put": lambda cache: cache.put([0, 1], cache),
+}
+
+
+@pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
+def test_rows_of_a_recurrence_are_not_left_behind(change):
+    """A recurrence that runs beside the attention is held by the same layer."""
+    model, cache = retrofitted("falcon_h1"), HippocampalCache()
+    filled(model, cache, rows=2)
+    with refused(ValueError, "HybridMemoryLayer", "holds a recurrence", "copy.deepcopy"):
+        change(cache)
+
+
+@pytest.mark.parametrize("copy", ["clone", "save", "reorder"])
+def test_a_recurrence_is_not_left_out_of_copies_and_files(copy, tmp_path):
+    model, cache = retrofitted("falcon_h1"), HippocampalCache()
+    filled(model, cache, rows=2)
+    arguments = {"save": (tmp_path / "cache",), "reorder": (torch.tensor([1, 0]),)}.get(copy, ())
+    with refused(ValueError, "HybridMemoryLayer", "use copy.deepcopy"):
+        getattr(cache, copy)(*arguments)
+    assert not list(tmp_path.iterdir())
+    memories = sum(layer.state.nbytes for layer in cache.layers)
+    states = sum(u.nbytes for layer in cache.layers for u in (layer.conv_states[0], layer.recurrent_states[0]))
+    assert cache.nbytes == memories + states
+
+
+def test_steps_of_one_token_are_still_compared():
+    model, cache = retrofitted(), DynamicCache()
+    ids = filled(model, cache)
+    cache.layers[1].state.length -= 1
+    with pytest.raises(RuntimeError, match="different numbers of tokens"), torch.no_grad():
+        model(ids[:, READ : READ + 1], **{CACHE: cache})

@@ -24,7 +24,7 @@ from .cache_layers import LayerCache, MemoryLayer
 from .fixed import is_fixed, is_traced, release
 from .hybrid_layer import layer_in_place_of, static_length
 from .layer_values import describe, rebuild, tensors_of
-from .native_layer import SHARING
+from .native_layer import SHARING, forget_past, refuse_gaps
 from .rows import join_layers, numbers, put_layers, rows_of, take_layers
 from .transaction import length_before, settle, settle_for_use
 
@@ -60,6 +60,7 @@ class HippocampalCache(DynamicCache):
         self._settle_for_change()
         with all_or_none(self.layers):
             super().crop(int(tokens_to_remove))
+            refuse_gaps(self.layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""
@@ -153,6 +154,7 @@ class HippocampalCache(DynamicCache):
             refuse_recurrences(cache)
         joined = cls()
         joined.layers = join_layers([cache.layers for cache in caches], rows)
+        forget_past(joined.layers)
         return joined
 
     def take(self, rows: int | Iterable[int] | Tensor) -> "HippocampalCache":
@@ -168,6 +170,7 @@ class HippocampalCache(DynamicCache):
         refuse_recurrences(self)
         copy = type(self)()
         copy.layers = take_layers(self.layers, numbers(rows, len(rows_of(self.layers))))
+        forget_past(copy.layers)
         return copy
 
     def put(self, rows: int | Iterable[int] | Tensor, cache: "HippocampalCache") -> None:
@@ -186,6 +189,7 @@ class HippocampalCache(DynamicCache):
         release(self)
         settle(cache)
         put_layers(self.layers, numbers(rows, len(rows_of(self.layers))), cache.layers)
+        forget_past(self.layers)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
@@ -225,6 +229,8 @@ def fill(cache: HippocampalCache, config: Any) -> None:
     """Give an empty cache the layers that a model with this config expects, of whatever kinds they are."""
     if not cache.layers:
         made = DynamicCache(config=config)
+        if cache._recording:
+            made.activate_past_recording()
         cache.layers, cache.layer_class_to_replicate = made.layers, made.layer_class_to_replicate
 
 

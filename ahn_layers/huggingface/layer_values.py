@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
+from .native_layer import forget_past
 from .padding import Padding
 
 
@@ -57,4 +58,5 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         layer.keys, layer.values = tensors["keys"], tensors["values"]
     if sliding:
         layer.cumulative_length = description["seen"]
+        forget_past([layer])
     return layer

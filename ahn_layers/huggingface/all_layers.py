@@ -36,8 +36,8 @@ def refuse_uneven(cache: Any) -> None:
     if len(lengths) > 1:
         raise RuntimeError(
             f"the layers of this {type(cache).__name__} hold different numbers of tokens ({sorted(lengths, key=str)}): "
-            "some of them took tokens back (crop) and others refused. Begin a new cache; a HippocampalCache stays as "
-            "it was if a layer refuses."
+            "some of them took tokens back (crop) and others refused, or two threads use it at once. Begin a new cache "
+            "for each; a HippocampalCache stays as it was if a layer refuses."
         )
 
 

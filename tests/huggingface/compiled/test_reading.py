@@ -204,8 +204,9 @@ def test_threads_do_not_meet(models, reading):  # noqa: F811
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_on_the_gpu(name, piece, window, models, monkeypatch):  # noqa: F811
     """In half precision: no farther from the exact logits than what is read uncompiled, but for rounding."""
-    prefill = importlib.import_module("ahn_layers.huggingface.prefill")
+    prefill, module = (importlib.import_module(f"ahn_layers.huggingface.{u}") for u in ("prefill", "compiled.reading"))
     monkeypatch.setattr(prefill, "GPU_PREFILL_CHUNK", piece)
+    monkeypatch.setattr(module, "WORTH_COMPILING", 4)
     sizes = {"head_dim": 64, "hidden_size": 256, "max_position_embeddings": 4096}
     model = models.retrofitted(model=models.base(name, torch.bfloat16, **sizes), window_size=window, num_sinks=2).cuda()
     with torch.no_grad():

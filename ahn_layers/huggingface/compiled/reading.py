@@ -1,8 +1,9 @@
 """Reading a long prompt on a GPU: whole layers compiled, but for attention and memory, and no masks.
 
 Between the matrix products of a layer lie dozens of small operations: norms, the rotation, the product in the MLP,
-sums. For pieces of one size they are compiled, once for all layers, as soon as the model has read enough to be worth it. To the compiler attention and memory together are a
-single operation that it does not look into: so no code depends on the layer, on the piece or on where it begins.
+sums. For pieces of one size they are compiled, once for all layers, as soon as the model has read enough to be worth
+it. To the compiler attention and memory together are a single operation that it does not look into: so no code depends
+on the layer, on the piece or on where it begins.
 
 This is for prompts that outgrow the window. They are never bit-identical to the base model, so their first
 pieces, during which nothing leaves the window, need not go through its attention and its masks either.
@@ -26,7 +27,7 @@ from ..devices import only_device
 from .region import compiled_region, run_plainly, twin
 
 WORTH_COMPILING = 64
-"""Full pieces that a model reads before its layers are compiled: about what compiling costs, counted in what it saves."""
+"""Full pieces that a model reads before its layers are compiled, which costs what it saves in about as many."""
 
 
 class Reader:

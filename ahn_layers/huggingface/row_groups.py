@@ -41,9 +41,9 @@ def rows_at_a_time(input_ids: Tensor, tokens: int, options: Any, model_kwargs: d
 
 
 def read_in_groups(read: Read, group: int, input_ids: Tensor, options: Any, model_kwargs: dict[str, Any]) -> Any:
-    """Read so many rows at a time; returns what one call for all of them would have returned.
+    """Read so many rows at a time; returns the cache and the logits of the last token, all that ``generate`` looks at.
 
-    If a model returns more than logits and its cache, the rows are read together after all.
+    If a model returns more than that, the rows are read together after all.
     """
     cache = model_kwargs[CACHE]
     outputs, layers = [], []
@@ -59,7 +59,7 @@ def read_in_groups(read: Read, group: int, input_ids: Tensor, options: Any, mode
         layers.append(own.layers)
     fixed = isinstance(cache.layers[0], StaticMemoryLayer)
     cache.layers[:] = join_layers(layers, len(input_ids) if fixed else None, consume=True)
-    return type(outputs[0])(**{CACHE: cache, "logits": torch.cat([out.logits for out in outputs])})
+    return type(outputs[0])(**{CACHE: cache, "logits": torch.cat([out.logits[:, -1:] for out in outputs])})
 
 
 def _can_be_joined(cache: Any, *, seen_later: bool) -> bool:

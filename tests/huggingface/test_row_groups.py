@@ -106,6 +106,18 @@ def test_short_prompts_share_a_reading(as_on_a_gpu, how, cache):
     assert seen[: rows // 2] == [(2, 7)] * (rows // 2) and seen[rows // 2] == (rows, 1)
 
 
+def test_a_model_that_returns_the_logits_of_all_tokens(as_on_a_gpu, monkeypatch):
+    """Its last pieces differ: the last group has fewer rows."""
+    model, ids = make(), torch.randint(1, 64, (5, 7))
+    expected = model.generate(ids, **HOW)
+    monkeypatch.setattr(type(model), "_supports_logits_to_keep", lambda self: False)
+    as_on_a_gpu(at_once=0)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 10)
+    seen = shapes_of_calls(model)
+    assert torch.equal(model.generate(ids, **HOW), expected)
+    assert seen[:5] == [(2, 5), (2, 2)] * 2 + [(1, 7)]
+
+
 def test_a_conversation_goes_on(as_on_a_gpu):
     model, ids = make(), torch.randint(1, 64, (3, 20))
     more, texts = torch.randint(1, 64, (3, 9)), []
@@ -135,6 +147,22 @@ def test_rows_are_read_together_where_they_must_be(as_on_a_gpu):
         seen.clear()
         model.generate(ids, **HOW, **case)
         assert seen[0][0] == 3, case
+
+
+def test_a_model_that_returns_more_reads_all_rows_together(as_on_a_gpu):
+    model, ids = make(), torch.randint(1, 64, (3, 20))
+    expected = model.generate(ids, **HOW)
+
+    def add(module, args, out):
+        out["loss"] = torch.zeros(())
+        return out
+
+    model.register_forward_hook(add)
+    as_on_a_gpu()
+    seen, cache = shapes_of_calls(model), HippocampalCache()
+    assert torch.equal(model.generate(ids, cache=cache, **HOW), expected)
+    rows = [shape[0] for shape in seen]
+    assert rows == [1] * (len(rows) - 9) + [3] * 9 and len(rows) > 9 and cache.get_seq_length() == 25
 
 
 def test_a_reading_that_breaks_off_leaves_the_cache_empty(as_on_a_gpu):

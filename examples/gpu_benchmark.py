@@ -1,4 +1,4 @@
-"""Speed and memory on a GPU, beside the base model: kernels, long prompts, decoding, a conversation, a training step.
+"""Speed and memory on a GPU, beside the base model: kernels, prompts, batches, decoding, a conversation, training.
 
     python examples/gpu_benchmark.py --output results
 
@@ -18,6 +18,7 @@ import torch
 import transformers
 from _common import compressor_names, count, device, positive
 from gpu_measurements import PARTS, SHAPES, Results
+from gpu_prompts import batches
 from gpu_turns import kept
 from looks import color
 from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 import ahn_layers
 from ahn_layers import GatedDeltaNet
 
-MEASURED = PARTS | {"kept": kept}
+MEASURED = PARTS | {"batches": batches, "kept": kept}
 
 
 def main(arguments: Sequence[str] | None = None) -> Results:
@@ -89,7 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sinks", type=count, default=128)
     add("--length", type=positive, default=131_072, help="tokens of the prompt")
     add("--lengths", type=positive, nargs="*", default=[1_048_576], help="further lengths, with the memory only")
-    add("--batches", type=positive, nargs="*", default=[8, 32], help="batch sizes to decode")
+    add("--batches", type=positive, nargs="*", default=[8, 32], help="batch sizes to read and to decode")
     add("--new-tokens", type=positive, default=128)
     add("--train-length", type=positive, default=8192)
     add("--train-batch", type=positive, default=1)

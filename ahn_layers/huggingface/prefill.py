@@ -3,19 +3,24 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import speedups
+from .config_view import base_name, original
 from .decoder import CACHE, DecoderAttention
 from .model_method import ModelMethod
 from .rotations import longest_fixed_rotation
+from .row_groups import read_in_groups, rows_at_a_time
 from .while_decoding import note_read
 
 PREFILL_CHUNK = 4096
 """Tokens that ``generate`` reads at a time, of all rows together, unless the caller asks for another size."""
 GPU_PREFILL_CHUNK = 8192
 """The same on a GPU, which wants more work in each launch."""
+GPU_AT_ONCE = 32_768
+"""Tokens on a GPU that are read at once, as the base model reads them, if they stay inside the window."""
 SHORTEST_CHUNK = 256
 """Tokens of each row that are read at a time at least, however many rows there are."""
 
@@ -39,8 +44,8 @@ class Prefill(ModelMethod):
     Chunks have many lengths, decoding has one. On a cache that holds tokens already, the new ones are cut here:
     transformers 5.17 would begin again with the first.
 
-    On a GPU a prompt that outgrows the window is read by compiled layers (see ``speedups``), unless the caller asked
-    for a size of pieces.
+    On a GPU, unless the caller asked for a size of pieces, a batch is read a few rows at a time (see ``row_groups``), a
+    prompt that outgrows the window by compiled layers (see ``speedups``), and one that does not is read at once.
 
     Rotations that depend on the length of the text (longrope, dynamic NTK) need the whole prompt at once.
     """
@@ -57,26 +62,57 @@ class Prefill(ModelMethod):
         Raises:
             ValueError: if there is nothing to read, or pieces would change the result.
         """
+        read = partial(self._read, how=(args, kwargs))
+        group = len(input_ids)
+        if isinstance(generation_config.prefill_chunk_size, ChosenSize) and self._is_on_gpu():
+            group = rows_at_a_time(input_ids, GPU_PREFILL_CHUNK, generation_config, model_kwargs)
+        if group < len(input_ids):
+            out = read_in_groups(read, group, input_ids, generation_config, model_kwargs)
+        else:
+            out = read(input_ids, generation_config, model_kwargs)
+        note_read(self.model, generation_config, model_kwargs.get(CACHE))
+        return out
+
+    def _is_on_gpu(self) -> bool:
+        device: torch.device = self.model.device  # type: ignore[assignment]
+        return device.type == "cuda"
+
+    def _read(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *, how: tuple[Any, Any]
+    ) -> Any:
+        """Read rows together, ``how`` being what else ``_prefill`` was given."""
         model: Any = self.model
-        before, size = generation_config.disable_compile, generation_config.prefill_chunk_size
-        reads = model
-        if not are_off([module for module in model.modules() if isinstance(module, DecoderAttention)]):
-            size = generation_config.prefill_chunk_size = _size_of_pieces(
-                model, input_ids, generation_config, model_kwargs
-            )
-            if isinstance(size, ChosenSize) and self.reader is not None:
-                reads = self.reader.reading_model(input_ids.shape[1], size, model_kwargs, generation_config)
-            generation_config.disable_compile = True
+        args, kwargs = how
+        before, asked = generation_config.disable_compile, generation_config.prefill_chunk_size
+        reads, size = model, asked
+        if not are_off(_blocks(model)):
+            reads, size = self._choose(input_ids, generation_config, model_kwargs)
+            generation_config.disable_compile, generation_config.prefill_chunk_size = True, size
         read = partial(type(model)._prefill, reads)
         try:
             for end in self._ends(input_ids, generation_config, model_kwargs):
                 upto = {name: u[..., :end] for name, u in model_kwargs.items() if name in PER_TOKEN and u is not None}
                 read(input_ids[:, :end], generation_config, model_kwargs | upto, *args, **kwargs)
-            out = read(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return read(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
-            generation_config.disable_compile, generation_config.prefill_chunk_size = before, size
-        note_read(model, generation_config, model_kwargs.get(CACHE))
-        return out
+            generation_config.disable_compile, generation_config.prefill_chunk_size = before, asked
+
+    def _choose(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> tuple[nn.Module, int | None]:
+        """What reads rows together, and how many of their tokens at a time."""
+        rows, length = input_ids.shape
+        size = _size_of_pieces(self.model, input_ids, generation_config, model_kwargs)
+        if not isinstance(size, ChosenSize):
+            return self.model, size
+        size = piece_for(self.model, rows)
+        if self.reader is not None:
+            reads = self.reader.reading_model(length, size, model_kwargs, generation_config)
+            if reads is not self.model:
+                return reads, size
+        inside = length <= max(block.memory.window.capacity for block in _blocks(self.model))
+        at_once = inside and rows * length <= GPU_AT_ONCE and self._is_on_gpu()
+        return self.model, None if at_once and _needs_no_mask(self.model, model_kwargs) else size
 
     def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> range:
         """Up to where to read before the rest is read in one go; nothing to do for an empty cache."""
@@ -121,6 +157,21 @@ def _size_of_pieces(
     raise ValueError(
         f"prefill_chunk_size={size}: this model rotates texts of more than {fixed} tokens in another way, so a prompt "
         f"of {past + new} tokens has to be read at once. Leave prefill_chunk_size unset."
+    )
+
+
+def _blocks(model: nn.Module) -> list[DecoderAttention]:
+    return [module for module in model.modules() if isinstance(module, DecoderAttention)]
+
+
+def _needs_no_mask(model: nn.Module, model_kwargs: dict[str, Any]) -> bool:
+    """Whether PyTorch's attention reads a prompt at once without a mask of its size: of an empty cache, no padding."""
+    cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+    config: Any = model.config
+    return (
+        base_name(original(config.get_text_config(decoder=True))._attn_implementation) == "sdpa"
+        and (cache is None or int(cache.get_seq_length()) == 0)
+        and (mask is None or bool(mask.all()))
     )
 
 

@@ -54,15 +54,17 @@ def numbers(rows: int | Iterable[int] | Tensor, size: int) -> list[int]:
 def take_layers(layers: Sequence[Any], index: list[int]) -> list[Any]:
     """Layers with these rows, copied, in that order, of no more columns than they need."""
     every = rows_of(layers)
-    return _layers([[(layer, row, every[row]) for row in index] for layer in layers])
+    return [_layer([(layer, row, every[row]) for row in index]) for layer in layers]
 
 
-def join_layers(caches: Sequence[Sequence[Any]], count: int | None = None) -> list[Any]:
+def join_layers(caches: Sequence[list[Any]], count: int | None = None, *, consume: bool = False) -> list[Any]:
     """Layers with the rows of all caches.
 
     Args:
         caches: the layers of each.
         count: rows of fixed addresses, further ones like the last; None for as many as there are, in tensors that grow.
+        consume: whether the layers of ``caches`` are given up one by one, so that no more than one of them is in memory
+            twice.
 
     Raises:
         ValueError: if the caches do not fit together, or have more rows than ``count``.
@@ -81,10 +83,13 @@ def join_layers(caches: Sequence[Sequence[Any]], count: int | None = None) -> li
                 "rows out, or retrofit all layers."
             )
         places += places[-1:] * (count - len(places))
-    layers = _layers([[(caches[c][i], row, every[c][row]) for c, row in places] for i in range(len(caches[0]))])
-    if count is None:
-        return layers
-    return [StaticMemoryLayer.of(layer.state, layer.padding, layer.made_with) for layer in layers]
+    made = []
+    for i in range(len(caches[0])):
+        layer = _layer([(caches[c][i], row, every[c][row]) for c, row in places])
+        made.append(layer if count is None else StaticMemoryLayer.of(layer.state, layer.padding, layer.made_with))
+        for layers in caches if consume else ():
+            layers[i] = None
+    return made
 
 
 def put_layers(layers: Sequence[Any], index: list[int], others: Sequence[Any]) -> None:
@@ -114,27 +119,20 @@ def put_layers(layers: Sequence[Any], index: list[int], others: Sequence[Any]) -
                 layer.align(length, padding)
 
 
-def _layers(parts: list[list[tuple[Any, int, Row]]]) -> list[Any]:
-    """New layers, each from rows of others."""
-    rows = [row for _, _, row in parts[0]]
-    length, padding = max(row.length for row in rows), Padding.aligned(rows)
-    made = []
-    for own in parts:
-        first = own[0][0]
-        kind = type(first) if type(first) in (DynamicLayer, DynamicSlidingWindowLayer) else MemoryLayer
-        if isinstance(first, MemoryLayer):
-            layer: Any = kind()
-            if first.state is not None:
-                layer.made_with = next((part.made_with for part, _, _ in own if part.made_with), "")
-                layer.state = _joined(own, length)
-                layer.align(length, padding)
-        elif kind is MemoryLayer:
-            raise ValueError(f"rows of a cache layer of type {type(first).__name__} cannot be taken out or joined.")
-        else:
-            layer = kind(first.sliding_window) if kind is DynamicSlidingWindowLayer else kind()
-            _write(layer, own, length)
-        made.append(layer)
-    return made
+def _layer(own: list[tuple[Any, int, Row]]) -> Any:
+    """A new layer from rows of others."""
+    rows, first = [row for _, _, row in own], own[0][0]
+    length = max(row.length for row in rows)
+    if _kind(first) is MemoryLayer:
+        layer = MemoryLayer()
+        if first.state is not None:
+            layer.made_with = next((part.made_with for part, _, _ in own if part.made_with), "")
+            layer.state = _joined(own, length)
+            layer.align(length, Padding.aligned(rows))
+        return layer
+    other = DynamicLayer() if type(first) is DynamicLayer else DynamicSlidingWindowLayer(first.sliding_window)
+    _write(other, own, length)
+    return other
 
 
 @torch.no_grad()
@@ -179,14 +177,11 @@ def _check(layers: Sequence[Any], others: Sequence[Any]) -> None:
         raise ValueError(f"caches of {len(layers)} and of {len(others)} layers: expected caches of the same model.")
     pairs = list(zip(layers, others, strict=True))
     for i, (mine, its) in enumerate(pairs):
-        kinds = [MemoryLayer if isinstance(layer, MemoryLayer) else type(layer) for layer in (mine, its)]
-        if kinds[0] is not kinds[1] or (mine.is_initialized != its.is_initialized):
+        if _kind(mine) is not _kind(its) or (mine.is_initialized != its.is_initialized):
             raise ValueError(
                 f"layer {i} is a {type(mine).__name__} in one cache and a {type(its).__name__} in the other, or holds "
                 "tokens in one of them alone: expected caches of the same model."
             )
-        if kinds[0] not in (MemoryLayer, DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(f"rows of a cache layer of type {kinds[0].__name__} cannot be put in or joined.")
     for i, (mine, its) in enumerate(pairs):
         if not isinstance(mine, MemoryLayer):
             _check_keys(i, mine, its)
@@ -198,6 +193,22 @@ def _check(layers: Sequence[Any], others: Sequence[Any]) -> None:
             )
         if mine.state is not None and its.state is not None:
             check_alike(mine.state, its.state)
+
+
+def _kind(layer: Any) -> type:
+    """The kind of a layer whose rows can be taken out, put in and joined.
+
+    Raises:
+        ValueError: if it is of another kind: it may hold more than keys, values and a memory.
+    """
+    if type(layer) in (MemoryLayer, StaticMemoryLayer):
+        return MemoryLayer
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return type(layer)
+    raise ValueError(
+        f"rows of a cache layer of type {type(layer).__name__} cannot be taken out, put in or joined. Keep a cache for "
+        "each text; its rows can be reordered and repeated."
+    )
 
 
 def _check_keys(i: int, mine: Any, its: Any) -> None:

@@ -67,14 +67,14 @@ def test_the_figure_shows_the_table_of_the_guide():
     pytest.importorskip("matplotlib")
     figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
     cells = figures["recall_table"]((ROOT / "docs" / "guides" / "recall.md").read_text())
-    assert len(cells) == 12 and [u.kept for u in cells[:3]] == [4096, 512, 512]
+    assert len(cells) == 15 and [u.kept for u in cells[:3]] == [4096, 512, 512]
     assert [(u.right, u.asked) for u in cells if u.arm == "slots + GatedDeltaNet"] == [
-        (141, 180), (71, 96), (59, 72), (51, 72),
+        (287, 360), (227, 300), (247, 300), (51, 72), (36, 72),
     ]  # fmt: skip
     (alt,) = re.findall(r"!\[([^\]]*)\]\(docs/assets/recall.png\)", TEXT)
     shares = {f"{u.share:.0f}" for u in cells}
     said = {u for pair in re.findall(r"(?:(\d\d) and )?(\d\d) percent", alt) for u in pair if u}
-    assert said == {"74", "78", "70", "77", "82", "62", "71"} <= shares
+    assert said == {"80", "76", "78", "70", "82", "69", "71", "50"} <= shares
     for arm, sizes in figures["HELD_BYTES"].items():
         assert sizes == held(arm), arm
 

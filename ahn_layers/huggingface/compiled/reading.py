@@ -1,8 +1,9 @@
 """Reading a long prompt on a GPU: whole layers compiled, but for attention and memory, and no masks.
 
 Between the matrix products of a layer lie dozens of small operations: norms, the rotation, the product in the MLP,
-sums. For pieces of one size they are compiled, once for all layers. To the compiler attention and memory together are a
-single operation that it does not look into: so no code depends on the layer, on the piece or on where it begins.
+sums. For pieces of one size they are compiled, once for all layers, as soon as the model has read enough to be worth
+it. To the compiler attention and memory together are a single operation that it does not look into: so no code depends
+on the layer, on the piece or on where it begins.
 
 This is for prompts that outgrow the window. They are never bit-identical to the base model, so their first
 pieces, during which nothing leaves the window, need not go through its attention and its masks either.
@@ -25,8 +26,8 @@ from ..decoder import CACHE, DecoderAttention
 from ..devices import only_device
 from .region import compiled_region, run_plainly, twin
 
-WORTH_COMPILING = 4
-"""Full pieces that a prompt must have for its layers to be compiled."""
+WORTH_COMPILING = 64
+"""Full pieces that a model reads before its layers are compiled, which costs what it saves in some 140 to 220."""
 
 
 class Reader:
@@ -35,6 +36,7 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._region: Callable[..., Any] | None = None
+        self._pieces = 0  # read or begun, of the prompts that compiled layers could have read
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code."""
@@ -72,10 +74,11 @@ class Reader:
         ):
             return self.model
         region, pieces = run_plainly, (length - int(cache.get_seq_length())) // size
-        if pieces >= WORTH_COMPILING and not options.disable_compile and options.compile_config is None:
-            if self._region is None:
-                self._region = compiled_region(dynamic=False, fullgraph=True)
-            region = self._region
+        if pieces > 0 and not options.disable_compile and options.compile_config is None:
+            self._pieces += pieces
+            if self._pieces >= WORTH_COMPILING:
+                self._region = self._region or compiled_region(dynamic=False, fullgraph=True)
+                region = self._region
         return twin(self.model, cache, partial(_read_layer, region, size))
 
 

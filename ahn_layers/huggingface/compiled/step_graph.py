@@ -95,6 +95,8 @@ class Recording:
             torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
         ):
             self._outputs = function(**tree_unflatten(static, structure))
+        if torch.version.cuda is not None:
+            torch._C._cuda_clearCublasWorkspaces()  # that of the new stream belongs to the graph and ends with it
 
     def __call__(self, leaves: list[Any]) -> Any:
         """The outputs for these arguments, copied: the next replay overwrites the recorded ones."""

@@ -34,6 +34,7 @@ def reading(models, monkeypatch):  # noqa: F811
         return reads
 
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", PIECE)
+    monkeypatch.setattr(module, "WORTH_COMPILING", 4)
     monkeypatch.setattr(module.Reader, "serves", lambda self: True)
     monkeypatch.setattr(module.Reader, "reading_model", chosen)
     monkeypatch.setattr(module, "compiled_region", lambda **options: make(backend=graphs.use, **options))
@@ -77,6 +78,19 @@ def test_compiled_for_real(name, models, reading):  # noqa: F811
     reading.use = "inductor"
     compare(models, retrofitted(models, name), models.tokens(1, LONG), atol=1e-4)  # norms are computed in float32
     assert reading.twins == [LONG]
+
+
+def test_layers_are_compiled_once_it_is_worth_it(models, reading, monkeypatch):  # noqa: F811
+    """A prompt or two cost less to read than to compile for."""
+    module = importlib.import_module("ahn_layers.huggingface.compiled.reading")
+    monkeypatch.setattr(module, "WORTH_COMPILING", 14)
+    model, compiled = retrofitted(models), []
+    for _ in range(3):
+        compare(models, model, models.tokens(1, LONG))
+        compiled.append(reading.count)
+    assert compiled == [0, 0, 1] and reading.twins == [LONG] * 3
+    compare(models, retrofitted(models), models.tokens(1, LONG))
+    assert reading.count == 1, "each model counts for itself"
 
 
 def test_the_mode_and_the_weights_of_the_moment_count(models, reading):  # noqa: F811
@@ -190,8 +204,9 @@ def test_threads_do_not_meet(models, reading):  # noqa: F811
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_on_the_gpu(name, piece, window, models, monkeypatch):  # noqa: F811
     """In half precision: no farther from the exact logits than what is read uncompiled, but for rounding."""
-    prefill = importlib.import_module("ahn_layers.huggingface.prefill")
+    prefill, module = (importlib.import_module(f"ahn_layers.huggingface.{u}") for u in ("prefill", "compiled.reading"))
     monkeypatch.setattr(prefill, "GPU_PREFILL_CHUNK", piece)
+    monkeypatch.setattr(module, "WORTH_COMPILING", 4)
     sizes = {"head_dim": 64, "hidden_size": 256, "max_position_embeddings": 4096}
     model = models.retrofitted(model=models.base(name, torch.bfloat16, **sizes), window_size=window, num_sinks=2).cuda()
     with torch.no_grad():

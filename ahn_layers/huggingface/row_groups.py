@@ -1,0 +1,81 @@
+"""A batch of prompts on a GPU: a few rows are read at a time, and their caches joined.
+
+A launch of the GPU wants as many tokens as one long row has. Many rows at once would get short pieces each, and every
+piece looks at the windows of all rows: on a GPU they are read faster one after the other, by code that was compiled for
+one row, with the activations of one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .cache import HippocampalCache
+from .cache_layers import MemoryLayer
+from .decoder import CACHE
+from .rows import join_layers
+from .static_layer import StaticMemoryLayer
+
+Read = Callable[[Tensor, Any, dict[str, Any]], Any]
+"""Reads rows of ids into the cache among the keyword arguments: ``(ids, generation_config, model_kwargs)``."""
+_GROWING = (MemoryLayer, DynamicLayer, DynamicSlidingWindowLayer)
+_OF_ROWS = ("attention_mask", "position_ids")
+_RETURNED = {"logits", CACHE}
+
+
+def rows_at_a_time(input_ids: Tensor, tokens: int, options: Any, model_kwargs: dict[str, Any]) -> int:
+    """How many rows to read together: as many whole prompts as so many tokens hold, or all of them.
+
+    All, where their caches cannot be joined to what ``generate`` would have got: a cache that holds tokens already or
+    records them, layers of other kinds, arguments that are not one row each.
+    """
+    rows, length = input_ids.shape
+    group = max(1, tokens // max(1, length))
+    fits = all(
+        u is None or (isinstance(u, Tensor) and u.shape == input_ids.shape) for u in map(model_kwargs.get, _OF_ROWS)
+    )
+    seen_later = options.return_dict_in_generate
+    return group if group < rows and fits and _can_be_joined(model_kwargs.get(CACHE), seen_later=seen_later) else rows
+
+
+def read_in_groups(read: Read, group: int, input_ids: Tensor, options: Any, model_kwargs: dict[str, Any]) -> Any:
+    """Read so many rows at a time; returns the cache and the logits of the last token, all that ``generate`` looks at.
+
+    If a model returns more than that, the rows are read together after all.
+    """
+    cache = model_kwargs[CACHE]
+    outputs, layers = [], []
+    for start in range(0, len(input_ids), group):
+        part = slice(start, start + group)
+        own = HippocampalCache()
+        own.layers = [_empty(layer) for layer in cache.layers]
+        given = {name: model_kwargs[name][part] for name in _OF_ROWS if model_kwargs.get(name) is not None}
+        out = read(input_ids[part], options, model_kwargs | given | {CACHE: own})
+        if out.keys() - _RETURNED:
+            return read(input_ids, options, model_kwargs)
+        outputs.append(out)
+        layers.append(own.layers)
+    fixed = isinstance(cache.layers[0], StaticMemoryLayer)
+    cache.layers[:] = join_layers(layers, len(input_ids) if fixed else None, consume=True)
+    return type(outputs[0])(**{CACHE: cache, "logits": torch.cat([out.logits[:, -1:] for out in outputs])})
+
+
+def _can_be_joined(cache: Any, *, seen_later: bool) -> bool:
+    """Whether rows that were read alone can make up what would be in this cache."""
+    if not isinstance(cache, HippocampalCache) or not cache.layers:
+        return False
+    kinds = {type(layer) for layer in cache.layers}
+    if any(layer.is_initialized or getattr(layer, "record_past", False) for layer in cache.layers):
+        return False
+    if kinds == {StaticMemoryLayer}:  # nobody may ask a joined one to be empty again
+        return not seen_later and not getattr(cache, "_is_user_defined", False)
+    return MemoryLayer in kinds and kinds <= {*_GROWING}
+
+
+def _empty(layer: Any) -> Any:
+    """A growing layer for some of the rows that this one is to hold."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return DynamicSlidingWindowLayer(layer.sliding_window)
+    return DynamicLayer() if type(layer) is DynamicLayer else MemoryLayer()

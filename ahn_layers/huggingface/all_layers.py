@@ -1,9 +1,10 @@
 """What is done to a cache is done to all of its layers, or to none."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .cache_layers import MemoryLayer
@@ -49,6 +50,14 @@ def refuse_recurrences(cache: Any) -> None:
                 f"rows of a cache layer of type {type(layer).__name__} cannot be taken out, put in or joined, since it "
                 "holds a recurrence beside its attention: keep a cache for each conversation, and copy.deepcopy it."
             )
+
+
+def refuse_masks(rows: int | Iterable[int] | Tensor) -> None:
+    """Raise a TypeError for what is no number of a row: a boolean mask would be read as the numbers 0 and 1."""
+    values = rows.flatten().tolist() if isinstance(rows, Tensor) else [rows] if isinstance(rows, int) else rows
+    wrong = [value for value in values if isinstance(value, (bool, float))]
+    if wrong:
+        raise TypeError(f"rows={wrong}: expected whole numbers of rows. Pass mask.nonzero().flatten() for a mask.")
 
 
 def _copy(value: Any) -> Any:

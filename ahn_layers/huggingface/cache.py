@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
-from .all_layers import all_or_none, refuse_recurrences
+from .all_layers import all_or_none, refuse_masks, refuse_recurrences
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .fixed import is_fixed, is_traced, release
@@ -165,9 +165,11 @@ class HippocampalCache(DynamicCache):
 
         Raises:
             IndexError: if there is no such row.
+            TypeError: if ``rows`` is a mask.
         """
         settle(self)
         refuse_recurrences(self)
+        rows = _listed(rows)
         copy = type(self)()
         copy.layers = take_layers(self.layers, numbers(rows, len(rows_of(self.layers))))
         forget_past(copy.layers)
@@ -182,12 +184,15 @@ class HippocampalCache(DynamicCache):
 
         Raises:
             IndexError: if there is no such row.
+            TypeError: if ``rows`` is a mask.
             ValueError: if the rows do not fit. Nothing has changed.
         """
         settle(self)
         refuse_recurrences(self)
         release(self)
         settle(cache)
+        rows = _listed(rows)
+        cache = cache.clone() if cache is self else cache
         put_layers(self.layers, numbers(rows, len(rows_of(self.layers))), cache.layers)
         forget_past(self.layers)
 
@@ -223,6 +228,13 @@ class HippocampalCache(DynamicCache):
         copy = type(self)()
         copy.layers = [rebuild(describe(layer), function(tensors_of(layer))) for layer in self.layers]
         return copy
+
+
+def _listed(rows: int | Iterable[int] | Tensor) -> int | list[int] | Tensor:
+    """Numbers of rows, of which none is part of a mask; those that can be read once are read here."""
+    rows = rows if isinstance(rows, (int, Tensor)) else list(rows)
+    refuse_masks(rows)
+    return rows
 
 
 def fill(cache: HippocampalCache, config: Any) -> None:

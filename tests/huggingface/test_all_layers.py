@@ -89,3 +89,20 @@ def test_steps_of_one_token_are_still_compared():
     cache.layers[1].state.length -= 1
     with pytest.raises(RuntimeError, match="different numbers of tokens"), torch.no_grad():
         model(ids[:, READ : READ + 1], **{CACHE: cache})
+
+
+@pytest.mark.parametrize("rows", [True, [True, False], torch.tensor([True, False]), torch.tensor([1.0, 0.0])], ids=str)
+@pytest.mark.usefixtures("unchecked")
+def test_a_mask_is_not_read_as_numbers_of_rows(rows):
+    model, cache = retrofitted(), HippocampalCache()
+    filled(model, cache, rows=2)
+    for change in (lambda: cache.take(rows), lambda: cache.put(rows, cache)):
+        with refused(TypeError, "expected whole numbers of rows", "mask.nonzero()"):
+            change()
+
+
+def test_rows_of_a_cache_are_put_into_itself():
+    model, cache = retrofitted(), HippocampalCache()
+    ids = filled(model, cache, rows=2)
+    cache.put(iter([1, 0]), cache)
+    close(logits(model, ids.flip(0)[:, READ:], 3, cache), logits(model, ids.flip(0))[:, READ:])

@@ -46,6 +46,10 @@ class PrepareCache(ModelMethod):
             return prepare(generation_config, model_kwargs, *args, **kwargs)
         kept = model_kwargs.get(CACHE)
         settle_for_use(kept)
+        if kept is not None and generation_config.use_cache is False:
+            raise ValueError(
+                "use_cache=False and a cache: each step would read the whole text into it once more. Pass one of them."
+            )
         if mode == GenerationMode.ASSISTED_GENERATION:
             _refuse_past(kept)
         chunk, asked = generation_config.prefill_chunk_size, generation_config.cache_implementation

@@ -91,6 +91,14 @@ def test_an_assisted_turn_needs_an_empty_cache(options):
     assert torch.equal(generate(model, text, 20, **{CACHE: cache}), greedy(model, text, 20))
 
 
+def test_a_cache_that_is_not_to_be_used_is_refused():
+    """Of transformers it takes in the whole text at each step."""
+    model, cache = retrofitted(), HippocampalCache()
+    with refused(ValueError, "use_cache=False and a cache", "Pass one of them"):
+        generate(model, tokens(1, LONG), use_cache=False, **{CACHE: cache})
+    assert cache.get_seq_length() == 0
+
+
 def test_a_retrofitted_model_assists_the_base_model(crops):
     model, ids = base(), tokens(1, LONG)
     expected = generate(model, ids, 3 * NEW)

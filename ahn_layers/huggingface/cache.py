@@ -67,12 +67,12 @@ class HippocampalCache(DynamicCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         self._settle_for_change()
-        super().batch_repeat_interleave(repeats)
+        super().reorder_cache(self._numbers().repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self._settle_for_change()
-        super().batch_select_indices(indices)
+        super().reorder_cache(self._numbers()[indices])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -201,6 +201,11 @@ class HippocampalCache(DynamicCache):
                 cache.layers.append(rebuild(layer, own))
                 check_loaded(cache.layers[-1], layer)
         return cache
+
+    def _numbers(self) -> Tensor:
+        """The number of each row; rows are chosen by ``reorder_cache``, which layers of all kinds know."""
+        held = next((u for layer in self.layers for u in tensors_of(layer).values()), torch.empty(0))
+        return torch.arange(len(held), device=held.device)
 
     def _settle_for_change(self) -> None:
         settle_for_use(self)

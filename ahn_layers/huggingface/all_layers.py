@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .cache_layers import MemoryLayer
 
@@ -40,16 +39,6 @@ def refuse_uneven(cache: Any) -> None:
             "some of them took tokens back (crop) and others refused, or two threads use it at once. Begin a new cache "
             "for each; a HippocampalCache stays as it was if a layer refuses."
         )
-
-
-def refuse_recurrences(cache: Any) -> None:
-    """Raise a ValueError if a layer holds a recurrence beside its memory: rows of that are not taken out or put in."""
-    for layer in cache.layers:
-        if isinstance(layer, MemoryLayer) and isinstance(layer, LinearAttentionCacheLayerMixin):
-            raise ValueError(
-                f"rows of a cache layer of type {type(layer).__name__} cannot be taken out, put in or joined, since it "
-                "holds a recurrence beside its attention: keep a cache for each conversation, and copy.deepcopy it."
-            )
 
 
 def refuse_masks(rows: int | Iterable[int] | Tensor) -> None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
-from .all_layers import all_or_none, refuse_masks, refuse_recurrences
+from .all_layers import all_or_none, refuse_masks
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .fixed import is_fixed, is_traced, release
@@ -72,13 +72,13 @@ class HippocampalCache(DynamicCache):
         """Repeat every row."""
         self._settle_for_change()
         with all_or_none(self.layers):
-            super().batch_repeat_interleave(repeats)
+            super().reorder_cache(self._numbers().repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self._settle_for_change()
         with all_or_none(self.layers):
-            super().batch_select_indices(indices)
+            super().reorder_cache(self._numbers()[indices])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -151,7 +151,6 @@ class HippocampalCache(DynamicCache):
             raise ValueError("no caches to join: expected at least one.")
         for cache in caches:
             settle(cache)
-            refuse_recurrences(cache)
         joined = cls()
         joined.layers = join_layers([cache.layers for cache in caches], rows)
         forget_past(joined.layers)
@@ -168,10 +167,8 @@ class HippocampalCache(DynamicCache):
             TypeError: if ``rows`` is a mask.
         """
         settle(self)
-        refuse_recurrences(self)
-        rows = _listed(rows)
         copy = type(self)()
-        copy.layers = take_layers(self.layers, numbers(rows, len(rows_of(self.layers))))
+        copy.layers = take_layers(self.layers, numbers(_listed(rows), len(rows_of(self.layers))))
         forget_past(copy.layers)
         return copy
 
@@ -188,12 +185,10 @@ class HippocampalCache(DynamicCache):
             ValueError: if the rows do not fit. Nothing has changed.
         """
         settle(self)
-        refuse_recurrences(self)
         release(self)
         settle(cache)
-        rows = _listed(rows)
         cache = cache.clone() if cache is self else cache
-        put_layers(self.layers, numbers(rows, len(rows_of(self.layers))), cache.layers)
+        put_layers(self.layers, numbers(_listed(rows), len(rows_of(self.layers))), cache.layers)
         forget_past(self.layers)
 
     def save(self, path: str | Path) -> None:
@@ -218,6 +213,11 @@ class HippocampalCache(DynamicCache):
                 cache.layers.append(rebuild(layer, own))
                 check_loaded(cache.layers[-1], layer)
         return cache
+
+    def _numbers(self) -> Tensor:
+        """The number of each row; rows are chosen by ``reorder_cache``, which layers of all kinds know."""
+        held = next((u for layer in self.layers for u in tensors_of(layer).values()), torch.empty(0))
+        return torch.arange(len(held), device=held.device)
 
     def _settle_for_change(self) -> None:
         settle_for_use(self)

@@ -4,13 +4,17 @@ Each text has to be read and continued as if it were alone.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from hypothesis import strategies as st
 
 from ahn_layers import HippocampalCache
+from ahn_layers.huggingface import prefill
 from ahn_layers.huggingface.decoder import CACHE
 from tests.hard.caches import model_of, models
 from tests.models import FAMILIES, VOCABULARY, generate, greedy, logits
@@ -26,6 +30,7 @@ class GenerateCase:
     static: bool
     chunk: int | None
     turns: int
+    groups: bool
     seed: int
 
 
@@ -38,8 +43,17 @@ generate_cases = functools.partial(
     static=st.booleans(),
     chunk=st.sampled_from([None, None, 1, 5, 16]),
     turns=st.integers(1, 2),
+    groups=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+
+
+@contextmanager
+def read_in_groups(tokens: int = 11) -> Iterator[None]:
+    """Prompts are read as on a GPU: a few rows at a time, inside the window at once; here with small pieces."""
+    sizes = {"GPU_PREFILL_CHUNK": tokens, "PREFILL_CHUNK": tokens, "SHORTEST_CHUNK": 3, "GPU_AT_ONCE": 2 * tokens}
+    with patch.multiple(prefill, **sizes), patch.object(prefill.Prefill, "_is_on_gpu", lambda _: True):
+        yield
 
 
 @torch.no_grad()
@@ -59,7 +73,8 @@ def check_generate(case: GenerateCase) -> None:
             torch.cat([torch.nn.functional.pad(u, (longest - u.shape[1], 0)) for u in rows])
             for rows in (texts, [torch.ones_like(text) for text in texts])
         )
-        out = generate(model, ids, case.count, attention_mask=mask, **options)
+        with read_in_groups() if case.groups else nullcontext():
+            out = generate(model, ids, case.count, attention_mask=mask, **options)
         texts = [greedy(model, text, case.count) for text in texts]
         for row, text in zip(out, texts, strict=True):
             assert torch.equal(row[-text.shape[1] :], text[0]), "another continuation"

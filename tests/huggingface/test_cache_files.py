@@ -2,7 +2,6 @@
 
 # ruff: noqa: F811 - fixtures are imported
 
-import copy
 import json
 import os
 import struct
@@ -14,9 +13,11 @@ import pytest
 import torch
 
 from ahn_layers import HippocampalCache
+from ahn_layers.huggingface.cache_check import check_loaded
+from ahn_layers.huggingface.layer_values import describe, rebuild, tensors_of
 
 from ..methods import KINDS
-from ..models import generate, positions, retrofitted, tokens
+from ..models import positions, retrofitted, tokens
 from .caching import LONG, every_length, fast, go_on, model, read, same, tensors  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
@@ -140,12 +141,60 @@ def test_files_of_another_kind_are_refused_by_name(model, tmp_path):
         HippocampalCache.load(tmp_path / "nothing.safetensors")
 
 
-def test_layers_that_are_not_ours_may_refuse(tmp_path):
-    """Convolutions have states of their own: only a deepcopy takes them along."""
-    model, ids = retrofitted("lfm2"), tokens(1, LONG)
-    cache = generate(model, ids, 1, return_dict_in_generate=True).past_key_values
-    with pytest.raises(ValueError, match=r"use copy\.deepcopy"):
-        cache.save(tmp_path / "cache")
-    assert not list(tmp_path.iterdir())
-    twin = copy.deepcopy(cache)
-    assert torch.equal(go_on(model, twin, rows=1), go_on(model, cache, rows=1))
+@pytest.mark.parametrize("length", [0, 5, 23])
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm2"])  # beside the memory, in place of it
+def test_a_recurrence_is_copied_saved_and_reordered(name, length, tmp_path):
+    model, ids, more = retrofitted(name), torch.randint(1, 16, (3, 30)), torch.randint(1, 16, (3, 4))
+
+    def run(cache, ids):
+        with torch.no_grad():
+            return model(ids, cache=cache, use_cache=True).logits
+
+    cache = HippocampalCache()
+    run(cache, ids[:, : max(length, 1)])
+    if length == 0:
+        cache.reset()
+    before, expected = tensors(cache), run(cache.clone(), more)
+    assert same(cache, before) and cache.nbytes == sum(u.nbytes for u in before.values())
+    cache.save(tmp_path / "cache.safetensors")
+    assert torch.equal(run(HippocampalCache.load(tmp_path / "cache.safetensors"), more), expected)
+    rows, repeated = cache.clone(), cache.clone()
+    if length:
+        found = run(cache.reorder(torch.tensor([2, 0])), more[[2, 0]])
+        rows.batch_select_indices(torch.tensor([1]))
+        repeated.batch_repeat_interleave(2)
+        for one, other in (
+            (found, expected[[2, 0]]),
+            (run(rows, more[1:2]), expected[1:2]),
+            (run(repeated, more.repeat_interleave(2, dim=0)), expected.repeat_interleave(2, dim=0)),
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda own, _: own["linear"][0].update(width="4"), "expected a whole number"),
+        (lambda own, _: own["linear"][0].update(begun=1), "whether it has begun"),
+        (lambda own, held: held.update({"conv_states.0": held["conv_states.0"][..., :2]}), "expected 4 columns"),
+        (lambda own, held: held.update({"recurrent_states.0": held["recurrent_states.0"][:1]}), "rows"),
+    ],
+)
+def test_forged_recurrences_are_refused(change, said):
+    model, cache = retrofitted("falcon_h1"), HippocampalCache()
+    with torch.no_grad():
+        model(torch.ones(2, 9, dtype=torch.long), cache=cache, use_cache=True)
+    own, held = describe(cache.layers[0]), dict(tensors_of(cache.layers[0]))
+    check_loaded(rebuild(own, held), own)
+    change(own, held)
+    with pytest.raises(ValueError, match=said):
+        check_loaded(rebuild(own, held), own)
+
+
+def test_a_convolution_that_records_its_past_is_not_saved(tmp_path):
+    model, cache = retrofitted("lfm2"), HippocampalCache()
+    with torch.no_grad():
+        model(torch.ones(1, 9, dtype=torch.long), cache=cache, use_cache=True)
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="LinearAttentionLayer cannot be copied or saved"):
+        cache.save(tmp_path / "cache.safetensors")

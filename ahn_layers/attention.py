@@ -72,6 +72,15 @@ class HippocampalAttention(nn.Module):
                 raise
             return getattr(self.__dict__["block"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the block holds is set in the block, which reads it: ``scaling``, ``layer_idx``."""
+        block = self.__dict__.get("block")
+        if block is not None and name in block.__dict__ and not name.startswith("_") and name != "forward":
+            setattr(block, name, value)
+            if name not in self.__dict__:
+                return
+        super().__setattr__(name, value)
+
     @property
     def store(self) -> MemoryStore:
         """The memory that runs: ``memory``, or the copy of it that PEFT trains (``modules_to_save``)."""

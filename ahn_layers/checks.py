@@ -35,6 +35,12 @@ def check_inputs(
     groups = k.shape[1]
     if count == 0:
         raise ValueError("q has no tokens (shape[2] == 0): call the store with at least one.")
+    for name, u in (("q", q), ("k", k), ("v", v)):
+        if 0 in u.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(u.shape)} (batch, heads, tokens, size), with nothing in it: expected at "
+                "least 1 in each place. Do not call the store for an empty batch."
+            )
     _check_order(compressor, q, k, v, x)
     if k.shape != (batch, groups, count, size) or v.shape[:3] != k.shape[:3]:
         raise ValueError(

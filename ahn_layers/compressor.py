@@ -227,11 +227,16 @@ def _is_latest(cls: type, method: str, others: tuple[str, ...]) -> bool:
     return made[method] == min(made.values())
 
 
+def check_size(name: str, size: Any) -> None:
+    """Raise a ValueError for what is not a size."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name}={size!r}: expected a positive whole number.")
+
+
 def _check_sizes(memory: Compressor) -> None:
     """Raise for sizes that are impossible."""
     for name in ("hidden_size", "num_heads", "head_dim", "num_kv_heads", "value_dim"):
-        if getattr(memory, name) < 1:
-            raise ValueError(f"{name}={getattr(memory, name)}: expected a positive number.")
+        check_size(name, getattr(memory, name))
     if memory.num_heads % memory.num_kv_heads:
         raise ValueError(
             f"num_heads={memory.num_heads} is not a multiple of num_kv_heads={memory.num_kv_heads}: "

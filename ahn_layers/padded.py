@@ -39,10 +39,13 @@ def in_parts(new: Arrivals, state: MemoryState) -> list[Arrivals]:
 
 
 def padding_last(part: Arrivals, state: MemoryState) -> Arrivals:
-    """One of these parts in the order in which the state takes it in."""
+    """One of these parts in the order in which the state takes it in.
+
+    What is at padding may be anything, infinity or not a number too, which a weight of zero would not hide.
+    """
     if part.valid is None or part.out is not None or _steps(part, state):
         return part
-    return part.ordered(_real_first(part.valid))
+    return replace(part, tokens=part.tokens.zeroed(~part.valid.unsqueeze(1))).ordered(_real_first(part.valid))
 
 
 def as_given(

@@ -50,13 +50,17 @@ class Rotary(nn.Module):
         self.trained_length = trained_length
         self.interleaved = interleaved
         self.start = start
+        self._precise: Tensor | None = None
         self.register_buffer("inv_freq", inv_freq.detach().clone(), persistent=False)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Follow the model to another device, never to a lower precision: angles need all their digits."""
-        precise = self.inv_freq
+        precise = self.inv_freq if self._precise is None else self._precise
         super()._apply(fn, recurse)
-        self.inv_freq = precise.to(self.inv_freq.device)
+        lost = self.inv_freq.is_meta and not precise.is_meta  # kept until the model comes back
+        self._precise = precise if lost else None
+        if not (precise.is_meta or lost):
+            self.inv_freq = precise.to(self.inv_freq.device)
         return self
 
     def extra_repr(self) -> str:

@@ -54,8 +54,8 @@ def retrofit(
         The same model.
 
     Raises:
-        TypeError: if ``model`` is not a transformers model, ``compressor`` is not a class, or ``eviction`` not an
-            ``Eviction``.
+        TypeError: if ``model`` is not a transformers model, ``compressor`` is not a class, ``eviction`` not an
+            ``Eviction``, or an option is unknown.
         ValueError: if the model is retrofitted already, has no suitable layer, an eviction is given for a layer that
             is not retrofitted, or mappings and ``layers`` name different layers. The model is unchanged.
 
@@ -72,6 +72,11 @@ def retrofit(
     if compressor is not None and not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
         raise TypeError(
             f"compressor={compressor!r}: expected a subclass of Compressor (the class, not an object), or None."
+        )
+    if compressor is None and compressor_options:
+        raise TypeError(
+            f"{', '.join(f'{name}={value!r}' for name, value in compressor_options.items())}: retrofit knows no such "
+            "argument, and compressor=None has no options. Leave it out, or pass a compressor that takes it."
         )
     _check_evictions(eviction)
     try:
@@ -126,7 +131,7 @@ def _windows(
         sizes = {name: by_layer[name][layer] if name in by_layer else size for name, size in given.items()}
         return Window(**sizes, sink_positions=sink_positions)  # type: ignore[arg-type]
 
-    for layer in asked or (0,):
+    for layer in (0,) if asked is None else asked:
         window_of(layer)
     return window_of, asked
 

@@ -122,6 +122,14 @@ class MemoryState:
         slots, seen = self.slots.map(function), function(self.seen)
         return replace(self, slots=slots, seen=seen, memory=memory, kept=kept, inplace=False)
 
+    def outside_inference(self) -> "MemoryState":
+        """The state with copies of tensors that were made under ``torch.inference_mode``, unless it is on."""
+        if torch.is_inference_mode_enabled():
+            return self
+        memory = self.memory if isinstance(self.memory, dict) else {"": self.memory}
+        parts = (self.seen, self.slots.k, *memory.values(), *self.kept.values())  # a part may have been overwritten
+        return self._map(outside_inference) if any(u is not None and u.is_inference() for u in parts) else self
+
     def clone(self) -> "MemoryState":
         """A copy that shares nothing, detached from any graph."""
         return self._map(lambda u: u.detach().clone())
@@ -209,3 +217,8 @@ class MemoryState:
         others = {name: u for name, u in self.tensors().items() if name not in held}
         check_parts(self.window, self.slots, self.seen, self.length, self.padded, others)
         return self
+
+
+def outside_inference(u: Tensor) -> Tensor:
+    """A copy of a tensor that was made under ``torch.inference_mode``, unless it is on; autograd can save no such."""
+    return u.clone() if u.is_inference() and not torch.is_inference_mode_enabled() else u

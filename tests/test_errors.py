@@ -87,8 +87,13 @@ MAKING = {
         lambda: MemoryStore(Window(4), memory_positions="none"), ValueError, "memory_positions='none'",
         "expected rotary=Rotary(...)",
     ),
-    "no heads": (lambda: GatedDeltaNet(32, 0, 8), ValueError, "num_heads=0", "expected a positive number"),
-    "no channels": (lambda: Mamba2(32, 4, -8), ValueError, "head_dim=-8", "expected a positive number"),
+    "options of no compressor": (
+        lambda: retrofit(base(), None, window_size=4, num_sink=2), TypeError, "num_sink=2", "knows no such argument",
+        "Leave it out",
+    ),
+    "no layers": (lambda: retrofit(base(), None, window_size={}), ValueError, "no suitable attention layer", "asked"),
+    "no heads": (lambda: GatedDeltaNet(32, 0, 8), ValueError, "num_heads=0", "expected a positive whole number"),
+    "no channels": (lambda: Mamba2(32, 4, -8), ValueError, "head_dim=-8", "expected a positive whole number"),
     "heads that do not divide": (
         lambda: DeltaNet(32, 4, 8, num_kv_heads=3), ValueError, "num_heads=4", "num_kv_heads=3", "the same number",
     ),

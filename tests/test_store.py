@@ -107,12 +107,13 @@ def test_padding_is_nothing(compressor, padding):
         assert end.seen.tolist() == valid.sum(1).tolist()
 
 
-def test_padding_may_hold_anything():
+@pytest.mark.parametrize("anything", [1e30, float("inf"), float("nan")])
+def test_padding_may_hold_anything(anything):
     store, tokens = make(sinks=2, window=5)
     valid = torch.rand(B, T) < 0.6
     expected, state = run(store, tokens, [9], valid)
     for u, mask in zip(tokens, (valid[:, None, :, None],) * 3 + (valid[..., None],), strict=True):
-        u.masked_fill_(~mask, 1e30)
+        u.masked_fill_(~mask, anything)
     out, end = run(store, tokens, [9], valid)
     close(out.transpose(1, 2)[valid], expected.transpose(1, 2)[valid])
     close(end.memory, state.memory)

@@ -47,6 +47,9 @@ CALLS = {
     "no batch": (changed("k", lambda u: u[0]), "k has shape (2, 1, 8)", "expected floating (batch, heads, tokens"),
     "integers": (changed("v", lambda u: u.long()), "v has shape", "torch.int64", "expected floating"),
     "no tokens": (lambda c: part(c, 0, 0), "no tokens", "at least one"),
+    "no rows": (lambda c: {name: u[:0] for name, u in c.items()}, "q has shape (0, 4, ", "an empty batch"),
+    "no heads": (lambda c: c | {name: c[name][:, :0] for name in "kv"}, "k has shape (2, 0, ", "at least 1"),
+    "no channels": (changed("v", lambda u: u[..., :0]), "v has shape (2, 2, ", "at least 1"),
     "the cached keys again": (changed("k", lambda u: u.repeat(1, 1, 2, 1)), "k (2, 2, 2, 8)", "the new tokens only"),
     "heads that do not divide": (
         lambda c: c | {name: c[name].repeat(1, 2, 1, 1)[:, :3] for name in "kv"}, "4 query heads and 3", "a multiple",

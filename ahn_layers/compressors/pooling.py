@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..compressor import Compressor, State, state_dtype
+from ..compressor import Compressor, State, check_size, state_dtype
 from ..layers import Scale
 from ..ops.slots.pooling import Pool, pool_read, pool_scan, pool_step
 
@@ -51,8 +51,7 @@ class AveragePooling(Compressor):
         matrix = self.head_dim * self.value_dim // (self.head_dim + self.value_dim)
         self.num_slots, self.rate = max(1, matrix) if num_slots is None else num_slots, rate
         for name in ("num_slots", "rate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+            check_size(name, getattr(self, name))
 
     def build(self) -> None:
         """Read gate, norm."""

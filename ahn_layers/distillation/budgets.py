@@ -136,6 +136,12 @@ def spend(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budg
     return picks[::-1]
 
 
+def check_share(share: float) -> None:
+    """Raise a ValueError for what is no share of the heads."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: expected a share of the heads, above 0 and at most 1.")
+
+
 def rates_of(
     retrieval: Float[Tensor, "layers g"], share: float, keep: float = KEEP, forget: float = FORGET
 ) -> list[list[float]]:

@@ -15,7 +15,7 @@ from ..evictions import SalientSlots
 from ..memory import MemoryStore
 from ..retrofit import restore, retrofit
 from ..window import Window
-from .budgets import Budgets, cost_at, rates_of, spend
+from .budgets import Budgets, check_share, cost_at, rates_of, spend
 from .loss import sliced_loss
 from .passes import output_head, run_hidden
 from .retention import Span, retrieval_heads
@@ -95,7 +95,14 @@ def calibrate(
             f"sequences of {length} tokens: expected more than {least + 2 * _SPAN}, the window with its sinks and "
             f"{2 * _SPAN} tokens."
         )
-    was_training = model.training
+    check_share(share)
+    wrong = [size for size in measured or () if not least <= size < length]
+    if wrong:
+        raise ValueError(
+            f"measured={list(measured or ())}: expected capacities from {least}, the window with its sinks, to "
+            f"{length - 1}, less than the text. Leave {wrong} out."
+        )
+    training = {module: module.training for module in model.modules()}
     retrofit(model, None, window_size=window_size, num_sinks=num_sinks, layers=layers)  # type: ignore[type-var]
     try:
         model.eval()
@@ -104,7 +111,8 @@ def calibrate(
         )
     finally:
         restore(model)  # type: ignore[type-var]
-        model.train(was_training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 class Measured(NamedTuple):
@@ -164,7 +172,8 @@ class _Measuring:
         """How much each head looks up, in answers or in repeated spans."""
         if self.asked is not None:
             return retrieval_heads(self.model, self.ids, self.asked)
-        ids, end, first = self.ids.clone(), self.length, self.length // 8
+        ids, end = self.ids.clone(), self.length
+        first = min(end // 8, end - 2 * _SPAN)  # the copy does not reach into what is copied
         ids[:, end - _SPAN :] = ids[:, first : first + _SPAN]
         # of the copy, what its first tokens cannot tell
         spans = [((first + i, first + i + 1), (end - _SPAN + i, end - _SPAN + i + 1)) for i in range(8, _SPAN)]

@@ -43,7 +43,8 @@ def sliced_loss(
         The loss, and without gradient its two parts unweighted: divergence and cross-entropy, 0 where not computed.
 
     Raises:
-        ValueError: if there are no tokens, or what a weight needs is missing.
+        ValueError: if there are no tokens, what a weight needs is missing, or teacher or labels are not those of these
+            tokens (-100, for tokens to leave out, is none).
     """
     if len(student) == 0:
         raise ValueError("no token to compute a loss on: the sequences do not reach beyond the window's capacity.")
@@ -51,10 +52,25 @@ def sliced_loss(
         raise ValueError(f"kl_weight={kl_weight}: expected the teacher's hidden states.")
     if ce_weight and labels is None:
         raise ValueError(f"ce_weight={ce_weight}: expected labels.")
+    _check_tokens(student, teacher, labels, slice_size)
     results: tuple[Tensor, Tensor, Tensor] = _SlicedLoss.apply(  # type: ignore[no-untyped-call]
         student, teacher, labels, head, kl_weight, ce_weight, slice_size
     )
     return results
+
+
+def _check_tokens(student: Tensor, teacher: Tensor | None, labels: Tensor | None, slice_size: int) -> None:
+    """Raise for what would be compared with other tokens, or with none."""
+    if slice_size < 1:
+        raise ValueError(f"slice_size={slice_size}: expected at least one token at a time.")
+    for name, u, shape in (("teacher", teacher, student.shape), ("labels", labels, student.shape[:1])):
+        if u is not None and u.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(u.shape)}: expected {tuple(shape)}, one for each token.")
+    if labels is not None and bool((labels < 0).any()):
+        raise ValueError(
+            f"labels go down to {int(labels.min())}: expected token ids. Leave tokens that do not count (-100) out of "
+            "student, teacher and labels, for instance with a boolean mask."
+        )
 
 
 class _SlicedLoss(torch.autograd.Function):

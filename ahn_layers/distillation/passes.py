@@ -159,8 +159,13 @@ def arm_losses(
 
     Raises:
         KeyError: if there is no such arm.
+        ValueError: if the model is not retrofitted, or the text does not reach to ``start``.
     """
     start = least_capacity(model) if start is None else start
+    if input_ids.shape[1] <= start:
+        raise ValueError(
+            f"sequences of {input_ids.shape[1]} tokens, start={start}: expected longer ones, start has to be a token."
+        )
     head, labels = output_head(model), input_ids[:, start + 1 :].flatten()
     modes: dict[str, Callable[[], Any]] = {
         "full": lambda: full_attention(model),

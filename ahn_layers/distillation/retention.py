@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..evictions import SalientSlots
-from .budgets import FORGET, KEEP, rates_of
+from .budgets import FORGET, KEEP, check_share, rates_of
 from .watching import Attended, watch_full_attention
 
 _BLOCK = 512
@@ -126,10 +126,19 @@ def retrieval_heads(
         attentive query pays to the whole fact.
 
     Raises:
-        ValueError: if nothing is asked, or there is no memory.
+        ValueError: if nothing is asked, there is no memory, or a fact does not come before its answer in its row.
     """
     if not any(len(row) for row in asked):
         raise ValueError("asked has no answers: expected pairs ((first, end) of a fact, (first, end) of its answer).")
+    if len(asked) != len(input_ids):
+        raise ValueError(f"asked has {len(asked)} rows: expected {len(input_ids)}, one for each text, empty or not.")
+    for row, spans in enumerate(asked):
+        for (a, b), (start, end) in spans:
+            if not 0 <= a < b <= start < end <= input_ids.shape[1]:
+                raise ValueError(
+                    f"asked, row {row}: fact {(a, b)}, answer {(start, end)}: expected (first, end) of a fact and, "
+                    f"behind it, of its answer, within {input_ids.shape[1]} tokens."
+                )
     found: list[Tensor] = []
 
     def look(seen: Attended) -> None:
@@ -164,8 +173,12 @@ def set_rates(
         forget: rate of the others.
 
     Raises:
-        ValueError: if there are other numbers of layers or heads in the model.
+        ValueError: if there are other numbers of layers or heads in the model, or a rate or the share is out of range.
     """
+    check_share(share)
+    for name, rate in (("keep", keep), ("forget", forget)):
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"{name}={rate}: expected a rate above 0, whose logarithm is trained.")
     policies = salient_slots(model)
     sizes = [int(policy.learned.log_rate.shape[0]) for policy in policies if policy.learned is not None]
     if retrieval.shape[0] != len(sizes) or any(size != retrieval.shape[1] for size in sizes):

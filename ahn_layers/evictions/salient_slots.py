@@ -85,13 +85,13 @@ class SalientSlots(Eviction):
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
         if score not in (*UNTRAINED, "learned"):
             raise ValueError(f"score={score!r}: expected 'learned' or one of {sorted(UNTRAINED)}.")
-        rates = [rate] if isinstance(rate, int | float) else list(rate)
-        if not rates or not all(0 <= one < float("inf") for one in rates):
+        rates = list(rate) if isinstance(rate, Sequence) else [rate]
+        if not rates or not all(map(_is_rate, rates)):
             raise ValueError(f"rate={rate!r}: expected a number of at least 0, or one for each key/value head.")
         if positions not in get_args(SlotPositions):
             raise ValueError(f"positions={positions!r}: expected one of {get_args(SlotPositions)}.")
         self.num_slots, self.score, self.score_size, self.positions = num_slots, score, score_size, positions
-        self.rate = rates[0] if isinstance(rate, int | float) else rates
+        self.rate = rates if isinstance(rate, Sequence) else rate
         self.free_options = ("num_slots", "rate") if score == "learned" else ("num_slots",)
         self.learned: LearnedScore | None = None
         self.temperature: float | None = None
@@ -208,6 +208,10 @@ class SalientSlots(Eviction):
             first = seen.first.masked_fill(seen.last == 0, Between.ALWAYS)
             seen = replace(seen, first=first, soft=Soft(priority, self.temperature))
         return seen, leaving, after | more
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _with(tokens: Tokens, priority: Float[Tensor, "b g t"]) -> Tokens:

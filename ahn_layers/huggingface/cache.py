@@ -18,12 +18,13 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
+from .all_layers import all_or_none, refuse_masks
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .fixed import is_fixed, is_traced, release
 from .hybrid_layer import layer_in_place_of, static_length
 from .layer_values import describe, rebuild, tensors_of
-from .native_layer import SHARING
+from .native_layer import SHARING, forget_past, refuse_gaps
 from .rows import join_layers, numbers, put_layers, rows_of, take_layers
 from .transaction import length_before, settle, settle_for_use
 
@@ -55,24 +56,29 @@ class HippocampalCache(DynamicCache):
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Take back the last tokens, see ``MemoryLayer.crop``."""
+        """Take back the last tokens, see ``MemoryLayer.crop``; if a layer refuses, all stay as they are."""
         self._settle_for_change()
-        super().crop(int(tokens_to_remove))
+        with all_or_none(self.layers):
+            super().crop(int(tokens_to_remove))
+            refuse_gaps(self.layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows, in place."""
         self._settle_for_change()
-        super().reorder_cache(beam_idx)
+        with all_or_none(self.layers):
+            super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         self._settle_for_change()
-        super().reorder_cache(self._numbers().repeat_interleave(repeats))
+        with all_or_none(self.layers):
+            super().reorder_cache(self._numbers().repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self._settle_for_change()
-        super().reorder_cache(self._numbers()[indices])
+        with all_or_none(self.layers):
+            super().reorder_cache(self._numbers()[indices])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -147,6 +153,7 @@ class HippocampalCache(DynamicCache):
             settle(cache)
         joined = cls()
         joined.layers = join_layers([cache.layers for cache in caches], rows)
+        forget_past(joined.layers)
         return joined
 
     def take(self, rows: int | Iterable[int] | Tensor) -> "HippocampalCache":
@@ -157,10 +164,12 @@ class HippocampalCache(DynamicCache):
 
         Raises:
             IndexError: if there is no such row.
+            TypeError: if ``rows`` is a mask.
         """
         settle(self)
         copy = type(self)()
-        copy.layers = take_layers(self.layers, numbers(rows, len(rows_of(self.layers))))
+        copy.layers = take_layers(self.layers, numbers(_listed(rows), len(rows_of(self.layers))))
+        forget_past(copy.layers)
         return copy
 
     def put(self, rows: int | Iterable[int] | Tensor, cache: "HippocampalCache") -> None:
@@ -172,12 +181,15 @@ class HippocampalCache(DynamicCache):
 
         Raises:
             IndexError: if there is no such row.
+            TypeError: if ``rows`` is a mask.
             ValueError: if the rows do not fit. Nothing has changed.
         """
         settle(self)
         release(self)
         settle(cache)
-        put_layers(self.layers, numbers(rows, len(rows_of(self.layers))), cache.layers)
+        cache = cache.clone() if cache is self else cache
+        put_layers(self.layers, numbers(_listed(rows), len(rows_of(self.layers))), cache.layers)
+        forget_past(self.layers)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically; resume with ``load`` in any process."""
@@ -218,10 +230,19 @@ class HippocampalCache(DynamicCache):
         return copy
 
 
+def _listed(rows: int | Iterable[int] | Tensor) -> int | list[int] | Tensor:
+    """Numbers of rows, of which none is part of a mask; those that can be read once are read here."""
+    rows = rows if isinstance(rows, (int, Tensor)) else list(rows)
+    refuse_masks(rows)
+    return rows
+
+
 def fill(cache: HippocampalCache, config: Any) -> None:
     """Give an empty cache the layers that a model with this config expects, of whatever kinds they are."""
     if not cache.layers:
         made = DynamicCache(config=config)
+        if cache._recording:
+            made.activate_past_recording()
         cache.layers, cache.layer_class_to_replicate = made.layers, made.layer_class_to_replicate
 
 

@@ -94,8 +94,8 @@ class MemoryLayer(StateLayer):
 
     def changeable(self) -> MemoryState | None:
         """The state, copied if it was made under ``torch.inference_mode`` and will be changed outside of it."""
-        if self.state is not None and self.state.seen.is_inference() and not torch.is_inference_mode_enabled():
-            self.state = self.state.clone()
+        if self.state is not None:
+            self.state = self.state.outside_inference()
         return self.state
 
     def activate_past_recording(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..fingerprint import identity_of
+from .all_layers import refuse_uneven
 from .cache import HippocampalCache, fill, self_attention
 from .config_view import naming
 from .joined import align_rows, refuse_unaligned
@@ -126,8 +127,8 @@ class ForwardHook:
         if torch.compiler.is_compiling():
             _assert_one_text(kwargs)
             refuse_unaligned(kwargs)
-        elif self.owner.mode == "full" or _is_recording():
-            pass  # nothing of ours, or nothing but the model's own operations
+        elif self.owner.mode == "full" or _is_recording():  # nothing of ours, or nothing but the model's own operations
+            _fill(next((u for u in (kwargs.get(name) for name in CACHE_NAMES) if u is not None), None), module)
         elif stack and stack[-1].owner is self.owner and stack[-1].module is not None:
             call.mask, call.texts = stack[-1].mask, stack[-1].texts
         else:
@@ -163,9 +164,9 @@ class ForwardHook:
             return
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         cache = self_attention(cache)
-        if isinstance(cache, HippocampalCache):
-            fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
+        _fill(cache, module)
         settle_for_use(cache)
+        refuse_uneven(cache)
         kept = cache is not None or (kwargs.get("use_cache") is not False and not torch.is_grad_enabled())
         if kept and self.owner.mode == "memory" and self.owner.compressor is not None:
             call.identity = identity_of(module, self.owner)
@@ -222,6 +223,12 @@ def remove_hooks(model: nn.Module) -> None:
                 del hooks[key]
                 for flag in flags:
                     flag.pop(key, None)
+
+
+def _fill(cache: Any, module: nn.Module) -> None:
+    """Give a cache of ours that is empty the layers that this module expects."""
+    if isinstance(cache, HippocampalCache):
+        fill(cache, module.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
 
 
 def _is_recording() -> bool:

@@ -40,7 +40,7 @@ class DecoderAttention(HippocampalAttention):
         self.__dict__["record"] = record  # first, since the views of the block's config are copied after the record
         super().__init__(found.module, store)
         self.found, self.recorded = found, recorded
-        self.layer_idx = found.layer_idx
+        self.__dict__["layer_idx"] = found.layer_idx  # ours, whatever the block's own is
         names = list(inspect.signature(type(found.module).forward).parameters)[1:]
         self._hidden_at = names.index("hidden_states") if "hidden_states" in names else 0
         self._config_name = next(iter(configs_of(found.module)))

@@ -12,6 +12,7 @@ from transformers.cache_utils import (
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
 from .hybrid_layer import HybridMemoryLayer
+from .native_layer import forget_past
 from .padding import Padding
 
 _STATES = ("conv_states", "recurrent_states")
@@ -85,6 +86,7 @@ def rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         layer.keys, layer.values = tensors["keys"], tensors["values"]
     if sliding:
         layer.cumulative_length = description["seen"]
+        forget_past([layer])
     return layer
 
 

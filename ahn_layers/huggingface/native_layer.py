@@ -1,5 +1,6 @@
 """Saves cache layers of transformers before a call, and puts them back."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +39,27 @@ def put_back(layer: Any, saved: Any) -> bool:
         vars(layer).update(attributes)
         return True
     return _stamps(layer) == stamps
+
+
+def forget_past(layers: Iterable[Any]) -> None:
+    """Leave what sliding layers see of the past, and no more: in copies and new rows nothing earlier was recorded."""
+    for layer in layers:
+        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+            visible = slice(-layer.sliding_window + 1, None)  # as they cut it themselves
+            layer.keys, layer.values = layer.keys[:, :, visible], layer.values[:, :, visible]
+
+
+def refuse_gaps(layers: Iterable[Any]) -> None:
+    """Raise a RuntimeError if a sliding layer has taken back tokens before which it has not kept what it would see."""
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+            held, seen = layer.keys.shape[-2], min(layer.cumulative_length, layer.sliding_window - 1)
+            if held < seen:
+                raise RuntimeError(
+                    f"crop: layer {i}, which is not retrofitted, would hold {held} of the {seen} tokens in its sliding "
+                    "window, since the older ones were not recorded. Call cache.activate_past_recording() before the "
+                    "tokens to be taken back, or clone the cache and go back to the clone."
+                )
 
 
 def _stamps(layer: Any) -> list[tuple[int, int]]:

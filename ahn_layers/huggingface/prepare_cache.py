@@ -13,6 +13,7 @@ from .fixed import can_be_fixed, release
 from .joined import refuse_unmasked
 from .model_method import ModelMethod
 from .prefill import PER_TOKEN, are_off, is_plain_text, piece_for
+from .reconcile import length_of
 from .transaction import settle_for_use
 from .while_decoding import ask
 
@@ -45,6 +46,12 @@ class PrepareCache(ModelMethod):
             return prepare(generation_config, model_kwargs, *args, **kwargs)
         kept = model_kwargs.get(CACHE)
         settle_for_use(kept)
+        if kept is not None and generation_config.use_cache is False:
+            raise ValueError(
+                "use_cache=False and a cache: each step would read the whole text into it once more. Pass one of them."
+            )
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            _refuse_past(kept)
         chunk, asked = generation_config.prefill_chunk_size, generation_config.cache_implementation
         generation_config.prefill_chunk_size = None  # else a static cache of full length is allocated at once
         gains = _gains_from_fixed_addresses(model, blocks, generation_config, model_kwargs, mode)
@@ -80,6 +87,17 @@ class PrepareCache(ModelMethod):
         if chunk is None and cuts and not keeps_all:  # pieces would return the last one's
             generation_config.prefill_chunk_size = piece_for(model, batch_size * copies)
         return result
+
+
+def _refuse_past(cache: Any) -> None:
+    """Raise a ValueError for a cache with tokens: the first step of assisted decoding reads the whole text."""
+    past = length_of(cache)
+    if past:
+        raise ValueError(
+            f"assisted decoding (assistant_model, prompt_lookup_num_tokens) on a cache that holds {past} tokens: "
+            "transformers would read them a second time. Pass an empty cache, or leave assisted decoding off in the "
+            "turns that follow."
+        )
 
 
 def _gains_from_fixed_addresses(

@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..memory import MemoryStore
-from ..state import MemoryState
+from ..state import MemoryState, outside_inference
 
 MAX_ROLLBACK = 256
 """Most recent tokens that can be taken back while the past is recorded."""
@@ -78,8 +78,9 @@ class Recording:
 
     def _take_in(self, state: MemoryState | None, taken: Taken) -> MemoryState:
         """Take tokens in, from an earlier state; what they attend to does not matter."""
-        k = taken.k
+        k, v, x = (outside_inference(u) for u in (taken.k, taken.v, taken.x))
+        state = None if state is None else state.outside_inference()
         heads = k.shape[1] if self.store.compressor is None else self.store.compressor.num_heads
         q = k.new_zeros(k.shape[0], heads, *k.shape[2:])
-        after = self.store(q, k, taken.v, taken.x, state, valid=taken.valid)[1]
+        after = self.store(q, k, v, x, state, valid=taken.valid)[1]
         return after

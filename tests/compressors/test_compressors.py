@@ -125,11 +125,13 @@ def test_a_rule_does_not_hold_for_what_a_subclass_changes():
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"hidden_size": 0}, "hidden_size=0: expected a positive number"),
+        ({"hidden_size": 0}, "hidden_size=0: expected a positive whole number"),
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"value_dim": -1}, "value_dim=-1"),
+        ({"hidden_size": 8.0}, "hidden_size=8.0: expected a positive whole number"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_impossible_sizes_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         GatedDeltaNet(**{"hidden_size": 8, "num_heads": 4, "head_dim": 2, **sizes})
@@ -153,9 +155,10 @@ def test_recurrences_that_are_not_computed_are_refused(fields, message, unchecke
         Recurrence(**fields)
 
 
-@pytest.mark.parametrize("options", [{"rate": 0}, {"num_slots": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"rate": 0}, {"num_slots": 0}, {"rate": 1.5}], ids=str)
+@pytest.mark.usefixtures("unchecked")
 def test_pools_have_a_size(options):
-    with pytest.raises(ValueError, match="=0: expected a positive number"):
+    with pytest.raises(ValueError, match=r"=(0|1\.5): expected a positive whole number"):
         AveragePooling(8, 2, 4, **options)
 
 

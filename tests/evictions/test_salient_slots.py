@@ -205,6 +205,8 @@ def test_bytes_are_reported_and_constant():
         ({"num_slots": 2, "rate": float("nan")}, "rate=nan"),
         ({"num_slots": 2, "rate": []}, r"rate=\[\]: expected a number of at least 0, or one for each key/value head"),
         ({"num_slots": 2, "rate": [0.1, -1.0]}, r"rate=\[0.1, -1.0\]"),
+        ({"num_slots": 2, "rate": "fast"}, "rate='fast': expected a number"),
+        ({"num_slots": 2, "rate": torch.ones(2)}, r"rate=tensor\(\[1., 1.\]\): expected a number"),
         ({"num_slots": 2, "score_size": 0}, "score_size=0"),
         ({"num_slots": 2, "positions": "near"}, "positions='near'"),
     ],

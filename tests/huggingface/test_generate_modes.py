@@ -7,10 +7,12 @@ from threading import Barrier
 import pytest
 import torch
 
-from ahn_layers import full_attention, window_only
+from ahn_layers import HippocampalCache, full_attention, window_only
 from ahn_layers.huggingface.cache_layers import MemoryLayer
+from ahn_layers.huggingface.decoder import CACHE
 
 from ..models import CAPACITY, WINDOW, base, generate, greedy, retrofitted, tokens
+from ..refusing import refused
 from .generating import (
     LONG,
     NEW,
@@ -76,6 +78,25 @@ def test_assisted_is_greedy(length, assistant, crops):
     seen = calls_of(model)
     assert torch.equal(generate(model, ids, 3 * NEW, assistant_model=assistant), greedy(model, ids, 3 * NEW))
     assert max(seen) > 2, "nothing was drafted in this test"
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 4}, {"assistant_model": base()}], ids=list)
+def test_an_assisted_turn_needs_an_empty_cache(options):
+    """Its first step reads the whole text, also what the cache holds; of transformers too, without an error."""
+    model, cache = retrofitted(), HippocampalCache()
+    text = generate(model, tokens(1, LONG), 7, **options, **{CACHE: cache})
+    text = torch.cat((text, tokens(1, 3, seed=8)), dim=1)
+    with refused(ValueError, "assisted decoding", f"a cache that holds {LONG + 6} tokens", "an empty cache"):
+        generate(model, text, 20, **options, **{CACHE: cache})
+    assert torch.equal(generate(model, text, 20, **{CACHE: cache}), greedy(model, text, 20))
+
+
+def test_a_cache_that_is_not_to_be_used_is_refused():
+    """Of transformers it takes in the whole text at each step."""
+    model, cache = retrofitted(), HippocampalCache()
+    with refused(ValueError, "use_cache=False and a cache", "Pass one of them"):
+        generate(model, tokens(1, LONG), use_cache=False, **{CACHE: cache})
+    assert cache.get_seq_length() == 0
 
 
 def test_a_retrofitted_model_assists_the_base_model(crops):

@@ -66,6 +66,19 @@ def test_a_memory_without_positions_does_not_know_where_the_text_begins():
     assert (outs["none"] - outs["absolute"])[:, CAPACITY:].abs().max() > 1e-3
 
 
+def test_the_rotation_outlives_the_meta_device():
+    """A model that is moved there, so that its weights can be loaded anew, keeps what cannot be loaded."""
+    model, ids = retrofitted(num_sinks=SINKS), tokens(1, 300)
+    expected, weights = logits(model, ids), {name: u.clone() for name, u in model.state_dict().items()}
+    own = {name: u.clone() for name, u in model.named_buffers() if "memory" not in name}
+    model.to("meta").to("meta").to_empty(device="cpu")
+    model.load_state_dict(weights)
+    for name, u in own.items():  # of the base model, which loses its rotation
+        model.get_buffer(name).copy_(u)
+    assert torch.equal(logits(model, ids), expected)
+    assert model.bfloat16().model.layers[0].self_attn.memory.rotary.inv_freq.dtype == torch.float64
+
+
 def test_a_memory_without_positions_needs_a_rotation():
     with pytest.raises(ValueError, match=r"memory_positions='none': .* cannot have its rotation undone, since its"):
         retrofitted(model=base("gpt2"), memory_positions="none")

@@ -144,6 +144,8 @@ class Broken(Compressor):
         {"compressor": Broken},
         {"layers": [0, 7]},
         {"compressor": GatedDeltaNet, "no_such_option": 1},
+        {"compressor": None, "num_sink": 2},
+        {"window_size": {}},
         {"window_size": 0},
         {"compressor": GatedDeltaNet(32, 4, 8)},
     ],

@@ -1,0 +1,83 @@
+"""Losses, heads and budgets of inputs that do not fit together: refused, where they would be silently wrong."""
+
+import pytest
+import torch
+
+from ahn_layers import SalientSlots
+from ahn_layers.distillation import arm_losses, calibrate, retrieval_heads, set_rates, sliced_loss
+
+from ..models import CAPACITY, base, retrofitted, tokens
+from ..refusing import refused
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+STUDENT, HEAD = torch.randn(6, 4), torch.nn.Linear(4, 9, bias=False)
+LABELS = torch.arange(6)
+
+LOSSES = {
+    "no slices": ({"teacher": STUDENT, "slice_size": -1}, "slice_size=-1", "at least one token"),
+    "slices of nothing": ({"teacher": STUDENT, "slice_size": 0}, "slice_size=0", "at least one token"),
+    "one teacher for all": ({"teacher": STUDENT[:1]}, "teacher has shape (1, 4)", "(6, 4)"),
+    "other labels": ({"teacher": STUDENT, "labels": LABELS[:3]}, "labels has shape (3,)", "(6,)"),
+    "labels to leave out": ({"teacher": STUDENT, "labels": LABELS - 100}, "labels go down to -100", "Leave", "out"),
+}
+
+
+@pytest.mark.parametrize("options, parts", [(u[0], u[1:]) for u in LOSSES.values()], ids=LOSSES)
+def test_losses(options, parts):
+    with refused(ValueError, *parts):
+        sliced_loss(STUDENT, HEAD, **options)
+
+
+def test_losses_of_a_text_inside_the_window():
+    with refused(ValueError, f"sequences of {CAPACITY} tokens", f"start={CAPACITY}", "expected longer ones"):
+        arm_losses(retrofitted(), tokens(1, CAPACITY))
+    assert arm_losses(retrofitted(), tokens(1, CAPACITY + 2))["memory"].shape == (1, 1)
+
+
+SPANS = {
+    "an answer before its fact": ((20, 22), (1, 3)),
+    "no answer": ((1, 3), (20, 20)),
+    "no fact": ((3, 3), (20, 22)),
+    "from the end": ((-3, -1), (20, 22)),
+    "beyond the text": ((1, 3), (20, 99)),
+    "the first token": ((0, 0), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("span", SPANS.values(), ids=SPANS)
+def test_facts_and_answers(span):
+    with refused(ValueError, "asked, row 1", str(span[0]), str(span[1]), "within 40 tokens"):
+        retrieval_heads(retrofitted(), tokens(2, 40), [[((1, 3), (20, 22))], [span]])
+
+
+def test_every_text_has_its_row():
+    with refused(ValueError, "asked has 1 rows", "expected 2"):
+        retrieval_heads(retrofitted(), tokens(2, 40), [[((1, 3), (20, 22))]])
+
+
+@pytest.mark.parametrize("options, part", [({"share": 2.0}, "share=2.0"), ({"keep": 0.0}, "keep=0.0")], ids=str)
+def test_rates(options, part):
+    model = retrofitted(eviction=SalientSlots(3))
+    with refused(ValueError, part, "expected a"):
+        set_rates(model, torch.rand(3, 2), **options)
+
+
+CALIBRATIONS = {
+    "no share": ({"share": 0.0}, "share=0.0", "above 0"),
+    "less than the window": ({"measured": [4]}, "measured=[4]", "from 8", "Leave [4] out"),
+    "more than the text": ({"measured": [8, 500]}, "measured=[8, 500]", "to 199", "Leave [500] out"),
+}
+
+
+@pytest.mark.parametrize("options, parts", [(u[0], u[1:]) for u in CALIBRATIONS.values()], ids=CALIBRATIONS)
+def test_calibration(options, parts):
+    with refused(ValueError, *parts):
+        calibrate(base(), tokens(1, 200), bytes=25_000, window_size=6, num_sinks=2, **options)
+
+
+def test_calibration_leaves_every_module_in_its_mode():  # on a text just long enough for spans that are repeated
+    model = base(dtype=torch.float32).train()
+    model.model.layers[1].mlp.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    calibrate(model, tokens(1, 140), bytes=15_000, window_size=6, num_sinks=2, measured=[8])
+    assert {name: module.training for name, module in model.named_modules()} == before

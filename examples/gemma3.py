@@ -11,7 +11,8 @@ The layers with full attention get the memory, one in six; the others keep their
 recall.
 
 The package index has it as a GGUF file (Q4_K_M, 253 MB) in four wheels, an upload that Google has no part in. It is
-converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. Gemma is provided under and subject to the Gemma
+converted once (de-quantised to float32, 1.1 GB); see ``wheels.py``. transformers 5.17 converts its tokenizer wrongly,
+which is refused; 5.24 does it right. Gemma is provided under and subject to the Gemma
 Terms of Use found at https://ai.google.dev/gemma/terms, which also apply to what is derived from it, trained memories
 included. So nothing made from it comes with this repository.
 """

@@ -126,10 +126,12 @@ class DistillationTrainer(Trainer):
         rows = [torch.zeros(0, 4, dtype=torch.float64, device=self.args.device)]
         for batch in self.get_eval_dataloader(eval_dataset):
             ids = batch["input_ids"].to(self.args.device)
-            how = {"start": start, "slice_size": self.slice_size}
-            losses = arm_losses(model, ids, arms=["full", "memory"], **how)
-            with longer_windows(model):
-                losses |= arm_losses(model, ids, arms=["window"], **how)
+            losses = dict.fromkeys(("full", "window", "memory"), torch.zeros(len(ids), 0, device=ids.device))
+            if ids.shape[1] > start:
+                how = {"start": start, "slice_size": self.slice_size}
+                losses = arm_losses(model, ids, arms=["full", "memory"], **how)
+                with longer_windows(model):
+                    losses |= arm_losses(model, ids, arms=["window"], **how)
             sums = [losses[arm].double().sum(dim=1) for arm in ("full", "window", "memory")]
             sums.append(torch.full_like(sums[0], losses["full"].shape[1]))
             # of all processes, without the sequences that only make their numbers even

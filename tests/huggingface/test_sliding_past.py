@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ahn_layers import HippocampalCache, full_attention
 
@@ -10,6 +11,20 @@ from ..refusing import refused
 from .caching import close
 
 READ, WHOLE = 21, 30
+
+
+def returns_what_is_seen():
+    """Whether a sliding layer that records returns, in its second call, no more than its mask has columns for."""
+    layer = DynamicSlidingWindowLayer(4)
+    layer.activate_past_recording()
+    keys = torch.zeros(1, 1, 4, 2)
+    layer.update(keys, keys)
+    return layer.update(keys, keys)[0].shape[2] == 7
+
+
+several_calls = pytest.mark.skipif(
+    not returns_what_is_seen(), reason="this transformers records one call at a time in sliding layers, as 5.17"
+)
 
 
 def recorded(model, rows=2, before=True):
@@ -36,6 +51,7 @@ COPIES = {
 }
 
 
+@several_calls
 @pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
 def test_copies_record_nothing_and_hold_no_more_than_is_seen(copy, tmp_path):
     model = retrofitted("gemma3")
@@ -47,6 +63,7 @@ def test_copies_record_nothing_and_hold_no_more_than_is_seen(copy, tmp_path):
     close(logits(model, ids[:, READ - 3 :], 3, cache), logits(model, ids)[:, READ - 3 :])
 
 
+@several_calls
 def test_a_row_that_is_put_in_has_no_past():
     model = retrofitted("gemma3", window_size=50)
     ids, cache = recorded(model)
@@ -58,6 +75,7 @@ def test_a_row_that_is_put_in_has_no_past():
     close(logits(model, texts[:, READ:], 3, cache), logits(model, texts)[:, READ:])
 
 
+@several_calls
 def test_what_was_not_recorded_is_not_taken_back():
     """The memory's window is large enough; the sliding layers kept what they see, which is not enough further back."""
     model = retrofitted("gemma3", window_size=50)

@@ -12,7 +12,7 @@ from .config_view import base_name, original
 from .decoder import CACHE, DecoderAttention
 from .model_method import ModelMethod
 from .rotations import longest_fixed_rotation
-from .row_groups import read_in_groups, rows_at_a_time
+from .row_groups import PER_TOKEN, read_in_groups, rows_at_a_time
 from .while_decoding import note_read
 
 PREFILL_CHUNK = 4096
@@ -23,9 +23,6 @@ GPU_AT_ONCE = 32_768
 """Tokens on a GPU that are read at once, as the base model reads them, if they stay inside the window."""
 SHORTEST_CHUNK = 256
 """Tokens of each row that are read at a time at least, however many rows there are."""
-
-PER_TOKEN = ("attention_mask", "position_ids")
-"""Arguments of ``generate`` with a column for each token of the prompt."""
 
 
 class ChosenSize(int):

@@ -12,8 +12,9 @@ from .finished import watch
 from .fixed import can_be_fixed, release
 from .joined import refuse_unmasked
 from .model_method import ModelMethod
-from .prefill import PER_TOKEN, are_off, is_plain_text, piece_for
+from .prefill import are_off, is_plain_text, piece_for
 from .reconcile import length_of
+from .row_groups import PER_TOKEN
 from .transaction import settle_for_use
 from .while_decoding import ask
 

@@ -21,7 +21,8 @@ from .static_layer import StaticMemoryLayer
 Read = Callable[[Tensor, Any, dict[str, Any]], Any]
 """Reads rows of ids into the cache among the keyword arguments: ``(ids, generation_config, model_kwargs)``."""
 _GROWING = (MemoryLayer, DynamicLayer, DynamicSlidingWindowLayer)
-_OF_ROWS = ("attention_mask", "position_ids")
+PER_TOKEN = ("attention_mask", "position_ids")
+"""Arguments of ``generate`` with a row for each prompt and a column for each of its tokens."""
 _RETURNED = {"logits", CACHE}
 
 
@@ -34,7 +35,7 @@ def rows_at_a_time(input_ids: Tensor, tokens: int, options: Any, model_kwargs: d
     rows, length = input_ids.shape
     group = max(1, tokens // max(1, length))
     fits = all(
-        u is None or (isinstance(u, Tensor) and u.shape == input_ids.shape) for u in map(model_kwargs.get, _OF_ROWS)
+        u is None or (isinstance(u, Tensor) and u.shape == input_ids.shape) for u in map(model_kwargs.get, PER_TOKEN)
     )
     seen_later = options.return_dict_in_generate
     return group if group < rows and fits and _can_be_joined(model_kwargs.get(CACHE), seen_later=seen_later) else rows
@@ -51,7 +52,7 @@ def read_in_groups(read: Read, group: int, input_ids: Tensor, options: Any, mode
         part = slice(start, start + group)
         own = HippocampalCache()
         own.layers = [_empty(layer) for layer in cache.layers]
-        given = {name: model_kwargs[name][part] for name in _OF_ROWS if model_kwargs.get(name) is not None}
+        given = {name: model_kwargs[name][part] for name in PER_TOKEN if model_kwargs.get(name) is not None}
         out = read(input_ids[part], options, model_kwargs | given | {CACHE: own})
         if out.keys() - _RETURNED:
             return read(input_ids, options, model_kwargs)

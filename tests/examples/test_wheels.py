@@ -71,3 +71,13 @@ def test_a_tokenizer_that_is_converted_wrongly_is_refused(monkeypatch, ids):
     else:
         with pytest.raises(RuntimeError, match=r"becomes \[818, 503.*expected \[818, 2803.*--upgrade transformers"):
             module._complete(tokenizer)
+
+
+def test_the_converted_small_model_has_its_own_end_token(monkeypatch):
+    """transformers 5.17 takes the token that begins a message for it."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("smollm2")
+    begins = "<|im_start|>"
+    tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(), eos_token=begins, pad_token=None)
+    module._complete(tokenizer)
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>" and tokenizer.model_max_length == 8192

@@ -74,7 +74,7 @@ def test_a_tokenizer_that_is_converted_wrongly_is_refused(monkeypatch, ids):
 
 
 def test_the_converted_small_model_has_its_own_end_token(monkeypatch):
-    """transformers 5.17 takes the token that begins a message for it."""
+    """The conversion of transformers 5.17 takes the token that begins a message for it."""
     monkeypatch.syspath_prepend(EXAMPLES)
     module = importlib.import_module("smollm2")
     begins = "<|im_start|>"

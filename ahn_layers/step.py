@@ -47,7 +47,7 @@ def kernel_step(
     length, rank = None if state.length is None else state.length + 1, state.seen.unsqueeze(1)
     kept = None
     if not folds_all:
-        kept = _kept_slots(arriving, state, eviction, rank, positions)
+        kept = _kept_slots(arriving, x, state, eviction, rank, positions)
         if kept is None:
             return None
     assert not isinstance(memory, dict)
@@ -71,8 +71,9 @@ def kernel_step(
 
 
 def _kept_slots(
-    new: Tokens, state: MemoryState, eviction: Eviction, rank: Int[Tensor, "b 1"], positions: Positions
-) -> KeptSlots | None:
+    new: Tokens, x: Float[Tensor, "b 1 n"] | None, state: MemoryState, eviction: Eviction, rank: Int[Tensor, "b 1"],
+    positions: Positions,
+) -> KeptSlots | None:  # fmt: skip
     """What an eviction keeps, for the kernel; None if it does not decide by a contest."""
     window, held = state.window, state.kept
     slot = window.slot(rank)
@@ -90,4 +91,4 @@ def _kept_slots(
     inv_freq, start, interleaved = None, 0, False
     if rotary is not None:
         inv_freq, start, interleaved = rotary.inv_freq, rotary.start, rotary.interleaved
-    return KeptSlots(named, contest, scores, new_score, inv_freq, start, interleaved, positions.hidden)
+    return KeptSlots(named, contest, scores, new_score, x, inv_freq, start, interleaved, positions.hidden)

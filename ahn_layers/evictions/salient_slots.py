@@ -180,7 +180,7 @@ class SalientSlots(Eviction):
         if self.temperature is not None or self._sums_keys or not ours:
             return None
         if self.learned is not None:
-            return Contest(score=SCORE, log_rate=self.learned.log_rate)
+            return Contest(score=SCORE, log_rate=self.learned.log_rate, weights=self.learned.weights())
         if isinstance(self.rate, list):
             return None
         return Contest(given=SCORES[self.score](leaving()).float(), rate=self.rate)

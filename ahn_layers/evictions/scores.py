@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..layers import narrower, project
-from ..ops.slots import forms
+from ..ops.decode.kept import ScoreWeights
 from ..tokens import Leaving, Tokens, per_head
 
 Score = Callable[[Tokens], Float[Tensor, "b g t"]]
@@ -97,21 +97,16 @@ class LearnedScore(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:
         """The scores, in float32 at least."""
-        plain = all(type(u) is nn.Linear for u in (self.up, self.up_v, self.direct))
-        if plain and forms.scores_in_triton(x, v, self.down):
-            return self._of_one(x, v)
         x, v = (F.rms_norm(u, (u.shape[-1],)) for u in (x, v))
         inner = F.silu(linear(self.up, x).unsqueeze(1) + linear(self.up_v, v))
         return (_precise(inner) * _precise(self.down).unsqueeze(1)).sum(dim=-1) + project(self.direct, x)
 
-    def _of_one(self, x: Float[Tensor, "b 1 n"], v: Float[Tensor, "b g 1 e"]) -> Float[Tensor, "b g 1"]:
-        """The same for a decode step: two products with ``x`` as it is, beside the layer's own, and one kernel."""
-        from ..ops.slots import triton_score
-
-        products = [F.linear(*narrower(x, layer.weight)) for layer in (self.up, self.direct)]
-        return triton_score.score(
-            x, v, *products, self.up.bias, self.direct.bias, self.up_v.weight, self.down, torch.finfo(x.dtype).eps
-        )
+    def weights(self) -> ScoreWeights | None:
+        """As the kernels of a decode step take them; None where a layer has been replaced, by an adapter for one."""
+        if any(type(u) is not nn.Linear for u in (self.up, self.up_v, self.direct)):
+            return None
+        up, direct = self.up, self.direct
+        return ScoreWeights(up.weight, up.bias, self.up_v.weight, self.down, direct.weight, direct.bias)
 
 
 def linear(layer: nn.Linear, u: Tensor) -> Tensor:

@@ -223,6 +223,42 @@ def check_norms_and_gates(device, dtype, tolerance):
                 assert u.shape == other.shape and error(u, other.cpu()) < tolerance
 
 
+def check_shared_rows(device, dtype, tolerance):
+    """What else looks at the normed row gets it from the product; what nothing looks at is not computed."""
+    for size in (96, 1100):
+        modules = torch.nn.ModuleList([*(torch.nn.Linear(size, n) for n in (40, 7, 30)), Norm(size)]).to(device, dtype)
+
+        def function(x, watched, modules=modules):
+            *layers, norm = modules
+            y = norm(x)
+            first, second = layers[0](y), layers[1](y)
+            F.silu(layers[2](F.rms_norm(y, (x.shape[-1],)))).unsqueeze(1).sum(-1)  # dead
+            return first, second, [y.tanh()] if watched else []
+
+        for watched in (0, 1):
+            merged = []
+
+            def backend(graph, _, merged=merged):
+                merge_matvecs(graph.graph)
+                graph.graph.lint()
+                graph.recompile()
+                merged += [u for u in graph.graph.nodes if u.op.startswith("call_")]
+                return graph.forward
+
+            x = torch.randn(1, 1, size).to(device, dtype)
+            modules.to(dtype)
+            with torch.no_grad():
+                torch._dynamo.reset()
+                found = torch.compile(function, backend=backend, dynamic=False)(x, watched)
+                modules.double()
+                expected = function(x.double(), watched)
+            (product,) = (u for u in merged if "matvec" in str(u.target))
+            assert len(product.args[1]) == 2 and product.args[6:] == (None, True)[: 2 * watched]
+            assert not {"silu", "rms_norm"} & {getattr(u.target, "__name__", "") for u in merged}
+            for u, other in zip((*found[:2], *found[2]), (*expected[:2], *expected[2]), strict=True):
+                assert u.shape == other.shape and error(u, other.cpu()) < tolerance
+
+
 def check_what_is_no_norm(device, dtype):
     """The layers are merged, and nothing else is taken in."""
     first, second = (torch.nn.Linear(64, 64).to(device, dtype) for _ in range(2))
@@ -297,6 +333,7 @@ def test_products_of_one_row_on_the_gpu(dtype):
     check_matvec("cuda", dtype, {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype])
     check_matvecs_in_a_row("cuda", dtype, {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype])
     check_norms_and_gates("cuda", dtype, {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype])
+    check_shared_rows("cuda", dtype, {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype])
     check_what_is_no_norm("cuda", dtype)
 
 
@@ -316,6 +353,7 @@ if __name__ == "__main__":
     check_matvec("cpu", torch.float16, 2e-3)
     check_matvecs_in_a_row("cpu", torch.float16, 4e-3)
     check_norms_and_gates("cpu", torch.float16, 4e-3)
+    check_shared_rows("cpu", torch.float16, 4e-3)
     check_what_is_no_norm("cpu", torch.float16)
     assert called and any(called)
     print("kernels ran")

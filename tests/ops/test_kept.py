@@ -22,7 +22,13 @@ CASES = [
     (1, 2, 2, 16, 1, 12, 7, "DeltaNet", {"memory_positions": "none"}, {"score": "recent", "rate": 1.0}),
     (1, 2, 1, 16, 1, 12, 1, "GatedDeltaNet", {"interleaved": True}, {"score": "recent"}),
     (1, 2, 1, 16, 1, 12, 6, "GatedDeltaNet", {"interleaved": None}, {"score": "learned"}),
+    (1, 2, 2, 16, 1, 12, 40, "GatedDeltaNet", {}, {"score": "learned", "score_size": 300}),
+    (1, 2, 2, 16, 1, 12, 6, "GatedDeltaNet", {"replaced": True}, {"score": "learned"}),
 ]
+
+
+class Replaced(torch.nn.Linear):
+    """A layer that the kernel does not know: the score is computed outside."""
 
 
 def store_of(b, h, g, d, sinks, window, slots, compressor, options, slot_options):
@@ -34,6 +40,8 @@ def store_of(b, h, g, d, sinks, window, slots, compressor, options, slot_options
     rotary = None if turns is None else Rotary(FREQUENCIES[: d // 4], 50, interleaved=turns, start=d // 4)
     eviction = SalientSlots(slots, **slot_options).for_layer(**sizes)
     positions = options.get("memory_positions", "absolute")
+    if options.get("replaced"):
+        eviction.learned.direct.__class__ = Replaced
     store = MemoryStore(Window(window, sinks), memory, rotary, eviction=eviction, memory_positions=positions).double()
     with torch.no_grad():
         for name, parameter in store.named_parameters():

@@ -14,16 +14,21 @@ from ...ops.triton_forms import has_triton
 _LINEAR = (F.linear, torch._C._nn.linear)
 _ADD = (operator.add, torch.add)
 _MULTIPLY = (operator.mul, torch.mul)
+_HARMLESS = {*_LINEAR, *_ADD, *_MULTIPLY, F.silu, torch.rms_norm, torch.rsqrt, operator.getitem}
+_HARMLESS |= {"to", "float", "pow", "mean", "sum", "unsqueeze", "transpose"}
+"""Operations that do nothing but return something."""
 
 
 def merge_matvecs(graph: Graph) -> None:
     """Linear layers that are given the same row become one operation, ``ahn_layers::matvec``, in place.
 
     It takes in what stands around them in a decoder layer: the RMS norm of the row, the product of an MLP's two layers
-    of which one has gone through SiLU, the sum with the residual after a single layer.
+    of which one has gone through SiLU, the sum with the residual after a single layer. What else looks at the normed row
+    gets it from there.
 
     Left alone are rows in other precisions than half, several rows at once, and weights that the graph computes.
     """
+    _erase_dead(graph)  # the plain form of what a kernel computes by itself: it would be merged too
     groups: dict[Node, list[_Linear]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _LINEAR and _is_matvec(node):
@@ -68,6 +73,24 @@ def _merge(graph: Graph, linears: list[_Linear]) -> None:
                 _replace(graph, node, graph.call_function(torch.narrow, (merged, 0, start, shape[-1])))
             graph.erase_node(node)
             start += shape[-1]
+        if norm[0] is not None:
+            _share_row(graph, row, merged, start)
+
+
+def _share_row(graph: Graph, row: Node, merged: Node, start: int) -> None:
+    """What still asks for the normed row gets it from the product, behind the ``start`` elements that come first."""
+    _erase_dead(graph)
+    if row.users and all(merged < user for user in row.users):
+        merged.args = (*merged.args, None, True)
+        with graph.inserting_after(merged):
+            kept = graph.call_function(torch.narrow, (merged, 0, start, _value(row).shape[-1]))
+        with graph.inserting_after(kept):
+            _replace(graph, row, kept)
+
+
+def _erase_dead(graph: Graph) -> None:
+    """Erase what nothing asks for, among the operations that do nothing but return something."""
+    graph.eliminate_dead_code(lambda node: not node.op.startswith("call_") or node.target not in _HARMLESS)
 
 
 def _replace(graph: Graph, node: Node, flat: Node) -> None:

@@ -22,13 +22,16 @@ _ROWS, _COLUMNS, _WARPS = 2, 1024, 4
 
 @triton.jit
 def _matvec(
-    x_ptr, norm_ptr, add_ptr, out_ptr,
+    x_ptr, norm_ptr, add_ptr, out_ptr, row_ptr,
     w0, w1, w2, w3, w4, w5, w6, w7, b0, b1, b2, b3, b4, b5, b6, b7,
     e0, e1, e2, e3, e4, e5, e6, e7, n0, n1, n2, n3, n4, n5, n6, n7, eps,
     K: tl.constexpr, COUNT: tl.constexpr, BIASED: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
-    ADDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ADDS: tl.constexpr, KEEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Matrix i has ``n_i`` rows and the programs from ``e_{i-1}`` to ``e_i``; if ``GATED``, 0 and 1 have the same."""
+    """Matrix i has ``n_i`` rows and the programs from ``e_{i-1}`` to ``e_i``; if ``GATED``, 0 and 1 have the same.
+
+    If ``KEEPS``, those after the last matrix store the normed row.
+    """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
@@ -87,6 +90,11 @@ def _matvec(
         y = y.to(out_ptr.dtype.element_ty).to(tl.float32)
         y += tl.load(add_ptr + n, mask=n < rows, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < rows)
+    if KEEPS:
+        if program >= e7:
+            k = (program - e7) * BLOCK + tl.arange(0, BLOCK)
+            x = (tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32) * scale).to(row_ptr.dtype.element_ty)
+            tl.store(row_ptr + k, x * tl.load(norm_ptr + k, mask=k < K, other=0.0), mask=k < K)
 
 
 @torch.library.custom_op("ahn_layers::matvec", mutates_args=())
@@ -99,6 +107,7 @@ def matvec(
     eps: float,
     gated: bool,
     add: Tensor | None = None,
+    keeps: bool = False,
 ) -> Tensor:
     """``W x + b`` for every matrix, one after the other in one vector, summed in float32.
 
@@ -112,24 +121,29 @@ def matvec(
         eps: see ``norm``.
         gated: ``silu(W_0 x + b_0) * (W_1 x + b_1)`` of two matrices of one shape.
         add: what the result of the only matrix is added to, of the same number of elements.
+        keeps: whether the normed ``x`` itself comes after the products; not together with ``gated`` or ``add``.
     """
     x, count = x.contiguous(), len(weights)
     assert all(w.is_contiguous() for w in weights)
     rows = [w.shape[0] for w in weights]
-    out, height = x.new_empty(rows[0] if gated else sum(rows)), _ROWS // 2 if gated else _ROWS
+    width, height = x.shape[-1], _ROWS // 2 if gated else _ROWS
+    out = x.new_empty((rows[0] if gated else sum(rows)) + keeps * width)
     ends = [sum(triton.cdiv(n, height) for n in rows[: i + 1]) for i in range(count)]
     spare = MOST - count
-    _matvec[(ends[0 if gated else -1],)](
-        x, x if norm is None else norm, x if add is None else add.contiguous(), out, *weights, *weights[:1] * spare,
+    _matvec[(ends[0 if gated else -1] + keeps * triton.cdiv(width, _COLUMNS),)](
+        x, x if norm is None else norm, x if add is None else add.contiguous(), out, out[-width:], *weights, *weights[:1] * spare,
         *[x if b is None else b for b in biases], *[x] * spare,
-        *ends, *ends[-1:] * spare, *rows, *rows[:1] * spare, eps, K=x.shape[-1], COUNT=1 if gated else count,
+        *ends, *ends[-1:] * spare, *rows, *rows[:1] * spare, eps, K=width, COUNT=1 if gated else count,
         BIASED=sum(1 << i for i, b in enumerate(biases) if b is not None), NORMED=norm is not None, GATED=gated,
-        ADDS=add is not None, ROWS=height, BLOCK=_COLUMNS, num_warps=_WARPS, **early_launch(x),
+        ADDS=add is not None, KEEPS=keeps, ROWS=height, BLOCK=_COLUMNS, num_warps=_WARPS, **early_launch(x),
     )  # fmt: skip
     return out
 
 
 @matvec.register_fake
-def _(x: Tensor, weights: list[Tensor], biases: object, norm: object, eps: float, gated: bool, *_: object) -> Tensor:
+def _(
+    x: Tensor, weights: list[Tensor], biases: object, norm: object, eps: float, gated: bool, add: object = None,
+    keeps: bool = False,
+) -> Tensor:  # fmt: skip
     rows = [w.shape[0] for w in weights]
-    return x.new_empty(rows[0] if gated else sum(rows))
+    return x.new_empty((rows[0] if gated else sum(rows)) + keeps * x.shape[-1])

@@ -43,7 +43,7 @@ def slot_attention(
     )
 
 
-_NOTHING_KEPT: tuple[object, ...] = ([], None, None, 0.0, False, False, False, None, 0, False)
+_NOTHING_KEPT: tuple[object, ...] = ([], None, None, [], None, 0.0, False, False, False, None, 0, False)
 
 
 def decode_step(

@@ -21,53 +21,54 @@ def _finish(
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, GATES: tl.constexpr, S: tl.constexpr,
     RECALLS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, SIZE: tl.constexpr, LEARNED: tl.constexpr,
-    SCORED: tl.constexpr, COMPACT: tl.constexpr, EARLY: tl.constexpr,
+    SCORED: tl.constexpr, COMPACT: tl.constexpr, SCORE_PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, h, g, d, e = head // H, head % H, head % H // R, tl.arange(0, D_PAD), tile * TILE + tl.arange(0, TILE)
-    q = tl.load(q_ptr + b * q_b + h * q_h + d, mask=d < D, other=0.0)
-    k = tl.load(k_ptr + b * k_b + g * k_g + d, mask=d < D, other=0.0)
-    v = tl.load(v_ptr + b * v_b + g * v_g + e, mask=e < E, other=0.0)
-    logit = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scale
-    if RECALLS:
-        i = tl.arange(0, E_PAD)
-        inside = (i[:, None] < E) & (e[None, :] < E)
-        matrix = tl.load(matrix_ptr + (h * E + i[:, None]) * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
-        if SCALED:
-            matrix *= tl.load(weight_ptr + i, mask=i < E, other=0.0).to(tl.float32)[:, None]
-        if GATED:
-            gate = tl.load(gate_ptr + head).to(tl.float32)
-            matrix *= gate / (1 + tl.exp(-gate))
-    if EARLY:
-        tl.extra.cuda.gdc_wait()  # for the first kernel, which has waited for all the others
-    now = tl.load(now_ptr + b)
-    one = tl.full((), 1.0, tl.float32)
-    if RECALLS:
-        r = tl.load(reading_ptr + head * E + i, mask=i < E, other=0.0)
-    out = _join(max_ptr, sum_ptr, part_ptr, head, e, parts, logit, one, v.to(tl.float32), R, E, TILE, PARTS)
-    if RECALLS:
-        out += tl.sum(matrix * (r * tl.rsqrt(tl.sum(r * r, 0) / E + eps))[:, None], 0)
-    tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
-    slot, row = _slot(now - 1, slots, num_sinks), b * (H // R) + g
-    place = tl.full((), -1, tl.int32)
-    if SIZE > 0:
-        place = tl.load(place_ptr + row)
-    moves = place >= 0
-    if h % R == 0:
-        value_at = v_slots_ptr + b * vs_b + g * vs_g + slot * vs_c + e
+    b, h, g, d = head // H, head % H, head % H // R, tl.arange(0, D_PAD)
+    if tile < (E + TILE - 1) // TILE:
+        e = tile * TILE + tl.arange(0, TILE)
+        q = tl.load(q_ptr + b * q_b + h * q_h + d, mask=d < D, other=0.0)
+        k = tl.load(k_ptr + b * k_b + g * k_g + d, mask=d < D, other=0.0)
+        v = tl.load(v_ptr + b * v_b + g * v_g + e, mask=e < E, other=0.0)
+        logit = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scale
+        if RECALLS:
+            i = tl.arange(0, E_PAD)
+            inside = (i[:, None] < E) & (e[None, :] < E)
+            matrix = tl.load(matrix_ptr + (h * E + i[:, None]) * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
+            if SCALED:
+                matrix *= tl.load(weight_ptr + i, mask=i < E, other=0.0).to(tl.float32)[:, None]
+            if GATED:
+                gate = tl.load(gate_ptr + head).to(tl.float32)
+                matrix *= gate / (1 + tl.exp(-gate))
+        if EARLY:
+            tl.extra.cuda.gdc_wait()  # for the first kernel, which has waited for all the others
+        one = tl.full((), 1.0, tl.float32)
+        if RECALLS:
+            r = tl.load(reading_ptr + head * E + i, mask=i < E, other=0.0)
+        out = _join(max_ptr, sum_ptr, part_ptr, head, e, parts, logit, one, v.to(tl.float32), R, E, TILE, PARTS)
+        if RECALLS:
+            out += tl.sum(matrix * (r * tl.rsqrt(tl.sum(r * r, 0) / E + eps))[:, None], 0)
+        tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
+    else:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        now, row = tl.load(now_ptr + b), b * (H // R) + g
+        slot, place = _slot(now - 1, slots, num_sinks), tl.full((), -1, tl.int32)
         if SIZE > 0:
-            _move(value_at, kept_v_ptr + (row * SIZE + place) * E + e, e < tl.where(moves, E, 0))
-        tl.store(value_at, v, mask=e < E)
-        if tile == 0:
+            place = tl.load(place_ptr + row)
+        moves = place >= 0
+        if h % R == 0:
+            e = tl.arange(0, E_PAD)
+            value_at = v_slots_ptr + b * vs_b + g * vs_g + slot * vs_c + e
             key_at = k_slots_ptr + b * ks_b + g * ks_g + slot * ks_c + d
             if SIZE > 0:
-                _move(key_at, kept_k_ptr + (row * SIZE + place) * D + d, d < tl.where(moves, D, 0))
-                score_at, rank = score_ptr + b * c_b + g * c_g + slot * c_c, now - 1 - (slots - num_sinks)
-                lost, to = tl.load(lost_ptr + row), row * SIZE + place
-                priority = _priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED)
-                tl.store(priority_ptr + to, priority, mask=moves)
+                to, rank = row * SIZE + place, now - 1 - (slots - num_sinks)
+                _move(key_at, kept_k_ptr + to * D + d, d < tl.where(moves, D, 0))
+                _move(value_at, kept_v_ptr + to * E + e, e < tl.where(moves, E, 0))
+                score_at, lost = score_ptr + b * c_b + g * c_g + slot * c_c, tl.load(lost_ptr + row)
+                tl.store(priority_ptr + to, _priority(score_at, log_rate_ptr, slot_rate, g, rank, LEARNED), mask=moves)
                 tl.store(kept_rank_ptr + to, rank, mask=moves)
                 tl.store(filled_ptr + row, tl.load(filled_ptr + row) + tl.where(moves & (lost < 0), 1, 0))
                 tl.store(folded_ptr + row, tl.full((), 1, tl.int1), mask=lost >= 0)
@@ -77,9 +78,14 @@ def _finish(
                     tl.store(refused_ptr + row, refused + tl.where(lost == SIZE, 1, 0))
                 if SCORED:
                     _move(score_at, kept_score_ptr + to, moves)
-                    tl.store(score_at, tl.load(new_score_ptr + b * ns_b + g * ns_g))
-            tl.store(key_at, k, mask=d < D)
-    if tile == 0:
+                    if SCORE_PARTS > 0:
+                        n = tl.arange(0, 64)
+                        found = tl.load(new_score_ptr + row * SCORE_PARTS + n, mask=n < SCORE_PARTS, other=0.0)
+                        tl.store(score_at, tl.sum(found, 0))
+                    else:
+                        tl.store(score_at, tl.load(new_score_ptr + b * ns_b + g * ns_g))
+            tl.store(key_at, tl.load(k_ptr + b * k_b + g * k_g + d, mask=d < D), mask=d < D)
+            tl.store(value_at, tl.load(v_ptr + b * v_b + g * v_g + e, mask=e < E), mask=e < E)
         if h == 0:
             tl.store(seen_ptr + b, now)
         if h < S:

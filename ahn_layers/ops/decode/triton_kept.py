@@ -31,11 +31,12 @@ def _sortable(priority, rank):
 
 
 @triton.jit
-def _compete(priority_ptr, rank_ptr, filled, own, leaves, row, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which slot the leaving token takes, -1 for none; whose token is lost: a slot's, its own (SIZE), none (-1).
-
-    ``own`` is what ``_sortable`` says of the leaving token.
-    """
+def _compete(
+    priority_ptr, rank_ptr, filled, score_at, log_rate_ptr, rate, g, own_rank, leaves, row,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr,
+):  # fmt: skip
+    """Which slot the leaving token takes, -1 for none; whose token is lost: a slot's, its own (SIZE), none (-1)."""
+    own = _sortable(_priority(score_at, log_rate_ptr, rate, g, own_rank, LEARNED), own_rank)
     most: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     least, slot = tl.full((), most, tl.int64), tl.full((), -1, tl.int32)
     for first in range(0, SIZE, BLOCK):
@@ -97,44 +98,73 @@ def _turn(u, other, sign, distance, high, low):
 
 
 @triton.jit
-def _attend_to_kept(
-    q_ptr, k_ptr, v_ptr, left_ptr, window_k_at, window_v_at, freq_ptr, max_ptr, sum_ptr, out_ptr, row, part, at,
-    filled, place, refused_before, refused, first_channel, pairs, scale, part_size, q_b, q_h,
-    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, COMPACT: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+def _load_kept(
+    k_ptr, v_ptr, left_ptr, c, stop, other, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the queries of one group to one part of its slots, the token that comes in included."""
-    b, g = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    """Of the tokens in slots ``c``: keys, the other channels of their pairs, values, the numbers left out."""
+    d, e, held = tl.arange(0, D_PAD), tl.arange(0, E_PAD), c < stop
+    k_at, keys = k_ptr + c[:, None] * D, held[:, None] & (d[None, :] < D)
+    k = tl.load(k_at + d[None, :], mask=keys, other=0.0)
+    k_other, left = k, tl.zeros_like(c).to(tl.int64)
+    if COMPACT:
+        k_other = tl.load(k_at + other[None, :], mask=keys, other=0.0)
+        left = tl.load(left_ptr + c, mask=held, other=0)
+    v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=held[:, None] & (e[None, :] < E), other=0.0)
+    return k, k_other, v, left
+
+
+@triton.jit
+def _attend_to_kept(
+    q_ptr, k_ptr, v_ptr, left_ptr, window_k_at, window_v_at, freq_ptr, max_ptr, sum_ptr, out_ptr, place_ptr, lost_ptr,
+    priority_ptr, rank_ptr, score_at, log_rate_ptr, rate, row, part, at, filled, refused_before, rank, leaves,
+    first_channel, pairs, scale, part_size, q_b, q_h,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, COMPARED: tl.constexpr,
+    LEARNED: tl.constexpr, COMPACT: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Attention of the queries of one group to one part of its slots, the token that comes in included.
+
+    The first tokens are on their way while the outcome of the competition is found.
+    """
+    b, g = row // G, row % G
     r, d, e = tl.arange(0, R_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD)
-    inside = (r[:, None] < R) & (d[None, :] < D)
-    q_at = q_ptr + b * q_b + (g * R + r[:, None]) * q_h
-    q = tl.load(q_at + d[None, :], mask=inside, other=0.0)
+    other, high, low, sign = d, tl.zeros((D_PAD,), tl.float32), tl.zeros((D_PAD,), tl.float32), d
     if COMPACT:
         other, high, low, sign = _pairs(d, freq_ptr, first_channel, pairs, INTERLEAVED)
-        q_other = tl.load(q_at + other[None, :], mask=inside, other=0.0)
+    k_ptr, v_ptr, left_ptr = k_ptr + row * SIZE * D, v_ptr + row * SIZE * E, left_ptr + row * SIZE
+    start, held = part * part_size, tl.minimum(filled, SIZE).to(tl.int32)
+    c = start + tl.arange(0, BLOCK)
+    k, k_other, v, left = _load_kept(k_ptr, v_ptr, left_ptr, c, held, other, D, D_PAD, E, E_PAD, COMPACT)
+    inside = (r[:, None] < R) & (d[None, :] < D)
+    q_at = q_ptr + b * q_b + (g * R + r[:, None]) * q_h
+    q, q_other = tl.load(q_at + d[None, :], mask=inside, other=0.0), tl.load(q_at + other[None, :], mask=inside, other=0.0)
+    new_k, new_v = tl.load(window_k_at + d, mask=d < D, other=0.0), tl.load(window_v_at + e, mask=e < E, other=0.0)
+    new_other = tl.load(window_k_at + other, mask=d < D, other=0.0)
+    place, lost = _compete(
+        priority_ptr, rank_ptr, filled, score_at, log_rate_ptr, rate, g, rank, leaves, row, SIZE, COMPARED, LEARNED
+    )
+    if part == 0:
+        tl.store(place_ptr + row, place)
+        tl.store(lost_ptr + row, lost)
+    if COMPACT:
+        refused = refused_before + tl.where(lost == SIZE, 1, 0)
         q = _turn(q, q_other, sign[None, :], refused, high[None, :], low[None, :]).to(q.dtype)
     largest = tl.full((R_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((R_PAD,), tl.float32)
     out = tl.zeros((R_PAD, E_PAD), tl.float32)
-    start = part * part_size
-    stop = tl.minimum(start + part_size, tl.maximum(filled.to(tl.int32), place + 1))
-    base = row.to(tl.int64) * SIZE
+    stop = tl.minimum(start + part_size, tl.maximum(held, place + 1))
     for first in range(start, stop, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        held, new = (c < stop) & (c != place), (c < stop) & (c == place)
-        k_at = k_ptr + (base + c[:, None]) * D
-        keys, news = held[:, None] & (d[None, :] < D), new[:, None] & (d[None, :] < D)
-        k = tl.load(k_at + d[None, :], mask=keys, other=0.0)
-        k += tl.load(window_k_at + d[None, :] + 0 * c[:, None], mask=news, other=0.0)
+        if first > start:
+            k, k_other, v, left = _load_kept(k_ptr, v_ptr, left_ptr, c, held, other, D, D_PAD, E, E_PAD, COMPACT)
+        new = c == place
+        k = tl.where(new[:, None], new_k[None, :], k)
+        v = tl.where(new[:, None], new_v[None, :], v)
         if COMPACT:
-            k_other = tl.load(k_at + other[None, :], mask=keys, other=0.0)
-            k_other += tl.load(window_k_at + other[None, :] + 0 * c[:, None], mask=news, other=0.0)
-            left = tl.where(new, refused_before, tl.load(left_ptr + base + c, mask=held, other=0))
+            k_other = tl.where(new[:, None], new_other[None, :], k_other)
+            left = tl.where(new, refused_before, left)
             k = _turn(k, k_other, sign[None, :], left[:, None], high[None, :], low[None, :]).to(k.dtype)
-        values, news = held[:, None] & (e[None, :] < E), new[:, None] & (e[None, :] < E)
-        v = tl.load(v_ptr + (base + c[:, None]) * E + e[None, :], mask=values, other=0.0)
-        v += tl.load(window_v_at + e[None, :] + 0 * c[:, None], mask=news, other=0.0)
         logits = tl.where((c < stop)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
         largest, total, out = _take_in(logits, v, largest, total, out)
     _store_part(max_ptr, sum_ptr, out_ptr, at, largest, total, out, r, e, R, E)

@@ -103,9 +103,9 @@ class LearnedScore(nn.Module):
 
     def weights(self) -> ScoreWeights | None:
         """As the kernels of a decode step take them; None where a layer has been replaced, by an adapter for one."""
-        if any(type(u) is not nn.Linear for u in (self.up, self.up_v, self.direct)):
-            return None
         up, direct = self.up, self.direct
+        if any(type(u) is not nn.Linear for u in (up, self.up_v, direct)) or up.weight.dtype != direct.weight.dtype:
+            return None
         return ScoreWeights(up.weight, up.bias, self.up_v.weight, self.down, direct.weight, direct.bias)
 
 

@@ -93,8 +93,8 @@ def _matvec(
     if KEEPS:
         if program >= e7:
             k = (program - e7) * BLOCK + tl.arange(0, BLOCK)
-            x = (tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32) * scale).to(row_ptr.dtype.element_ty)
-            tl.store(row_ptr + k, x * tl.load(norm_ptr + k, mask=k < K, other=0.0), mask=k < K)
+            row = (tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32) * scale).to(row_ptr.dtype.element_ty)
+            tl.store(row_ptr + k, row * tl.load(norm_ptr + k, mask=k < K, other=0.0), mask=k < K)
 
 
 @torch.library.custom_op("ahn_layers::matvec", mutates_args=())

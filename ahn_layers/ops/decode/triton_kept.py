@@ -84,8 +84,8 @@ def _sine(turns):
 
 
 @triton.jit
-def _turn(u, other, sign, distance, high, low):
-    """Channels turned back by a distance, at ``high + low`` turns a position, see ``rotary.turn_back``.
+def _angle(distance, high, low):
+    """Cosine and sine of a distance at ``high + low`` turns a position.
 
     The product is exact to a float32 of what is left of it without whole turns, for distances below 2^24.
     """
@@ -93,80 +93,125 @@ def _turn(u, other, sign, distance, high, low):
     product = steps * high
     turns = (product - tl.floor(product + 0.5)) + (tl.fma(steps, high, -product) + steps * low)
     far = tl.abs(turns) > 0.25
-    sine = _sine(tl.where(far, tl.where(turns > 0, 0.5, -0.5) - turns, turns))
-    return u.to(tl.float32) * _sine(0.25 - tl.abs(turns)) + other.to(tl.float32) * (sine * sign)
+    return _sine(0.25 - tl.abs(turns)), _sine(tl.where(far, tl.where(turns > 0, 0.5, -0.5) - turns, turns))
 
 
 @triton.jit
-def _load_kept(
-    k_ptr, v_ptr, left_ptr, c, stop, other, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
-    COMPACT: tl.constexpr,
-):  # fmt: skip
-    """Of the tokens in slots ``c``: keys, the other channels of their pairs, values, the numbers left out."""
-    d, e, held = tl.arange(0, D_PAD), tl.arange(0, E_PAD), c < stop
-    k_at, keys = k_ptr + c[:, None] * D, held[:, None] & (d[None, :] < D)
-    k = tl.load(k_at + d[None, :], mask=keys, other=0.0)
-    k_other, left = k, tl.zeros_like(c).to(tl.int64)
+def _turn(u, other, sign, distance, high, low):
+    """Channels turned back by a distance, see ``rotary.turn_back``."""
+    cosine, sine = _angle(distance, high, low)
+    return u.to(tl.float32) * cosine + other.to(tl.float32) * (sine * sign)
+
+
+@triton.jit
+def _load_halves(at, there, d, a, b, paired, alone, COMPACT: tl.constexpr, REST: tl.constexpr):
+    """Of vectors, their channels ``a`` and ``b`` that are turned with each other, and those that are not.
+
+    Where one of them does not exist, another stands in its place.
+    """
     if COMPACT:
-        k_other = tl.load(k_at + other[None, :], mask=keys, other=0.0)
-        left = tl.load(left_ptr + c, mask=held, other=0)
-    v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=held[:, None] & (e[None, :] < E), other=0.0)
-    return k, k_other, v, left
+        first = tl.load(at + a[None, :], mask=there & paired[None, :], other=0.0)
+        second = tl.load(at + b[None, :], mask=there & paired[None, :], other=0.0)
+        rest = first
+        if REST:
+            rest = tl.load(at + d[None, :], mask=there & alone[None, :], other=0.0)
+    else:
+        rest = tl.load(at + d[None, :], mask=there & alone[None, :], other=0.0)
+        first, second = rest, rest
+    return first, second, rest
+
+
+@triton.jit
+def _turn_halves(first, second, distance, high, low):
+    """Both turned back by a distance, in their dtype."""
+    cosine, sine = _angle(distance, high, low)
+    u, w = first.to(tl.float32), second.to(tl.float32)
+    return (u * cosine + w * sine).to(first.dtype), (w * cosine - u * sine).to(first.dtype)
+
+
+@triton.jit
+def _take_in_kept(
+    q_first, q_second, q_rest, first, second, rest, v, left, new, there, high, low, scale, largest, total, out,
+    new_first, new_second, new_rest, new_v, new_left, COMPACT: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """A block of kept tokens, one of which may be the token that comes in."""
+    is_new = new[:, None]
+    if COMPACT:
+        first, second = tl.where(is_new, new_first, first), tl.where(is_new, new_second, second)
+        first, second = _turn_halves(first, second, tl.where(new, new_left, left)[:, None], high, low)
+        logits = tl.dot(q_first, tl.trans(first), input_precision="ieee")
+        logits = tl.dot(q_second, tl.trans(second), logits, input_precision="ieee")
+        if REST:
+            logits = tl.dot(q_rest, tl.trans(tl.where(is_new, new_rest, rest)), logits, input_precision="ieee")
+    else:
+        logits = tl.dot(q_rest, tl.trans(tl.where(is_new, new_rest, rest)), input_precision="ieee")
+    logits = tl.where(there[None, :], logits * scale, float("-inf"))
+    return _take_in(logits, tl.where(is_new, new_v[None, :], v), largest, total, out)
 
 
 @triton.jit
 def _attend_to_kept(
     q_ptr, k_ptr, v_ptr, left_ptr, window_k_at, window_v_at, freq_ptr, max_ptr, sum_ptr, out_ptr, place_ptr, lost_ptr,
-    priority_ptr, rank_ptr, score_at, log_rate_ptr, rate, row, part, at, filled, refused_before, rank, leaves,
+    priority_ptr, rank_ptr, score_at, log_rate_ptr, rate, row, part, at, filled, refused, rank, leaves,
     first_channel, pairs, scale, part_size, q_b, q_h,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, COMPARED: tl.constexpr,
-    LEARNED: tl.constexpr, COMPACT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    LEARNED: tl.constexpr, COMPACT: tl.constexpr, INTERLEAVED: tl.constexpr, P_PAD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Attention of the queries of one group to one part of its slots, the token that comes in included.
 
     The first tokens are on their way while the outcome of the competition is found.
     """
-    b, g = row // G, row % G
-    r, d, e = tl.arange(0, R_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD)
-    other, high, low, sign = d, tl.zeros((D_PAD,), tl.float32), tl.zeros((D_PAD,), tl.float32), d
+    r, d, e, p = tl.arange(0, R_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD), tl.arange(0, P_PAD)
+    paired, alone = p < pairs, d < D
     if COMPACT:
-        other, high, low, sign = _pairs(d, freq_ptr, first_channel, pairs, INTERLEAVED)
+        alone = alone & ((d < first_channel) | (d >= first_channel + 2 * pairs))
+    if INTERLEAVED:
+        a, b = first_channel + 2 * p, first_channel + 2 * p + 1
+    else:
+        a, b = first_channel + p, first_channel + p + pairs
     k_ptr, v_ptr, left_ptr = k_ptr + row * SIZE * D, v_ptr + row * SIZE * E, left_ptr + row * SIZE
-    start, held = part * part_size, tl.minimum(filled, SIZE).to(tl.int32)
-    c = start + tl.arange(0, BLOCK)
-    k, k_other, v, left = _load_kept(k_ptr, v_ptr, left_ptr, c, held, other, D, D_PAD, E, E_PAD, COMPACT)
-    inside = (r[:, None] < R) & (d[None, :] < D)
-    q_at = q_ptr + b * q_b + (g * R + r[:, None]) * q_h
-    q, q_other = tl.load(q_at + d[None, :], mask=inside, other=0.0), tl.load(q_at + other[None, :], mask=inside, other=0.0)
-    new_k, new_v = tl.load(window_k_at + d, mask=d < D, other=0.0), tl.load(window_v_at + e, mask=e < E, other=0.0)
-    new_other = tl.load(window_k_at + other, mask=d < D, other=0.0)
+    begin, held = part * part_size, tl.minimum(filled, SIZE).to(tl.int32)
+    c = begin + tl.arange(0, BLOCK)
+    k = _load_halves(k_ptr + c[:, None] * D, (c < held)[:, None], d, a, b, paired, alone, COMPACT, REST)
+    v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < held)[:, None] & (e[None, :] < E), other=0.0)
+    left, high, low = tl.zeros((BLOCK,), tl.int64), tl.zeros((1, P_PAD), tl.float32), tl.zeros((1, P_PAD), tl.float32)
+    if COMPACT:
+        left = tl.load(left_ptr + c, mask=c < held, other=0)
+        turns = tl.load(freq_ptr + p, mask=paired, other=0.0).to(tl.float64)[None, :] * 0.15915494309189535
+        high = turns.to(tl.float32)
+        low = (turns - high.to(tl.float64)).to(tl.float32)
+    q_at = q_ptr + (row // G) * q_b + ((row % G) * R + r[:, None]) * q_h
+    q_first, q_second, q_rest = _load_halves(q_at, (r < R)[:, None], d, a, b, paired, alone, COMPACT, REST)
+    one = tl.full((1, 1), 1, tl.int1)
+    new_first, new_second, new_rest = _load_halves(window_k_at, one, d, a, b, paired, alone, COMPACT, REST)
+    new_v = tl.load(window_v_at + e, mask=e < E, other=0.0)
     place, lost = _compete(
-        priority_ptr, rank_ptr, filled, score_at, log_rate_ptr, rate, g, rank, leaves, row, SIZE, COMPARED, LEARNED
+        priority_ptr, rank_ptr, filled, score_at, log_rate_ptr, rate, row % G, rank, leaves, row, SIZE, COMPARED, LEARNED
     )
     if part == 0:
         tl.store(place_ptr + row, place)
         tl.store(lost_ptr + row, lost)
     if COMPACT:
-        refused = refused_before + tl.where(lost == SIZE, 1, 0)
-        q = _turn(q, q_other, sign[None, :], refused, high[None, :], low[None, :]).to(q.dtype)
+        q_first, q_second = _turn_halves(q_first, q_second, refused + tl.where(lost == SIZE, 1, 0), high, low)
     largest = tl.full((R_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((R_PAD,), tl.float32)
     out = tl.zeros((R_PAD, E_PAD), tl.float32)
-    stop = tl.minimum(start + part_size, tl.maximum(held, place + 1))
-    for first in range(start, stop, BLOCK):
-        c = first + tl.arange(0, BLOCK)
-        if first > start:
-            k, k_other, v, left = _load_kept(k_ptr, v_ptr, left_ptr, c, held, other, D, D_PAD, E, E_PAD, COMPACT)
-        new = c == place
-        k = tl.where(new[:, None], new_k[None, :], k)
-        v = tl.where(new[:, None], new_v[None, :], v)
+    stop = tl.minimum(begin + part_size, tl.maximum(held, place + 1))
+    largest, total, out = _take_in_kept(
+        q_first, q_second, q_rest, k[0], k[1], k[2], v, left, c == place, c < stop, high, low, scale, largest, total,
+        out, new_first, new_second, new_rest, new_v, refused, COMPACT, REST,
+    )  # fmt: skip
+    for start in range(begin + BLOCK, stop, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        k = _load_halves(k_ptr + c[:, None] * D, (c < held)[:, None], d, a, b, paired, alone, COMPACT, REST)
+        v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < held)[:, None] & (e[None, :] < E), other=0.0)
         if COMPACT:
-            k_other = tl.where(new[:, None], new_other[None, :], k_other)
-            left = tl.where(new, refused_before, left)
-            k = _turn(k, k_other, sign[None, :], left[:, None], high[None, :], low[None, :]).to(k.dtype)
-        logits = tl.where((c < stop)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-        largest, total, out = _take_in(logits, v, largest, total, out)
+            left = tl.load(left_ptr + c, mask=c < held, other=0)
+        largest, total, out = _take_in_kept(
+            q_first, q_second, q_rest, k[0], k[1], k[2], v, left, c == place, c < stop, high, low, scale, largest,
+            total, out, new_first, new_second, new_rest, new_v, refused, COMPACT, REST,
+        )  # fmt: skip
     _store_part(max_ptr, sum_ptr, out_ptr, at, largest, total, out, r, e, R, E)
 
 

@@ -25,7 +25,7 @@ _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
 _KEPT_BLOCK, _KEPT_PARTS = 32, 32
 """Kept tokens that a program loads at a time, and the most parts that they are cut in."""
-_SCORE_UNITS, _SCORE_PARTS, _SCORE_BLOCK = 8, 32, 512
+_SCORE_UNITS, _SCORE_PARTS, _SCORE_BLOCK = 4, 32, 2048
 """Of a learned score: the least hidden units of a program, the most programs, and the channels loaded at a time."""
 _FINISH_TILE, _FINISH_WARPS = 16, 1
 """Channels of the output that a program of the second launch makes, and its warps."""
@@ -38,22 +38,23 @@ def _attend_and_fold(
     kept_k_ptr, kept_v_ptr, kept_decay_ptr, kept_strength_ptr, filled_ptr, folded_ptr, priority_ptr, kept_rank_ptr,
     left_ptr, refused_ptr, score_ptr, log_rate_ptr, freq_ptr, place_ptr, lost_ptr,
     x_ptr, new_v_ptr, up_ptr, up_bias_ptr, up_v_ptr, down_ptr, direct_ptr, direct_bias_ptr, scored_ptr,
-    slots, num_sinks, facing, scale, part_size, parts, all_parts, kept_size, kept_parts, keeping, scoring, folding,
+    slots, num_sinks, facing, scale, part_size, parts, all_parts, kept_size, kept_parts, keeping, scoring, attending,
     first_channel, pairs, slot_rate, eps, read_scale, score_eps,
     q_b, q_h, t_b, t_h, a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c, c_b, c_g, c_c, n_b, n_g,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr,
     KEYED: tl.constexpr, DECAYS: tl.constexpr, RATED: tl.constexpr, WEIGHED: tl.constexpr, DELTA: tl.constexpr,
     SIZE: tl.constexpr, KEPT_BLOCK: tl.constexpr, COMPARED: tl.constexpr, LEARNED: tl.constexpr,
-    COMPACT: tl.constexpr, HIDDEN: tl.constexpr, INTERLEAVED: tl.constexpr, N: tl.constexpr, INNER: tl.constexpr,
+    COMPACT: tl.constexpr, HIDDEN: tl.constexpr, INTERLEAVED: tl.constexpr, P_PAD: tl.constexpr, REST: tl.constexpr,
+    N: tl.constexpr, INNER: tl.constexpr,
     UNITS: tl.constexpr, SCORE_PARTS: tl.constexpr, SCORE_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The programs that take longest begin first: for kept tokens, for the score, for the memory, for the window."""
+    """The programs that take longest begin first: for kept tokens, for the score, for the window, for the memory."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
-    if program >= keeping + scoring + folding:
-        at = program - (keeping + scoring + folding)
+    if (program >= keeping + scoring) & (program < keeping + scoring + attending):
+        at = program - (keeping + scoring)
         row, part = (at // parts).to(tl.int64), at % parts
         seen = tl.load(seen_ptr + row // G)
         if (row % G == 0) & (part == 0):
@@ -65,7 +66,7 @@ def _attend_and_fold(
         )  # fmt: skip
     elif program >= keeping + scoring:
         tiles: tl.constexpr = (E + TILE - 1) // TILE
-        at = program - keeping - scoring
+        at = program - (keeping + scoring + attending)
         index = (at // tiles).to(tl.int64)
         b, s = index // S, index % S
         g = s * G // S
@@ -87,11 +88,12 @@ def _attend_and_fold(
         )  # fmt: skip
     elif program >= keeping:
         if SCORE_PARTS > 0:
+            each: tl.constexpr = SCORE_PARTS - 1 + (G + UNITS - 1) // UNITS
             at = program - keeping
             _score_part(
                 x_ptr, new_v_ptr, up_ptr, up_bias_ptr, up_v_ptr, down_ptr, direct_ptr, direct_bias_ptr, scored_ptr,
-                (at // SCORE_PARTS).to(tl.int64), at % SCORE_PARTS, score_eps, n_b, n_g, G, N, E, E_PAD, INNER, UNITS,
-                SCORE_PARTS, SCORE_BLOCK,
+                (at // each).to(tl.int64), at % each, score_eps, n_b, n_g, G, N, E, E_PAD, INNER, UNITS, SCORE_PARTS,
+                SCORE_BLOCK,
             )  # fmt: skip
     elif SIZE > 0:
         row, part = (program // kept_parts).to(tl.int64), program % kept_parts
@@ -106,7 +108,7 @@ def _attend_and_fold(
             priority_ptr, kept_rank_ptr, score_ptr + b * c_b + g * c_g + slot * c_c, log_rate_ptr, slot_rate,
             row, part, row * all_parts + parts + part, filled, refused, seen - (slots - num_sinks), seen >= slots,
             first_channel, pairs, scale, kept_size, q_b, q_h,
-            G, R, R_PAD, D, D_PAD, E, E_PAD, KEPT_BLOCK, SIZE, COMPARED, LEARNED, COMPACT, INTERLEAVED,
+            G, R, R_PAD, D, D_PAD, E, E_PAD, KEPT_BLOCK, SIZE, COMPARED, LEARNED, COMPACT, INTERLEAVED, P_PAD, REST,
         )  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def decode_step(
     left_out, refused = rest[6:8] if compact else (none, none)
     kept_score, scores = rest[-2 - len(gates) :][:2] if scored else (none, none if score is None else score)
     kept_gates = [*(rest[len(rest) - len(gates) :] if kept else gates), none, none]
-    kept_size = max(_KEPT_BLOCK, triton.next_power_of_2(triton.cdiv(number, min(_KEPT_PARTS, parts))))
+    kept_size = triton.cdiv(max(number, 1), min(_KEPT_PARTS, parts) * _KEPT_BLOCK) * _KEPT_BLOCK
     kept_parts = triton.cdiv(number, kept_size)
     all_parts = parts + kept_parts
     largest, total = q.new_empty(2, rows, all_parts, repeats, dtype=torch.float32)
@@ -158,28 +160,29 @@ def decode_step(
     inner, width = (0, 0) if weights[0] is none else weights[0].shape
     units = max(_SCORE_UNITS, triton.next_power_of_2(triton.cdiv(inner, _SCORE_PARTS)))
     score_parts = triton.cdiv(inner, units) + 1 if inner else 0
-    scoring, score_eps = b * score_parts, torch.finfo(x.dtype).eps if inner else 0.0
+    scoring, score_eps = b * (score_parts - 1 + triton.cdiv(groups, units)) if inner else 0, torch.finfo(x.dtype).eps if inner else 0.0
     found = seen.new_empty(rows, score_parts, dtype=torch.float32) if inner else none
     folding = 0 if memory is None else b * states * triton.cdiv(e, tile)
     new = [*new_gates, *[k[..., 0]] * (2 - len(gates))]
     score_strides = (*scores.stride()[:2], scores.stride(2) if scored else 0) if kept else (0, 0, 0)
     shared = {"SIZE": number, "LEARNED": log_rate is not None, "COMPACT": compact, "SCORE_PARTS": score_parts}
-    turning = q if freq is None else freq
+    turning, pairs = (q, 0) if freq is None else (freq, len(freq))
     learned = q if log_rate is None else log_rate
     _attend_and_fold[(keeping + scoring + folding + attending,)](
         q, turned, k_slots, v_slots, seen, now, largest, total, partial, asking, q if key is None else key,
         held[decay], q if rate is None else rate, held[strength], reading if memory is None else memory, reading,
         kept_k, kept_v, kept_gates[decay], kept_gates[strength], filled, folded, priority, ranks, left_out, refused,
         scores, learned, turning, place, lost, x, v, *weights, found,
-        slots, num_sinks, facing, scale, size, parts, all_parts, kept_size, max(kept_parts, 1), keeping, scoring, folding,
-        first_channel, 0 if freq is None else len(freq), slot_rate, eps, read_scale, score_eps,
+        slots, num_sinks, facing, scale, size, parts, all_parts, kept_size, max(kept_parts, 1), keeping, scoring, attending,
+        first_channel, pairs, slot_rate, eps, read_scale, score_eps,
         *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2],
         *k_slots.stride()[:3], *v_slots.stride()[:3], *held[decay].stride(), *held[strength].stride(), *score_strides,
         *v.stride()[:2],
         TURNED=facing > 0, S=states, TILE=tile, KEYED=key is not None, DECAYS=decay >= 0, RATED=rate is not None,
         WEIGHED=strength >= 0, DELTA=delta, KEPT_BLOCK=_KEPT_BLOCK,
         COMPARED=min(1024, triton.next_power_of_2(max(number, 1))),
-        HIDDEN=hidden, INTERLEAVED=interleaved, N=width, INNER=inner, UNITS=units, SCORE_BLOCK=_SCORE_BLOCK,
+        HIDDEN=hidden, INTERLEAVED=interleaved, P_PAD=max(16, triton.next_power_of_2(pairs)),
+        REST=not compact or 2 * pairs < options["D"], N=width, INNER=inner, UNITS=units, SCORE_BLOCK=_SCORE_BLOCK,
         EARLY=early["EARLY"], **shared, **options,
     )  # fmt: skip
     _finish[(b * h, triton.cdiv(e, _FINISH_TILE) + 1)](

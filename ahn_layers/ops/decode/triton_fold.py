@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from .triton_kept import _pairs, _turn
+from .triton_kept import _compete, _pairs, _turn
 
 
 @triton.jit
@@ -23,44 +23,56 @@ def _normal(u, eps, scale):
 @triton.jit
 def _fold_tile(
     asking_ptr, k_ptr, v_ptr, decay_ptr, strength_ptr, kept_k_ptr, kept_v_ptr, kept_decay_ptr, kept_strength_ptr,
-    kept_rank_ptr, freq_ptr, key_ptr, rate_ptr, memory_ptr, reading_ptr, b, s, tile, slot, rank, lost, reads,
-    first_channel, pairs, eps, read_scale,
-    a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c,
+    filled_ptr, folded_ptr, priority_ptr, kept_rank_ptr, score_ptr, log_rate_ptr, freq_ptr, key_ptr, rate_ptr,
+    memory_ptr, reading_ptr, b, s, tile, slot, rank, leaves, first_channel, pairs, slot_rate, eps, read_scale,
+    a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c, c_b, c_g, c_c,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, S: tl.constexpr,
     TILE: tl.constexpr, KEYED: tl.constexpr, DECAYS: tl.constexpr, RATED: tl.constexpr, WEIGHED: tl.constexpr,
-    DELTA: tl.constexpr, SIZE: tl.constexpr, HIDDEN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    DELTA: tl.constexpr, SIZE: tl.constexpr, COMPARED: tl.constexpr, LEARNED: tl.constexpr, HIDDEN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Some channels of the memory: the lost token folded, then read; zeros where nothing has been folded.
 
-    What is lost is the token in the window's ``slot`` if ``lost`` is SIZE, else the one in that slot of those kept.
+    What is lost is the token in the window's ``slot``, or one of those kept. State and first query are on their way
+    while that is found.
     """
     d, e, g = tl.arange(0, D_PAD), tile * TILE + tl.arange(0, TILE), s * G // S
     queries: tl.constexpr = G * R // S
-    read_at = reading_ptr + (b * S + s) * queries * E + e
+    q_at, read_at = asking_ptr + b * a_b + s * queries * a_h + d, reading_ptr + (b * S + s) * queries * E + e
+    row, loses, reads = b * G + g, leaves, leaves
+    if SIZE > 0:
+        filled = tl.load(filled_ptr + row)
+        loses = leaves & (filled >= SIZE)
+        reads = loses | (tl.load(folded_ptr + row) != 0)
     if reads:
         inside = (d[:, None] < D) & (e[None, :] < E)
         state_at = memory_ptr + (b * S + s) * D * E + d[:, None] * E + e[None, :]
         state = tl.load(state_at, mask=inside, other=0.0)
-        if lost >= 0:
-            own = lost == SIZE
+        q = tl.load(q_at, mask=d < D, other=0.0)
+        if loses:
             key_at, value_at = k_ptr + b * k_b + g * k_g + slot * k_c, v_ptr + b * v_b + g * v_g + slot * v_c
             if KEYED:
-                key_at = key_ptr + (b * G + g) * D
-            k = tl.load(key_at + d, mask=d < tl.where(own, D, 0), other=0.0).to(tl.float32)
-            v = tl.load(value_at + e, mask=e < tl.where(own, E, 0), other=0.0).to(tl.float32)
+                key_at = key_ptr + row * D
+            k = tl.load(key_at + d, mask=d < D, other=0.0).to(tl.float32)
+            v = tl.load(value_at + e, mask=e < E, other=0.0).to(tl.float32)
             if SIZE > 0:
-                held = tl.minimum(lost, SIZE - 1)
-                at, beaten = (b * G + g) * SIZE + held, lost < SIZE
-                k += tl.load(kept_k_ptr + at * D + d, mask=d < tl.where(beaten, D, 0), other=0.0).to(tl.float32)
-                v += tl.load(kept_v_ptr + at * E + e, mask=e < tl.where(beaten, E, 0), other=0.0).to(tl.float32)
+                _, lost = _compete(
+                    priority_ptr, kept_rank_ptr, filled, score_ptr + b * c_b + g * c_g + slot * c_c, log_rate_ptr,
+                    slot_rate, g, rank, leaves, row, SIZE, COMPARED, LEARNED,
+                )  # fmt: skip
+                held, beaten = tl.minimum(lost, SIZE - 1), lost < SIZE
+                at = row * SIZE + held
+                kept_k = tl.load(kept_k_ptr + at * D + d, mask=d < D, other=0.0).to(tl.float32)
+                kept_v = tl.load(kept_v_ptr + at * E + e, mask=e < E, other=0.0).to(tl.float32)
                 if HIDDEN:
                     other, high, low, sign = _pairs(d, freq_ptr, first_channel, pairs, INTERLEAVED)
-                    k_other = tl.load(key_at + other, mask=d < tl.where(own, D, 0), other=0.0).to(tl.float32)
-                    k_other += tl.load(kept_k_ptr + at * D + other, mask=d < tl.where(beaten, D, 0), other=0.0).to(
-                        tl.float32
-                    )
+                    own_other = tl.load(key_at + other, mask=d < D, other=0.0).to(tl.float32)
+                    kept_other = tl.load(kept_k_ptr + at * D + other, mask=d < D, other=0.0).to(tl.float32)
                     rank = tl.where(beaten, tl.load(kept_rank_ptr + at), rank)
-                    k = _turn(k, k_other, sign, rank, high, low).to(k_ptr.dtype.element_ty).to(tl.float32)
+                k, v = tl.where(beaten, kept_k, k), tl.where(beaten, kept_v, v)
+                if HIDDEN:
+                    k = _turn(k, tl.where(beaten, kept_other, own_other), sign, rank, high, low)
+                    k = k.to(k_ptr.dtype.element_ty).to(tl.float32)
             k = _normal(k, eps, 1.0)
             if DECAYS:
                 decay = tl.load(decay_ptr + b * d_b + s * d_s + slot * d_c).to(tl.float32)
@@ -81,11 +93,11 @@ def _fold_tile(
                     strength = tl.where(beaten, kept_strength, strength)
                 v *= strength
             state += k[:, None] * v[None, :]
-            tl.store(state_at, state, mask=inside)
         for r in range(queries):
-            q = tl.load(asking_ptr + b * a_b + (s * queries + r) * a_h + d, mask=d < D, other=0.0).to(tl.float32)
-            read = tl.sum(state * _normal(q, eps, read_scale)[:, None], 0)
+            read = tl.sum(state * _normal(q.to(tl.float32), eps, read_scale)[:, None], 0)
             tl.store(read_at + r * E, read, mask=e < E)
+            q = tl.load(q_at + (r + 1) * a_h, mask=d < tl.where(r + 1 < queries, D, 0), other=0.0)
+        tl.store(state_at, state, mask=inside & (e[None, :] < tl.where(loses, E, 0)))
     else:
         for r in range(queries):
             tl.store(read_at + r * E, tl.zeros((TILE,), tl.float32), mask=e < E)

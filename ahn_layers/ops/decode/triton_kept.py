@@ -36,19 +36,19 @@ def _compete(
     SIZE: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr,
 ):  # fmt: skip
     """Which slot the leaving token takes, -1 for none; whose token is lost: a slot's, its own (SIZE), none (-1)."""
-    own = _sortable(_priority(score_at, log_rate_ptr, rate, g, own_rank, LEARNED), own_rank)
     most: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     least, slot = tl.full((), most, tl.int64), tl.full((), -1, tl.int32)
     for first in range(0, SIZE, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        here = n < tl.minimum(filled, SIZE)
-        priority = tl.load(priority_ptr + row * SIZE + n, mask=here, other=0.0)
-        rank = tl.load(rank_ptr + row * SIZE + n, mask=here, other=0)
-        u = tl.where(here, _sortable(priority, rank), most)
+        # not asked first how many are filled: that would take as long again
+        priority = tl.load(priority_ptr + row * SIZE + n, mask=n < SIZE, other=0.0)
+        rank = tl.load(rank_ptr + row * SIZE + n, mask=n < SIZE, other=0)
+        u = tl.where(n < tl.minimum(filled, SIZE), _sortable(priority, rank), most)
         low = tl.min(u, 0)
         at = tl.max(tl.where(u == low, n, -1), 0)
         slot = tl.where(low < least, at, slot)
         least = tl.minimum(low, least)
+    own = _sortable(_priority(score_at, log_rate_ptr, rate, g, own_rank, LEARNED), own_rank)
     full = filled >= SIZE
     wins = least < own
     place = tl.where(full, tl.where(wins, slot, -1), filled.to(tl.int32))
@@ -146,7 +146,8 @@ def _take_in_kept(
     else:
         logits = tl.dot(q_rest, tl.trans(tl.where(is_new, new_rest, rest)), input_precision="ieee")
     logits = tl.where(there[None, :], logits * scale, float("-inf"))
-    return _take_in(logits, tl.where(is_new, new_v[None, :], v), largest, total, out)
+    v = tl.where(is_new, new_v[None, :], tl.where(there[:, None], v, 0.0))
+    return _take_in(logits, v, largest, total, out)
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def _attend_to_kept(
 ):  # fmt: skip
     """Attention of the queries of one group to one part of its slots, the token that comes in included.
 
-    The first tokens are on their way while the outcome of the competition is found.
+    The first tokens are on their way while it is found how many are filled, and who stays.
     """
     r, d, e, p = tl.arange(0, R_PAD), tl.arange(0, D_PAD), tl.arange(0, E_PAD), tl.arange(0, P_PAD)
     paired, alone = p < pairs, d < D
@@ -173,11 +174,11 @@ def _attend_to_kept(
     k_ptr, v_ptr, left_ptr = k_ptr + row * SIZE * D, v_ptr + row * SIZE * E, left_ptr + row * SIZE
     begin, held = part * part_size, tl.minimum(filled, SIZE).to(tl.int32)
     c = begin + tl.arange(0, BLOCK)
-    k = _load_halves(k_ptr + c[:, None] * D, (c < held)[:, None], d, a, b, paired, alone, COMPACT, REST)
-    v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < held)[:, None] & (e[None, :] < E), other=0.0)
+    k = _load_halves(k_ptr + c[:, None] * D, (c < SIZE)[:, None], d, a, b, paired, alone, COMPACT, REST)
+    v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < SIZE)[:, None] & (e[None, :] < E), other=0.0)
     left, high, low = tl.zeros((BLOCK,), tl.int64), tl.zeros((1, P_PAD), tl.float32), tl.zeros((1, P_PAD), tl.float32)
     if COMPACT:
-        left = tl.load(left_ptr + c, mask=c < held, other=0)
+        left = tl.load(left_ptr + c, mask=c < SIZE, other=0)
         turns = tl.load(freq_ptr + p, mask=paired, other=0.0).to(tl.float64)[None, :] * 0.15915494309189535
         high = turns.to(tl.float32)
         low = (turns - high.to(tl.float64)).to(tl.float32)
@@ -204,10 +205,10 @@ def _attend_to_kept(
     )  # fmt: skip
     for start in range(begin + BLOCK, stop, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        k = _load_halves(k_ptr + c[:, None] * D, (c < held)[:, None], d, a, b, paired, alone, COMPACT, REST)
-        v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < held)[:, None] & (e[None, :] < E), other=0.0)
+        k = _load_halves(k_ptr + c[:, None] * D, (c < SIZE)[:, None], d, a, b, paired, alone, COMPACT, REST)
+        v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < SIZE)[:, None] & (e[None, :] < E), other=0.0)
         if COMPACT:
-            left = tl.load(left_ptr + c, mask=c < held, other=0)
+            left = tl.load(left_ptr + c, mask=c < SIZE, other=0)
         largest, total, out = _take_in_kept(
             q_first, q_second, q_rest, k[0], k[1], k[2], v, left, c == place, c < stop, high, low, scale, largest,
             total, out, new_first, new_second, new_rest, new_v, refused, COMPACT, REST,

@@ -18,14 +18,14 @@ from ..triton_forms import early_launch, on_its_gpu
 from .triton_decode import _attend, parts_of
 from .triton_finish import _finish
 from .triton_fold import _fold_tile, _slot
-from .triton_kept import _attend_to_kept, _compete
+from .triton_kept import _attend_to_kept
 from .triton_score import _score_part
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
 _KEPT_BLOCK, _KEPT_PARTS = 32, 32
 """Kept tokens that a program loads at a time, and the most parts that they are cut in."""
-_SCORE_UNITS, _SCORE_PARTS, _SCORE_BLOCK = 4, 32, 2048
+_SCORE_UNITS, _SCORE_PARTS, _SCORE_BLOCK = 8, 32, 2048
 """Of a learned score: the least hidden units of a program, the most programs, and the channels loaded at a time."""
 _FINISH_TILE, _FINISH_WARPS = 16, 1
 """Channels of the output that a program of the second launch makes, and its warps."""
@@ -69,22 +69,15 @@ def _attend_and_fold(
         at = program - (keeping + scoring + attending)
         index = (at // tiles).to(tl.int64)
         b, s = index // S, index % S
-        g = s * G // S
-        row, seen = b * G + g, tl.load(seen_ptr + b)
-        slot, rank, leaves = _slot(seen, slots, num_sinks), seen - (slots - num_sinks), seen >= slots
-        lost, reads = tl.where(leaves, SIZE, -1), leaves
-        if SIZE > 0:
-            place, lost = _compete(
-                priority_ptr, kept_rank_ptr, tl.load(filled_ptr + row), score_ptr + b * c_b + g * c_g + slot * c_c,
-                log_rate_ptr, slot_rate, g, rank, leaves, row, SIZE, COMPARED, LEARNED,
-            )  # fmt: skip
-            reads = (lost >= 0) | (tl.load(folded_ptr + row) != 0)
+        seen = tl.load(seen_ptr + b)
         _fold_tile(
             asking_ptr, k_ptr, v_ptr, decay_ptr, strength_ptr, kept_k_ptr, kept_v_ptr, kept_decay_ptr,
-            kept_strength_ptr, kept_rank_ptr, freq_ptr, key_ptr, rate_ptr, memory_ptr, reading_ptr,
-            b, s, at % tiles, slot, rank, lost, reads, first_channel, pairs, eps, read_scale,
-            a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c, G, R, D, D_PAD, E, S, TILE,
-            KEYED, DECAYS, RATED, WEIGHED, DELTA, SIZE, HIDDEN, INTERLEAVED,
+            kept_strength_ptr, filled_ptr, folded_ptr, priority_ptr, kept_rank_ptr, score_ptr, log_rate_ptr, freq_ptr,
+            key_ptr, rate_ptr, memory_ptr, reading_ptr, b, s, at % tiles, _slot(seen, slots, num_sinks),
+            seen - (slots - num_sinks), seen >= slots, first_channel, pairs, slot_rate, eps, read_scale,
+            a_b, a_h, k_b, k_g, k_c, v_b, v_g, v_c, d_b, d_s, d_c, s_b, s_s, s_c, c_b, c_g, c_c,
+            G, R, D, D_PAD, E, S, TILE, KEYED, DECAYS, RATED, WEIGHED, DELTA, SIZE, COMPARED, LEARNED, HIDDEN,
+            INTERLEAVED,
         )  # fmt: skip
     elif program >= keeping:
         if SCORE_PARTS > 0:

@@ -14,8 +14,10 @@ from ...ops.triton_forms import has_triton
 _LINEAR = (F.linear, torch._C._nn.linear)
 _ADD = (operator.add, torch.add)
 _MULTIPLY = (operator.mul, torch.mul)
-_HARMLESS = {*_LINEAR, *_ADD, *_MULTIPLY, F.silu, torch.rms_norm, torch.rsqrt, operator.getitem}
-_HARMLESS |= {"to", "float", "pow", "mean", "sum", "unsqueeze", "transpose"}
+_HARMLESS: tuple[object, ...] = (
+    *_LINEAR, *_ADD, *_MULTIPLY, F.silu, torch.rms_norm, torch.rsqrt, operator.getitem, "to", "float", "pow", "mean",
+    "sum", "unsqueeze", "transpose",
+)  # fmt: skip
 """Operations that do nothing but return something."""
 
 
@@ -23,8 +25,8 @@ def merge_matvecs(graph: Graph) -> None:
     """Linear layers that are given the same row become one operation, ``ahn_layers::matvec``, in place.
 
     It takes in what stands around them in a decoder layer: the RMS norm of the row, the product of an MLP's two layers
-    of which one has gone through SiLU, the sum with the residual after a single layer. What else looks at the normed row
-    gets it from there.
+    of which one has gone through SiLU, the sum with the residual after a single layer. What else looks at the normed
+    row gets it from there.
 
     Left alone are rows in other precisions than half, several rows at once, and weights that the graph computes.
     """
@@ -73,7 +75,7 @@ def _merge(graph: Graph, linears: list[_Linear]) -> None:
                 _replace(graph, node, graph.call_function(torch.narrow, (merged, 0, start, shape[-1])))
             graph.erase_node(node)
             start += shape[-1]
-        if norm[0] is not None:
+        if row is not None and norm[0] is not None:
             _share_row(graph, row, merged, start)
 
 

@@ -131,8 +131,8 @@ def matvec(
     ends = [sum(triton.cdiv(n, height) for n in rows[: i + 1]) for i in range(count)]
     spare = MOST - count
     _matvec[(ends[0 if gated else -1] + keeps * triton.cdiv(width, _COLUMNS),)](
-        x, x if norm is None else norm, x if add is None else add.contiguous(), out, out[-width:], *weights, *weights[:1] * spare,
-        *[x if b is None else b for b in biases], *[x] * spare,
+        x, x if norm is None else norm, x if add is None else add.contiguous(), out, out[-width:],
+        *weights, *weights[:1] * spare, *[x if b is None else b for b in biases], *[x] * spare,
         *ends, *ends[-1:] * spare, *rows, *rows[:1] * spare, eps, K=width, COUNT=1 if gated else count,
         BIASED=sum(1 << i for i, b in enumerate(biases) if b is not None), NORMED=norm is not None, GATED=gated,
         ADDS=add is not None, KEEPS=keeps, ROWS=height, BLOCK=_COLUMNS, num_warps=_WARPS, **early_launch(x),

@@ -86,6 +86,7 @@ class KeptSlots:
         weights = [] if self.x is None or self.contest.weights is None else list(self.contest.weights)
         score = self.contest.given if self.scores is None else None if weights else self.new_score
         return (
-            kept, score, self.x if weights else None, weights, self.contest.log_rate, self.contest.rate, self.scores is not None, compact, self.hidden,
-            self.inv_freq if compact or self.hidden else None, self.start, self.interleaved,
+            kept, score, self.x if weights else None, weights, self.contest.log_rate, self.contest.rate,
+            self.scores is not None, compact, self.hidden, self.inv_freq if compact or self.hidden else None,
+            self.start, self.interleaved,
         )  # fmt: skip

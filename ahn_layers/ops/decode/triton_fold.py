@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from .triton_kept import _compete, _pairs, _turn
+from .triton_kept import _compete
+from .triton_turn import _pairs, _turn
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .triton_decode import _store_part, _take_in
+from .triton_turn import _load_halves, _turn_halves
 
 
 @triton.jit
@@ -54,79 +55,6 @@ def _compete(
     place = tl.where(full, tl.where(wins, slot, -1), filled.to(tl.int32))
     lost = tl.where(full, tl.where(wins, slot, SIZE), -1)
     return tl.where(leaves, place, -1), tl.where(leaves, lost, -1)
-
-
-@triton.jit
-def _pairs(d, freq_ptr, first, pairs, INTERLEAVED: tl.constexpr):
-    """Of each channel: the other one of its pair, its turns a position in two parts (0 if it has none), its sign."""
-    at = d - first
-    inside = (at >= 0) & (at < 2 * pairs)
-    if INTERLEAVED:
-        pair, leads = at // 2, at % 2 == 0
-        other = d + tl.where(leads, 1, -1)
-    else:
-        leads = at < pairs
-        pair = tl.where(leads, at, at - pairs)
-        other = d + tl.where(leads, pairs, -pairs)
-    turns = tl.load(freq_ptr + pair, mask=inside, other=0.0).to(tl.float64) * 0.15915494309189535
-    high = turns.to(tl.float32)
-    return tl.where(inside, other, d), high, (turns - high.to(tl.float64)).to(tl.float32), tl.where(leads, 1.0, -1.0)
-
-
-@triton.jit
-def _sine(turns):
-    """Of at most a quarter turn, ``sin(2 pi x)``: its series to the 11th power, off by 2e-7."""
-    x = turns * 6.283185307179586
-    y = x * x
-    u = 2.7557319e-06 - y * 2.5052108e-08
-    u = y * (y * u - 1.9841270e-04) + 8.3333333e-03
-    return x * (1.0 + y * (y * u - 1.6666667e-01))
-
-
-@triton.jit
-def _angle(distance, high, low):
-    """Cosine and sine of a distance at ``high + low`` turns a position.
-
-    The product is exact to a float32 of what is left of it without whole turns, for distances below 2^24.
-    """
-    steps = distance.to(tl.float32)
-    product = steps * high
-    turns = (product - tl.floor(product + 0.5)) + (tl.fma(steps, high, -product) + steps * low)
-    far = tl.abs(turns) > 0.25
-    return _sine(0.25 - tl.abs(turns)), _sine(tl.where(far, tl.where(turns > 0, 0.5, -0.5) - turns, turns))
-
-
-@triton.jit
-def _turn(u, other, sign, distance, high, low):
-    """Channels turned back by a distance, see ``rotary.turn_back``."""
-    cosine, sine = _angle(distance, high, low)
-    return u.to(tl.float32) * cosine + other.to(tl.float32) * (sine * sign)
-
-
-@triton.jit
-def _load_halves(at, there, d, a, b, paired, alone, COMPACT: tl.constexpr, REST: tl.constexpr):
-    """Of vectors, their channels ``a`` and ``b`` that are turned with each other, and those that are not.
-
-    Where one of them does not exist, another stands in its place.
-    """
-    if COMPACT:
-        first = tl.load(at + a[None, :], mask=there & paired[None, :], other=0.0)
-        second = tl.load(at + b[None, :], mask=there & paired[None, :], other=0.0)
-        rest = first
-        if REST:
-            rest = tl.load(at + d[None, :], mask=there & alone[None, :], other=0.0)
-    else:
-        rest = tl.load(at + d[None, :], mask=there & alone[None, :], other=0.0)
-        first, second = rest, rest
-    return first, second, rest
-
-
-@triton.jit
-def _turn_halves(first, second, distance, high, low):
-    """Both turned back by a distance, in their dtype."""
-    cosine, sine = _angle(distance, high, low)
-    u, w = first.to(tl.float32), second.to(tl.float32)
-    return (u * cosine + w * sine).to(first.dtype), (w * cosine - u * sine).to(first.dtype)
 
 
 @triton.jit
@@ -174,8 +102,9 @@ def _attend_to_kept(
     k_ptr, v_ptr, left_ptr = k_ptr + row * SIZE * D, v_ptr + row * SIZE * E, left_ptr + row * SIZE
     begin, held = part * part_size, tl.minimum(filled, SIZE).to(tl.int32)
     c = begin + tl.arange(0, BLOCK)
-    k = _load_halves(k_ptr + c[:, None] * D, (c < SIZE)[:, None], d, a, b, paired, alone, COMPACT, REST)
-    v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < SIZE)[:, None] & (e[None, :] < E), other=0.0)
+    there = (c < SIZE)[:, None]
+    first, second, rest = _load_halves(k_ptr + c[:, None] * D, there, d, a, b, paired, alone, COMPACT, REST)
+    v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=there & (e[None, :] < E), other=0.0)
     left, high, low = tl.zeros((BLOCK,), tl.int64), tl.zeros((1, P_PAD), tl.float32), tl.zeros((1, P_PAD), tl.float32)
     if COMPACT:
         left = tl.load(left_ptr + c, mask=c < SIZE, other=0)
@@ -188,8 +117,9 @@ def _attend_to_kept(
     new_first, new_second, new_rest = _load_halves(window_k_at, one, d, a, b, paired, alone, COMPACT, REST)
     new_v = tl.load(window_v_at + e, mask=e < E, other=0.0)
     place, lost = _compete(
-        priority_ptr, rank_ptr, filled, score_at, log_rate_ptr, rate, row % G, rank, leaves, row, SIZE, COMPARED, LEARNED
-    )
+        priority_ptr, rank_ptr, filled, score_at, log_rate_ptr, rate, row % G, rank, leaves, row,
+        SIZE, COMPARED, LEARNED,
+    )  # fmt: skip
     if part == 0:
         tl.store(place_ptr + row, place)
         tl.store(lost_ptr + row, lost)
@@ -199,20 +129,19 @@ def _attend_to_kept(
     total = tl.zeros((R_PAD,), tl.float32)
     out = tl.zeros((R_PAD, E_PAD), tl.float32)
     stop = tl.minimum(begin + part_size, tl.maximum(held, place + 1))
-    largest, total, out = _take_in_kept(
-        q_first, q_second, q_rest, k[0], k[1], k[2], v, left, c == place, c < stop, high, low, scale, largest, total,
-        out, new_first, new_second, new_rest, new_v, refused, COMPACT, REST,
-    )  # fmt: skip
-    for start in range(begin + BLOCK, stop, BLOCK):
+    for start in tl.range(begin, stop, BLOCK, num_stages=1):
         c = start + tl.arange(0, BLOCK)
-        k = _load_halves(k_ptr + c[:, None] * D, (c < SIZE)[:, None], d, a, b, paired, alone, COMPACT, REST)
-        v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=(c < SIZE)[:, None] & (e[None, :] < E), other=0.0)
-        if COMPACT:
-            left = tl.load(left_ptr + c, mask=c < SIZE, other=0)
         largest, total, out = _take_in_kept(
-            q_first, q_second, q_rest, k[0], k[1], k[2], v, left, c == place, c < stop, high, low, scale, largest,
+            q_first, q_second, q_rest, first, second, rest, v, left, c == place, c < stop, high, low, scale, largest,
             total, out, new_first, new_second, new_rest, new_v, refused, COMPACT, REST,
         )  # fmt: skip
+        if start + BLOCK < stop:
+            c += BLOCK
+            there = (c < SIZE)[:, None]
+            first, second, rest = _load_halves(k_ptr + c[:, None] * D, there, d, a, b, paired, alone, COMPACT, REST)
+            v = tl.load(v_ptr + c[:, None] * E + e[None, :], mask=there & (e[None, :] < E), other=0.0)
+            if COMPACT:
+                left = tl.load(left_ptr + c, mask=c < SIZE, other=0)
     _store_part(max_ptr, sum_ptr, out_ptr, at, largest, total, out, r, e, R, E)
 
 

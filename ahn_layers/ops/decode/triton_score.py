@@ -24,7 +24,7 @@ def _score_part(
     bias = tl.load(bias_ptr + i, mask=here, other=0.0).to(tl.float32)
     weight_v = tl.load(up_v_ptr + i[:, None] * E + e[None, :], mask=(i[:, None] < INNER) & (e[None, :] < E), other=0.0)
     total, squares = tl.zeros((UNITS, BLOCK), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N, BLOCK):
+    for start in tl.range(0, N, BLOCK, num_stages=1):
         n = start + tl.arange(0, BLOCK)
         weight = tl.load(weight_ptr + i[:, None] * N + n[None, :], mask=here[:, None] & (n[None, :] < N), other=0.0)
         x = tl.load(x_ptr + b * N + n, mask=n < N, other=0.0).to(tl.float32)

@@ -4,7 +4,8 @@
    that token into a tile of the memory and read it; with tokens kept beside the window, others attend to these and find
    the new token's score. None waits for another: the memory costs no time of its own.
 2. *Finish*: some programs let the new token join the parts of the attention; what was read is normalised, gated,
-   multiplied and added. Others put the new token into its slot, and what leaves that into another. Since Hopper it starts while the first one ends.
+   multiplied and added. Others put the new token into its slot, and what leaves that into another. Since Hopper it
+   starts while the first one ends.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -23,12 +24,12 @@ from .triton_score import _score_part
 
 _TILE = 32
 """Channels of the memory's values that a program folds and reads."""
-_KEPT_BLOCK, _KEPT_PARTS = 32, 32
+_KEPT_BLOCK, _KEPT_PARTS = 16, 32
 """Kept tokens that a program loads at a time, and the most parts that they are cut in."""
-_SCORE_UNITS, _SCORE_PARTS, _SCORE_BLOCK = 8, 32, 2048
+_SCORE_UNITS, _SCORE_PARTS, _SCORE_BLOCK = 4, 32, 2048
 """Of a learned score: the least hidden units of a program, the most programs, and the channels loaded at a time."""
-_FINISH_TILE, _FINISH_WARPS = 16, 1
-"""Channels of the output that a program of the second launch makes, and its warps."""
+_FINISH_TILE, _FINISH_WARPS = 16, (1, 2)
+"""Channels of the output that a program of the second launch makes, and its warps, without kept tokens and with."""
 
 
 @triton.jit
@@ -115,7 +116,8 @@ def decode_step(
     asking: Tensor | None, key: Tensor | None, decay: int, strength: int, rate: Tensor | None, delta: bool, eps: float,
     read_scale: float, weight: Tensor | None, gate: Tensor | None, matrix: Tensor | None, norm_eps: float,
     kept: list[Tensor], score: Tensor | None, x: Tensor | None, weights: list[Tensor], log_rate: Tensor | None,
-    slot_rate: float, scored: bool, compact: bool, hidden: bool, freq: Tensor | None, first_channel: int, interleaved: bool,
+    slot_rate: float, scored: bool, compact: bool, hidden: bool, freq: Tensor | None, first_channel: int,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``ops.decode.step.decode_step``, ``StepRule`` and ``KeptSlots``, whose fields these are.
 
@@ -152,8 +154,10 @@ def decode_step(
     x, *weights = (u.contiguous() for u in ([] if x is None else [x]) + weights) if weights else [none] * 7
     inner, width = (0, 0) if weights[0] is none else weights[0].shape
     units = max(_SCORE_UNITS, triton.next_power_of_2(triton.cdiv(inner, _SCORE_PARTS)))
-    score_parts = triton.cdiv(inner, units) + 1 if inner else 0
-    scoring, score_eps = b * (score_parts - 1 + triton.cdiv(groups, units)) if inner else 0, torch.finfo(x.dtype).eps if inner else 0.0
+    score_parts, scoring, score_eps = 0, 0, 0.0
+    if inner:
+        score_parts, score_eps = triton.cdiv(inner, units) + 1, torch.finfo(x.dtype).eps
+        scoring = b * (score_parts - 1 + triton.cdiv(groups, units))
     found = seen.new_empty(rows, score_parts, dtype=torch.float32) if inner else none
     folding = 0 if memory is None else b * states * triton.cdiv(e, tile)
     new = [*new_gates, *[k[..., 0]] * (2 - len(gates))]
@@ -166,8 +170,8 @@ def decode_step(
         held[decay], q if rate is None else rate, held[strength], reading if memory is None else memory, reading,
         kept_k, kept_v, kept_gates[decay], kept_gates[strength], filled, folded, priority, ranks, left_out, refused,
         scores, learned, turning, place, lost, x, v, *weights, found,
-        slots, num_sinks, facing, scale, size, parts, all_parts, kept_size, max(kept_parts, 1), keeping, scoring, attending,
-        first_channel, pairs, slot_rate, eps, read_scale, score_eps,
+        slots, num_sinks, facing, scale, size, parts, all_parts, kept_size, max(kept_parts, 1), keeping, scoring,
+        attending, first_channel, pairs, slot_rate, eps, read_scale, score_eps,
         *q.stride()[:2], *turned.stride()[:2], *asking.stride()[:2],
         *k_slots.stride()[:3], *v_slots.stride()[:3], *held[decay].stride(), *held[strength].stride(), *score_strides,
         *v.stride()[:2],
@@ -189,7 +193,7 @@ def decode_step(
         H=h, R=repeats, D=options["D"], D_PAD=options["D_PAD"], E=e,
         E_PAD=options["E_PAD"], TILE=_FINISH_TILE, PARTS=min(128, triton.next_power_of_2(all_parts)), GATES=len(gates),
         S=states, RECALLS=matrix is not None, SCALED=weight is not None, GATED=gate is not None, SCORED=scored,
-        num_warps=_FINISH_WARPS, **shared, **early,
+        num_warps=_FINISH_WARPS[bool(kept)], **shared, **early,
     )  # fmt: skip
     return out, reading
 

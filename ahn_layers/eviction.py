@@ -227,9 +227,10 @@ def keep_best(
             f"priority returned {tuple(score.shape)}: expected a number for each token of each key/value head, "
             f"{tuple(every.k.shape[:3])}."
         )
+    score = score.detach() if score.is_floating_point() else score.double()  # ranks, say, which float32 would round
     where = torch.ones((), dtype=torch.bool, device=score.device) if leaving.where is None else leaving.where
     where = (where.unsqueeze(1) if where.ndim == 2 else where).expand(*score.shape[:2], count)
-    lost_at, loser, index, now = running_top(score.detach(), every.gates[RANK], filled, where)
+    lost_at, loser, index, now = running_top(score, every.gates[RANK], filled, where)
     number = torch.arange(size + count, device=score.device)
     there = torch.cat((number[:size] < filled.unsqueeze(2), where), dim=2)
     turn, after = None, {"filled": now}

@@ -282,8 +282,5 @@ def memory_report(model: nn.Module) -> str:
 @contextmanager
 def _switched(model: nn.Module, mode: Mode) -> Iterator[None]:
     _, record = find_retrofitted(model)
-    before, record.mode = record.mode, mode
-    try:
+    with record.switched(mode):
         yield
-    finally:
-        record.mode = before

@@ -48,6 +48,11 @@ class Tokens:
         """All tensors, keys first."""
         return [self.k, self.v, *self.gates.values()]
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients reach any of them."""
+        return any(u.requires_grad for u in self.tensors)
+
     def named(self) -> dict[str, Tensor]:
         """Every tensor by a unique name."""
         return {"k": self.k, "v": self.v} | {f"gates.{name}": gate for name, gate in self.gates.items()}

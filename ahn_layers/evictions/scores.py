@@ -96,15 +96,28 @@ class LearnedScore(nn.Module):
         return not self.down.is_meta and bool(self.down.any() or self.direct.weight.any())
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:
-        """The scores, in float32 at least."""
+        """The scores, in float32 at least.
+
+        Raises:
+            ValueError: if the tokens have other sizes than it was made for.
+        """
+        made_for = (self.direct.in_features, len(self.down), self.up_v.in_features)
+        given = (x.shape[-1], v.shape[1], v.shape[-1])
+        for name, expected, found in zip(("hidden_size", "num_kv_heads", "value_dim"), made_for, given, strict=True):
+            if expected != found:
+                raise ValueError(
+                    f"the score was made for {name}={expected}, the attention has {found}: make it with "
+                    f"SalientSlots(...).for_layer({name}={found}, ...)."
+                )
         x, v = (F.rms_norm(u, (u.shape[-1],)) for u in (x, v))
         inner = F.silu(linear(self.up, x).unsqueeze(1) + linear(self.up_v, v))
         return (_precise(inner) * _precise(self.down).unsqueeze(1)).sum(dim=-1) + project(self.direct, x)
 
     def weights(self) -> ScoreWeights | None:
-        """As the kernels of a decode step take them; None where a layer has been replaced, by an adapter for one."""
-        up, direct = self.up, self.direct
-        if any(type(u) is not nn.Linear for u in (up, self.up_v, direct)) or up.weight.dtype != direct.weight.dtype:
+        """As the kernels of a decode step take them; None where it is computed otherwise, by an adapter for one."""
+        up, direct, overridden = self.up, self.direct, type(self).forward is not LearnedScore.forward
+        replaced = any(type(u) is not nn.Linear for u in (up, self.up_v, direct))
+        if overridden or replaced or up.weight.dtype != direct.weight.dtype:
             return None
         return ScoreWeights(up.weight, up.bias, self.up_v.weight, self.down, direct.weight, direct.bias)
 

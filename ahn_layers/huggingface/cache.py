@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
+from ..state import as_device
 from .all_layers import all_or_none, refuse_masks
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
@@ -114,9 +115,10 @@ class HippocampalCache(DynamicCache):
         accelerate does, would call it, and each layer would fill a copy of its own.
 
         Args:
-            device: where the copy is; by default each layer stays where it is.
+            device: where the copy is; by default each layer stays where it is. A dtype is a TypeError.
         """
-        return self._rebuilt(lambda tensors: {name: u.detach().to(device, copy=True) for name, u in tensors.items()})
+        to = None if device is None else as_device(device)
+        return self._rebuilt(lambda tensors: {name: u.detach().to(to, copy=True) for name, u in tensors.items()})
 
     def reorder(self, index: Tensor) -> "HippocampalCache":
         """A copy with the rows at ``index``, in that order."""

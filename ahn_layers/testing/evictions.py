@@ -31,11 +31,14 @@ def check_eviction(eviction: type[Eviction], **options: Any) -> None:
 
     Raises:
         AssertionError: with what was expected, what was found, and where to look.
+        TypeError: if ``eviction`` is no class.
 
     Examples:
         >>> from ahn_layers import FoldAll
         >>> check_eviction(FoldAll)
     """
+    if not isinstance(eviction, type):
+        raise TypeError(f"eviction={eviction!r}: expected the class; pass the arguments of its constructor beside it.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = {"hidden_size": _N, "num_heads": _H, "num_kv_heads": _G, "head_dim": _D, "value_dim": _D}

@@ -17,7 +17,7 @@ from .by_name import register
 from .ops.attention.between import Between, Turn
 from .ops.decode.kept import Contest
 from .ops.slots.top_slots import running_top
-from .tokens import Later, Leaving, Tokens
+from .tokens import Later, Leaving, Tokens, last
 
 Kept = dict[str, Tensor]
 """What a policy carries between calls: tensors by name, each with the batch as its first dimension."""
@@ -238,7 +238,7 @@ def keep_best(
         refused = where & (lost_at[:, :, size:] == torch.arange(count, device=score.device))
         left_out = kept["refused"].unsqueeze(2) + refused.cumsum(dim=2)
         gates = every.gates | {LEFT_OUT: torch.cat((slots.gates[LEFT_OUT], left_out), dim=2)}
-        every, after = replace(every, gates=gates), after | {"refused": left_out[:, :, -1]}
+        every, after = replace(every, gates=gates), after | {"refused": last(left_out)}
         past = kept["refused"].unsqueeze(2).expand(-1, -1, leaving.first)
         turn = Turn(every.gates[LEFT_OUT], torch.cat((past, left_out), dim=2))
     seen = Between(
@@ -281,4 +281,4 @@ def evict(eviction: Eviction, kept: Kept, leaving: Leaving, count: int) -> tuple
         reads = torch.ones_like(ever)
     else:
         reads = ever | ((where if where.ndim == 3 else where.unsqueeze(1)).cumsum(dim=2) > 0)
-    return seen, replace(leaving, reading=reads), after | {FOLDED: reads[:, :, -1]}
+    return seen, replace(leaving, reading=reads), after | {FOLDED: last(reads)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .compressor import State, map_state
 from .consistency import check_parts, check_same
-from .files import digest, load_tensors, reading, save_tensors
+from .files import as_device, digest, load_tensors, reading, save_tensors
 from .ring import Held
 from .tokens import Later, Tokens
 from .window import Window
@@ -218,16 +218,6 @@ class MemoryState:
         others = {name: u for name, u in self.tensors().items() if name not in held}
         check_parts(self.window, self.slots, self.seen, self.length, self.padded, others)
         return self
-
-
-def as_device(device: Any) -> torch.device:
-    """The device, if it is one: a dtype in its place would round counters as well."""
-    if isinstance(device, torch.dtype):
-        raise TypeError(
-            f"device={device}: expected a device, such as 'cpu'. A state of another dtype has to be computed anew, by "
-            "a model of that dtype."
-        )
-    return torch.device(device)
 
 
 def outside_inference(u: Tensor) -> Tensor:

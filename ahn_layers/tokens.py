@@ -185,6 +185,11 @@ def take(u: Tensor, index: Int[Tensor, "*b t"]) -> Tensor:
     return u.gather(2, _spread(index, u))
 
 
+def last(u: Tensor) -> Tensor:
+    """The last column of dimension 2, without the memory of the others."""
+    return u[:, :, -1].clone() if u.shape[2] > 1 else u[:, :, -1]
+
+
 def _spread(index: Int[Tensor, "b t"], like: Tensor) -> Tensor:
     """A per-row column index, as ``gather`` wants it: expanded to the other dimensions of ``like``."""
     shape = [*like.shape[:2], index.shape[1], *like.shape[3:]]

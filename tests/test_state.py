@@ -107,9 +107,13 @@ def test_a_state_moved_to_where_it_is_shares_nothing(filled):
     assert all(torch.equal(u, before.tensors()[name]) for name, u in moved.tensors().items())
 
 
-def test_a_dtype_is_no_place_for_a_state(filled, unchecked):
+def test_a_dtype_is_no_place_for_a_state(filled, tmp_path, unchecked):
     with pytest.raises(TypeError, match=r"device=torch\.bfloat16: expected a device.*computed anew"):
         filled[1].to(torch.bfloat16)
+    filled[1].save(tmp_path / "state")
+    for place, error in ((torch.bfloat16, TypeError), ("nowhere", RuntimeError)):
+        with pytest.raises(error, match=r"[Ee]xpected .*device"):  # and not that the file is damaged
+            MemoryState.load(tmp_path / "state", place)
 
 
 def test_values_of_other_rows_or_another_window_are_not_taken_over(filled):

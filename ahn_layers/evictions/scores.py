@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import narrower, project
 from ..ops.decode.kept import ScoreWeights
-from ..tokens import Leaving, Tokens, per_head
+from ..tokens import Leaving, Tokens, last, per_head
 
 Score = Callable[[Tokens], Float[Tensor, "b g t"]]
 
@@ -53,7 +53,7 @@ def key_difference(
     if leaving.where is not None:
         direction = direction.masked_fill(~per_head(leaving.where, direction), 0)
     running = key_sum.unsqueeze(2) + direction.cumsum(dim=2)
-    return -(direction * F.normalize(running, dim=-1)).sum(dim=-1), running[:, :, -1]
+    return -(direction * F.normalize(running, dim=-1)).sum(dim=-1), last(running)
 
 
 class LearnedScore(nn.Module):

@@ -17,8 +17,7 @@ from transformers.cache_utils import (
     QuantizedCache,
 )
 
-from ..files import load_tensors, reading, save_tensors
-from ..state import as_device
+from ..files import as_device, load_tensors, reading, save_tensors
 from .all_layers import all_or_none, refuse_masks
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer

@@ -86,6 +86,12 @@ def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
         )
         shapes = [{name: (tuple(u.shape), u.dtype) for name, u in held.items()} for held in (before, after)]
         assert shapes[0] == shapes[1], f"push turned {shapes[0]} into {shapes[1]}: what is carried has a fixed size."
+        for name, u in after.items():
+            held_bytes, needed = u.untyped_storage().nbytes(), u.numel() * u.element_size()
+            assert held_bytes <= needed, (
+                f"push returned {name!r} as a view of a tensor of {held_bytes} bytes, of which it needs {needed}: the "
+                "state would hold all of them. Return a copy, u.clone()."
+            )
         where = torch.ones(_B, _G, stop - start, dtype=torch.bool) if gone.where is None else gone.where
         names = (gone.tokens.v[..., 0] * where).long()
         for i in range(stop - start):

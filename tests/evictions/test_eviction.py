@@ -180,6 +180,14 @@ class Growing(Eviction):
         return None, leaving, {"count": torch.cat((kept["count"], leaving.tokens.k[:, 0, :, 0]), dim=1)}
 
 
+class HoldsAView(BiggestKeys):
+    def init_kept(self, like):
+        return {"last": like.k.new_zeros(like.k.shape[:2])}
+
+    def push(self, kept, leaving):
+        return None, leaving, {"last": leaving.tokens.k.norm(dim=-1)[:, :, -1]}
+
+
 class MixesHeads(BiggestKeys):
     def push(self, kept, leaving):
         mean = lambda t: t.k.norm(dim=-1).mean(dim=1, keepdim=True).expand(t.k.shape[:3])
@@ -203,6 +211,7 @@ BROKEN = {
     Forgets: "each exactly once",
     InPlace: "push changed what it was given",
     Growing: "what is carried has a fixed size",
+    HoldsAView: "push returned 'last' as a view of a tensor of",
     MixesHeads: "heads must not mix",
     MixesRows: "rows must not mix",
     CountsInCalls: "differ by .* from one pass",

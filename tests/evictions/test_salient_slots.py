@@ -195,6 +195,15 @@ def test_bytes_are_reported_and_constant():
     assert f"{held:,}" in memory_report(model).splitlines()[-1]
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_no_more_memory_is_held_than_is_reported(score):
+    """No view of what one call computed for all of its tokens."""
+    model, cache = retrofitted(eviction=SalientSlots(9, score=score)), HippocampalCache()
+    logits(model, tokens(1, 40), 40, cache)
+    parts = [u for layer in cache.layers for u in layer.state.tensors().values()]
+    assert sum(u.untyped_storage().nbytes() for u in parts) == cache.nbytes
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
-from .all_layers import all_or_none, refuse_masks
+from .all_layers import all_or_none, refuse_masks, refuse_reset
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .fixed import is_fixed, is_traced, release
@@ -83,6 +83,7 @@ class HippocampalCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         release(self)
+        refuse_reset(self.layers)
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class HippocampalCache(DynamicCache):
         settle(self)
         release(self)
         settle(cache)
-        cache = cache.clone() if cache is self else cache
+        cache = self.take(range(len(rows_of(self.layers)))) if cache is self else cache
         put_layers(self.layers, numbers(_listed(rows), len(rows_of(self.layers))), cache.layers)
         forget_past(self.layers)
 

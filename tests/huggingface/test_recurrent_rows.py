@@ -1,6 +1,8 @@
 """Rows join and leave where a convolution or a recurrence stands beside the memory, or in place of it."""
 
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ahn_layers import GatedDeltaNet, HippocampalCache, retrofit
 from ahn_layers.huggingface.layer_values import tensors_of
 from ahn_layers.huggingface.linear_rows import linear_of
-from examples.serving.batch import Batch
 
 from ..families.cases import build
 from ..families.checks import CAPACITY, SINKS, WINDOW
@@ -23,6 +24,7 @@ TYPES = [
     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next", "zaya",
 ]  # fmt: skip
 BESIDE = ["falcon_h1", "lfm2"]  # the memory; in place of it
+BATCH = Path(__file__).parents[2] / "examples" / "serving" / "batch.py"
 LENGTHS = (2, CAPACITY + 20, CAPACITY - 4, 9)
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -47,7 +49,7 @@ def test_rows_join_are_replaced_and_leave(name):
     """Step by step the logits are those of each row alone."""
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip("this version of transformers does not know it")
-    model, new = of_type(name), tokens(4, 18, seed=5)
+    model, new = of_type(name), tokens(4, 10, seed=5)
     alone = [go_on(model, read(model, LENGTHS[i], seed=i), new[i : i + 1]) for i in range(4)]
     caches = [read(model, LENGTHS[i], seed=i) for i in range(4)]
     before = [held(cache) for cache in caches]
@@ -55,14 +57,14 @@ def test_rows_join_are_replaced_and_leave(name):
     grows = name == "lfm3"  # it has a sliding layer
     for size in (None,) if grows else (None, 3):
         batch = HippocampalCache.join(caches[:3], rows=size)
-        found = [go_on(model, batch, new[:3, :7])]
-        expected = [torch.cat([alone[i][:, :7] for i in range(3)])]
+        found = [go_on(model, batch, new[:3, :4])]
+        expected = [torch.cat([alone[i][:, :4] for i in range(3)])]
         batch.put(1, caches[3])
-        found.append(go_on(model, batch, torch.cat((new[:1, 7:14], new[3:, :7], new[2:3, 7:14]))))
-        expected.append(torch.cat((alone[0][:, 7:14], alone[3][:, :7], alone[2][:, 7:14])))
+        found.append(go_on(model, batch, torch.cat((new[:1, 4:8], new[3:, :4], new[2:3, 4:8]))))
+        expected.append(torch.cat((alone[0][:, 4:8], alone[3][:, :4], alone[2][:, 4:8])))
         left = batch.take([2, 1])
-        found.append(go_on(model, left, torch.cat((new[2:3, 14:18], new[3:, 7:11]))))
-        expected.append(torch.cat((alone[2][:, 14:18], alone[3][:, 7:11])))
+        found.append(go_on(model, left, torch.cat((new[2:3, 8:], new[3:, 4:6]))))
+        expected.append(torch.cat((alone[2][:, 8:], alone[3][:, 4:6])))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
     assert all(held(cache) == was for cache, was in zip(caches, before, strict=True)), "they stay as they are"
@@ -194,7 +196,7 @@ def test_a_server_decodes_requests_together(name, fixed):
     """Requests of all lengths join and leave the engine's batch between any two steps."""
     model, size = retrofitted(name), 3
     lengths, counts, begins = (3, 30, 8, 17, 1), (9, 4, 6, 3, 7), (0, 0, 2, 5, 8)
-    batch, said, caches = Batch(model, size, fixed=fixed), {i: [] for i in range(5)}, {}
+    batch, said, caches = runpy.run_path(str(BATCH))["Batch"](model, size, fixed=fixed), {i: [] for i in range(5)}, {}
     for t in range(16):
         for i in [i for i in range(5) if begins[i] == t]:
             batch.join(i, read(model, lengths[i], seed=i), int(tokens(1, 1, seed=20 + i)))

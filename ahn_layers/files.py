@@ -26,13 +26,24 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, descri
 
 
 def digest(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """A hash of names, dtypes, shapes and values, wherever the tensors are, and of a text."""
+    """A hash of names, dtypes, shapes and values, wherever the tensors are, and of a text.
+
+    Raises:
+        ValueError: if a tensor is of a class of its own, such as a quantized one, whose bytes cannot be read.
+    """
     found = hashlib.sha256(text.encode())
     for name, u in named:
-        u = u.detach().cpu().contiguous()
         found.update(f"{name} {u.dtype} {tuple(u.shape)}".encode())
-        # one row of bytes, whatever the strides of a dimension of size 1 or 0
-        found.update(u.reshape(-1, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().data)
+        try:
+            u = u.detach().cpu().contiguous()
+            # one row of bytes, whatever the strides of a dimension of size 1 or 0
+            u = u.reshape(-1, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{name} is a {type(u).__name__}: expected a tensor whose bytes can be read. Weights of a memory are "
+                "not quantized: quantize the base model before retrofit(...), or leave out the modules under 'memory'."
+            ) from error
+        found.update(u.numpy().data)
     return found.hexdigest()
 
 
@@ -85,14 +96,14 @@ def sha256(data: bytes | Path) -> str:
     return found.hexdigest()
 
 
-def as_device(device: torch.device | str | torch.dtype) -> torch.device:
+def as_device(device: torch.device | str | torch.dtype | None) -> torch.device | None:
     """The device, if it is one: a dtype in its place would round counters as well."""
     if isinstance(device, torch.dtype):
         raise TypeError(
             f"device={device}: expected a device, such as 'cpu'. A state of another dtype has to be computed anew, by "
             "a model of that dtype."
         )
-    return torch.device(device)
+    return None if device is None else torch.device(device)
 
 
 def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:

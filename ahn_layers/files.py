@@ -108,9 +108,9 @@ def as_device(device: torch.device | str | torch.dtype | None) -> torch.device |
 
 def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read back what ``save_tensors`` wrote; every defect of the file is a ValueError that names it."""
-    place = as_device(device)
     from safetensors import safe_open
 
+    place = as_device(device)
     expected = f"ahn_layers.{kind}"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file.")

@@ -197,6 +197,8 @@ def full_attention(model: nn.Module) -> AbstractContextManager[None]:
 def window_only(model: nn.Module) -> AbstractContextManager[None]:
     """Within this context, run sinks + window without the memory: the ablation that a memory has to beat.
 
+    With gradient checkpointing the backward pass has to be inside as well: it runs the layers again.
+
     Args:
         model: a retrofitted model, or one that contains it.
 

@@ -112,6 +112,6 @@ def test_words_are_found_beside_punctuation_and_in_other_forms(site):
 
 
 def test_no_number_makes_a_query_fail(site):
-    """lunr confuses numbers where it takes them as beginnings of words."""
+    """The search confuses numbers where it takes them as beginnings of words."""
     queries = ["Llama 3", "Llama-3", "Qwen 2.5", "4-bit", *(f"tokens {number}" for number in range(100))]
     assert [query for query, found in zip(queries, ask(site, queries), strict=True) if not found] == []

@@ -71,8 +71,8 @@ class Batch:
             self._rows(active, more)
         return kept
 
-    def step(self) -> dict[Any, Tensor]:
-        """Every row reads its token; returns the logits ``(V,)`` of what follows, by user."""
+    def step(self) -> Tensor:
+        """Every row reads its token; returns the logits of what follows, ``(rows, V)``, unused rows included."""
         device = self.model.device
         out = self._call(
             input_ids=torch.tensor(self.tokens, device=device).unsqueeze(1),
@@ -81,7 +81,8 @@ class Batch:
             use_cache=True,
         )
         self.positions = [position + 1 for position in self.positions]
-        return {self.users[row]: out.logits[row, -1] for row in self.active}
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _begin(self, cache: HippocampalCache) -> None:
         """The first rows: all that there will ever be, or a single one; copies, which will be replaced."""

@@ -14,8 +14,10 @@ from .batch import Batch
 from .metrics import Metrics
 from .prefixes import Prefixes
 from .request import BusyError, Done, Failed, Request
+from .sampling import choose
 
 log = logging.getLogger("serving")
+NO_NUMBERS = "the logits of the model are not finite numbers"
 
 
 class Engine:
@@ -147,7 +149,7 @@ class Engine:
             self._end(request, Failed(error))
 
     def _read_piece(self, request: Request) -> torch.Tensor | None:
-        """Read a piece; returns the logits of the reply's first token if it was the last one."""
+        """Read a piece; returns the logits ``(1, V)`` of the reply's first token if it was the last one."""
         if request.read == 0 and request.cache is None:
             if request.shared:
                 request.cache = self.prefixes.get(request.ids[: request.shared])
@@ -165,11 +167,13 @@ class Engine:
         if end == request.shared and request.reused == 0:
             assert request.cache is not None
             self.prefixes.put(request.ids[:end], request.cache)
-        return out.logits[0, -1] if end == len(request.ids) else None
+        return out.logits[:, -1] if end == len(request.ids) else None
 
     def _answer(self, request: Request, logits: torch.Tensor) -> None:
         """The first token of the reply, and a row to go on in."""
-        token = request.sampling.choose(logits)
+        (token,) = choose(logits, [request.sampling])
+        if token is None:
+            raise ArithmeticError(NO_NUMBERS)
         request.started = time.monotonic()
         self.metrics.observe("time_to_first_token_seconds", request.started - request.submitted)
         self.metrics.add("generated_tokens_total")
@@ -187,12 +191,15 @@ class Engine:
         begin = time.monotonic()
         try:
             logits = self.batch.step()
+            tokens = choose(logits, [None if user is None else user.sampling for user in self.batch.users])
         except Exception as error:
             log.exception("a step failed")
             self._fail_all(error)
             return
-        for request, row in logits.items():
-            token = request.sampling.choose(row)
+        for request, token in [pair for pair in zip(self.batch.users, tokens, strict=True) if pair[0] is not None]:
+            if token is None:
+                self._end(request, Failed(ArithmeticError(NO_NUMBERS)))
+                continue
             self.metrics.add("generated_tokens_total")
             end = request.take(token)
             if end is None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1
+
 
 @dataclass
 class Sampling:
@@ -30,7 +32,7 @@ class Sampling:
         return self._random.random()
 
 
-def choose(logits: Tensor, samplings: Sequence[Sampling | None]) -> list[int | None]:
+def choose(logits: Tensor, samplings: Sequence[Sampling | None]) -> list[int]:
     """The next token of each row, which depends on the logits and the draws of that row alone.
 
     Args:
@@ -38,13 +40,13 @@ def choose(logits: Tensor, samplings: Sequence[Sampling | None]) -> list[int | N
         samplings: how each row's token is chosen; None for a row that nobody uses.
 
     Returns:
-        The tokens; None for a row that nobody uses, or whose logits are not numbers.
+        The tokens; ``NO_TOKEN`` for a row that nobody uses, or whose logits are not finite numbers.
     """
     best = logits.argmax(dim=1)
     tokens = best if all(u is None or u.temperature == 0 for u in samplings) else _drawn(logits, best, samplings)
     usable = logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()  # nan is greater than any number to argmax
-    chosen = tokens.masked_fill(~usable, -1).tolist()
-    return [None if u is None or token < 0 else token for u, token in zip(samplings, chosen, strict=True)]
+    chosen = tokens.masked_fill(~usable, NO_TOKEN).tolist()
+    return [NO_TOKEN if u is None else token for u, token in zip(samplings, chosen, strict=True)]
 
 
 def _drawn(logits: Tensor, best: Tensor, samplings: Sequence[Sampling | None]) -> Tensor:

@@ -71,7 +71,7 @@ def test_a_row_among_others_is_the_row_alone(dtype):
     for row, options in enumerate(OPTIONS):
         if options is not None and options["temperature"] in (0, 1e-310):
             assert list(together[row]) == logits[:, row].argmax(dim=1).tolist()
-    assert set(together[3]) == {None}
+    assert set(together[3]) == {-1}
     assert len(set(map(tuple, replies(logits[:, 1:2].expand(-1, 3, -1), *(OPTIONS[i] for i in (1, 5, 6)))))) == 3
 
 
@@ -110,5 +110,5 @@ def test_logits_that_are_no_numbers_give_no_token():
         logits[0, 1:3, 7] = value
         drawn, greedy = {"seed": 1}, {"temperature": 0}
         found = replies(logits, drawn, drawn, greedy, greedy)
-        assert found[1] == found[2] == (None,) and None not in found[0] + found[3]
-    assert replies(torch.full((1, 1, 9), float("-inf")), {"seed": 1}) == [(None,)]
+        assert found[1] == found[2] == (-1,) and -1 not in found[0] + found[3]
+    assert replies(torch.full((1, 1, 9), float("-inf")), {"seed": 1}) == [(-1,)]

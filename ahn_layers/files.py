@@ -26,13 +26,24 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, descri
 
 
 def digest(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """A hash of names, dtypes, shapes and values, wherever the tensors are, and of a text."""
+    """A hash of names, dtypes, shapes and values, wherever the tensors are, and of a text.
+
+    Raises:
+        ValueError: if a tensor is of a class of its own, such as a quantized one, whose bytes cannot be read.
+    """
     found = hashlib.sha256(text.encode())
     for name, u in named:
-        u = u.detach().cpu().contiguous()
         found.update(f"{name} {u.dtype} {tuple(u.shape)}".encode())
-        # one row of bytes, whatever the strides of a dimension of size 1 or 0
-        found.update(u.reshape(-1, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().data)
+        try:
+            u = u.detach().cpu().contiguous()
+            # one row of bytes, whatever the strides of a dimension of size 1 or 0
+            u = u.reshape(-1, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{name} is a {type(u).__name__}: expected a tensor whose bytes can be read. Weights of a memory are "
+                "not quantized: quantize the base model before retrofit(...), or leave out the modules under 'memory'."
+            ) from error
+        found.update(u.numpy().data)
     return found.hexdigest()
 
 

@@ -19,10 +19,10 @@ def project(linear: nn.Module, x: Float[Tensor, "b t n"], *, widen: bool = True)
         x: hidden states.
         widen: False leaves what is returned in the dtype it was computed in.
     """
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        # quantized and adapted layers compute something else than weight and bias say, in their own way
+    if not is_plain(linear):
         y = linear(x)
         return (y.to(torch.promote_types(y.dtype, torch.float32)) if widen else y).transpose(1, 2)
+    assert isinstance(linear, nn.Linear)
     x, weight = narrower(x, linear.weight)
     bias: Tensor | None = linear.bias
     idle = -linear.out_features % 8 if x.is_cuda and x.shape[1] > 1 else 0
@@ -34,6 +34,16 @@ def project(linear: nn.Module, x: Float[Tensor, "b t n"], *, widen: bool = True)
     if widen and y.dtype not in (torch.float32, torch.float64):
         y = y.float()
     return y.transpose(1, 2)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer computes what its weight and bias say, as plain tensors.
+
+    Adapted and quantized layers do it in their own way: with another ``forward``, or with a weight of another class.
+    """
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        return False
+    return type(linear.weight) in (Tensor, nn.Parameter)
 
 
 def narrower(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

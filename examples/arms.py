@@ -4,6 +4,7 @@ Every arm but full attention keeps as many tokens without loss: an arm without s
 their number.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -135,6 +136,20 @@ def set_slots(model: nn.Module, num_slots: int) -> None:
         raise ValueError(f"--slots {num_slots}: this memory has no slots. Leave --slots out.")
     for policy in policies:
         policy.num_slots = num_slots
+
+
+def set_rate(model: nn.Module, rate: float) -> None:
+    """Let the priorities of all heads age at one rate; a small one lets all of them keep their tokens for good.
+
+    Raises:
+        ValueError: if the model has no slots with a learned score, or the rate is 0, which has no logarithm.
+    """
+    scores = [store.eviction.learned for store in stores_of(model) if isinstance(store.eviction, SalientSlots)]
+    if not scores or None in scores or rate == 0:
+        reason = "expected a number above 0" if rate == 0 else "this memory has no learned slots. Leave --rate out"
+        raise ValueError(f"--rate {rate}: {reason}.")
+    for score in scores:
+        score.log_rate.detach().fill_(math.log(rate))
 
 
 def _slots(store: MemoryStore) -> int:

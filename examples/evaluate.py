@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import compressor_names, count, device, find_adapter, give_memory, positive, user_errors
-from arms import arms_of, equal_window, own_window, set_slots, slots_of
+from _common import compressor_names, count, device, find_adapter, give_memory, number, positive, user_errors
+from arms import arms_of, equal_window, own_window, set_rate, set_slots, slots_of
 from evaluation_plots import plot
 from gap import SEGMENT
 from measures import Results, gaps, needles, sinks, sizes, spans, streaming
@@ -70,6 +70,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, list[Tensor]]:
     give_memory(model, adapter, window=window, sinks=num_sinks, compressor=options.compressor)
     if options.slots is not None:
         set_slots(model, options.slots)
+    if options.rate is not None:
+        set_rate(model, options.rate)
     documents = [tokens_of(tokenizer, text) for text in texts]
     if options.scores and not slots_of(model):
         raise ValueError("--scores: this memory has no slots. Leave --scores out.")
@@ -137,6 +139,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--chunk", type=positive, default=512, help="tokens per call")
     add("--capacities", type=capacity, nargs="+", help="such as 480+32 1920+128; default: the adapter's own")
     add("--slots", type=positive, help="evicted tokens kept in each head; default: the adapter's own")
+    add("--rate", type=number(1.0), help="of aging, in all heads of learned slots; default: the adapter's own, by head")
     add("--stretches", type=count, default=8, help="stretches of text to measure the gap on")
     add("--length", type=positive, default=8192, help="tokens in each")
     add("--start", type=count, default=512, help="positions before this are never counted")

@@ -8,6 +8,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from ahn_layers import adapter_parameters, load_adapter, retrofit, save_adapter
+from ahn_layers.files import digest
 from ahn_layers.fingerprint import differences, memory_identity
 from ahn_layers.record import find_retrofitted
 
@@ -105,6 +106,11 @@ def test_adapters_without_a_fingerprint_load(tmp_path):
     del description["base"], description["weights_sha256"], description["description_sha256"]
     (tmp_path / "adapter.json").write_text(json.dumps(description))
     assert same(weights(load_adapter(plain(seed=1), tmp_path)), weights(model))
+
+
+def test_bytes_that_cannot_be_read():
+    with pytest.raises(ValueError, match="w is a Tensor: expected a tensor whose bytes can be read"):
+        digest([("w", torch.eye(3).to_sparse())])
 
 
 def test_memory_identity(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..layers import narrower, project
+from ..layers import is_plain, narrower, project
 from ..ops.decode.kept import ScoreWeights
 from ..tokens import Leaving, Tokens, per_head
 
@@ -104,13 +104,15 @@ class LearnedScore(nn.Module):
     def weights(self) -> ScoreWeights | None:
         """As the kernels of a decode step take them; None where a layer has been replaced, by an adapter for one."""
         up, direct = self.up, self.direct
-        if any(type(u) is not nn.Linear for u in (up, self.up_v, direct)) or up.weight.dtype != direct.weight.dtype:
+        if not all(map(is_plain, (up, self.up_v, direct))) or up.weight.dtype != direct.weight.dtype:
             return None
         return ScoreWeights(up.weight, up.bias, self.up_v.weight, self.down, direct.weight, direct.bias)
 
 
 def linear(layer: nn.Linear, u: Tensor) -> Tensor:
-    """A linear layer in the narrower of the dtypes of its weight and what it is given."""
+    """A linear layer in the narrower of the dtypes of its weight and what it is given; as it is unless it is plain."""
+    if not is_plain(layer):
+        return layer(u)  # type: ignore[no-any-return]
     u, weight = narrower(u, layer.weight)
     return F.linear(u, weight, None if layer.bias is None else layer.bias.to(u.dtype))
 

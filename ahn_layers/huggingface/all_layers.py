@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .cache_layers import MemoryLayer
+from .static_layer import StaticMemoryLayer
 
 
 @contextmanager
@@ -24,6 +25,13 @@ def all_or_none(layers: Sequence[Any]) -> Iterator[None]:
             vars(part).clear()
             vars(part).update(attributes)
         raise
+
+
+def refuse_reset(layers: Sequence[Any]) -> None:
+    """Raise a RuntimeError, before any layer has forgotten anything, if one of them cannot be emptied."""
+    for layer in layers:
+        if isinstance(layer, StaticMemoryLayer):
+            layer.refuse_reset()
 
 
 def refuse_uneven(cache: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..files import load_tensors, reading, save_tensors
-from .all_layers import all_or_none, refuse_masks
+from .all_layers import all_or_none, refuse_masks, refuse_reset
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
 from .fixed import is_fixed, is_traced, release
@@ -83,6 +83,7 @@ class HippocampalCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         release(self)
+        refuse_reset(self.layers)
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class HippocampalCache(DynamicCache):
         settle(self)
         release(self)
         settle(cache)
-        cache = cache.clone() if cache is self else cache
+        cache = self.take(range(len(rows_of(self.layers)))) if cache is self else cache
         put_layers(self.layers, numbers(_listed(rows), len(rows_of(self.layers))), cache.layers)
         forget_past(self.layers)
 

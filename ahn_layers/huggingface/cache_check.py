@@ -9,9 +9,9 @@ from .cache_layers import MemoryLayer
 
 def check_loaded(layer: Any, description: dict[str, Any]) -> None:
     """Raise a ValueError unless the parts of a layer fit together."""
-    if description["type"] not in ("memory", "sliding", "full", "linear"):
+    if description["type"] not in ("memory", "sliding", "full", "linear", "none"):
         raise ValueError(
-            f"an unknown kind of layer, {description['type']!r}: expected memory, sliding, full or linear."
+            f"an unknown kind of layer, {description['type']!r}: expected memory, sliding, full, linear or none."
         )
     if "linear" in description:
         _check_linear(layer, description["linear"])

@@ -22,6 +22,7 @@ from .all_layers import refuse_uneven
 from .cache import HippocampalCache, fill, self_attention
 from .config_view import naming
 from .joined import align_rows, refuse_unaligned
+from .linear_padding import Resting, resting_rows
 from .packing import find_texts, positions_of
 from .reconcile import check_memory, note_memory, note_padding, reconcile
 from .transaction import begin, complete, settle, settle_for_use
@@ -47,6 +48,7 @@ class Call:
         real: False at padding among the new tokens, None if there is none.
         texts: the number of each token's text where rows hold several, else None.
         identity: of the memory weights, empty if they are not used or cannot be read.
+        resting: rows whose convolutions and recurrences must stay as they are, None if there are none.
         outer: whether the call is not part of another one of the same model.
     """
 
@@ -58,6 +60,7 @@ class Call:
     real: Bool[Tensor, "b t"] | None = None
     texts: Int[Tensor, "b t"] | None = None
     identity: str = ""
+    resting: Resting | None = None
     outer: bool = False
 
 
@@ -153,6 +156,8 @@ class ForwardHook:
         cache = call.cache if call.cache is not None else _cache_in(output)
         if isinstance(cache, Cache):
             note_memory(cache, call.identity)
+            if call.resting is not None:
+                call.resting.put_back(cache)
             if call.count:
                 note_padding(cache, call.real, call.count, taken_in=True)
             hand_over(cache, complete(cache))
@@ -177,6 +182,7 @@ class ForwardHook:
         call.real = reconcile(cache, call.mask, *tokens.shape[:2])
         call.texts = self._find_texts(call, kwargs, tokens)
         if isinstance(cache, Cache):
+            call.resting = resting_rows(cache, call.real)
             begin(cache, tokens.shape[1])
 
     def _find_texts(self, call: Call, kwargs: dict[str, Any], tokens: Tensor) -> Tensor | None:

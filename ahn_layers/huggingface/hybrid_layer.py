@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from .cache_layers import MemoryLayer
+from .linear_rows import of_fixed_size
 from .static_layer import StaticMemoryLayer
 
 
@@ -81,9 +82,9 @@ class StaticHybridMemoryLayer(_WithLinear, StaticMemoryLayer, LinearAttentionCac
 
     is_compileable = True
 
-    def __init__(self, linear: LinearAttentionLayer, max_cache_len: int) -> None:
+    def __init__(self, max_cache_len: int, linear: LinearAttentionLayer | None = None) -> None:
         StaticMemoryLayer.__init__(self, max_cache_len)
-        self.linear = linear
+        self.linear = LinearAttentionLayer() if linear is None else linear
 
 
 def layer_in_place_of(native: Any, max_cache_len: int | None) -> MemoryLayer:
@@ -94,7 +95,10 @@ def layer_in_place_of(native: Any, max_cache_len: int | None) -> MemoryLayer:
     if isinstance(native, LinearAttentionCacheLayerMixin):
         linear = LinearAttentionLayer(number_of_states=native.number_of_states)
         vars(linear).update({name: getattr(native, name) for name in vars(linear)})
-        return HybridMemoryLayer(linear) if max_cache_len is None else StaticHybridMemoryLayer(linear, max_cache_len)
+        for i in range(linear.number_of_states) if linear.record_past else ():
+            linear.conv_states[i] = of_fixed_size(linear, "conv_states", i)
+        linear.record_past = False  # nothing is ever taken back from it
+        return HybridMemoryLayer(linear) if max_cache_len is None else StaticHybridMemoryLayer(max_cache_len, linear)
     return MemoryLayer() if max_cache_len is None else StaticMemoryLayer(max_cache_len)
 
 

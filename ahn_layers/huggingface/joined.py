@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
-from .cache_layers import MemoryLayer
 from .padding import Padding
 from .reconcile import length_of, memory_layers
 
@@ -33,7 +33,7 @@ def align_rows(cache: Any, kwargs: dict[str, Any], tokens: Tensor, module: nn.Mo
             )
         before = torch.tensor(padding.before, device=tokens.device).unsqueeze(1)
         kwargs["position_ids"] = torch.arange(past, past + count, device=tokens.device) - before
-    if mask is None and not all(isinstance(layer, MemoryLayer) for layer in cache.layers):
+    if mask is None and any(isinstance(layer, DynamicLayer) for layer in cache.layers):
         new = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         mask = kwargs["attention_mask"] = torch.cat((padding.real(past, tokens.device), new), dim=1)
     return mask

@@ -12,10 +12,9 @@ from transformers.cache_utils import (
 from ..state import MemoryState
 from .cache_layers import MemoryLayer
 from .hybrid_layer import HybridMemoryLayer
-from .native_layer import forget_past
+from .linear_rows import STATES as _STATES
+from .native_layer import SHARING, forget_past
 from .padding import Padding
-
-_STATES = ("conv_states", "recurrent_states")
 
 
 def tensors_of(layer: Any) -> dict[str, Tensor]:
@@ -52,6 +51,8 @@ def describe(layer: Any) -> dict[str, Any]:
         return {"type": "full"}
     if type(layer) is LinearAttentionLayer and not layer.record_past:
         return {"type": "linear", "linear": _describe_linear(layer)}
+    if type(layer) in SHARING:
+        return {"type": "none"}
     raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be copied or saved here: use copy.deepcopy.")
 
 
@@ -65,6 +66,8 @@ def _describe_linear(layer: LinearAttentionLayer) -> list[dict[str, Any]]:
 
 def rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """Inverse of ``describe`` and ``tensors_of``."""
+    if description["type"] == "none":
+        return SHARING[0]() if SHARING else LinearAttentionLayer()  # which stands for layers without states there
     if description["type"] == "linear":
         return _rebuild_linear(description["linear"], tensors)
     if description["type"] == "memory":

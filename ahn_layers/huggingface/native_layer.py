@@ -1,11 +1,11 @@
 """Saves cache layers of transformers before a call, and puts them back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 SHARING: tuple[type, ...] = tuple(u for u in (getattr(cache_utils, "DummyLayer", None),) if u is not None)
 """Layers whose keys and values come from another layer; transformers 5.17 has none."""
@@ -49,9 +49,19 @@ def forget_past(layers: Iterable[Any]) -> None:
             layer.keys, layer.values = layer.keys[:, :, visible], layer.values[:, :, visible]
 
 
-def refuse_gaps(layers: Iterable[Any]) -> None:
-    """Raise a RuntimeError if a sliding layer has taken back tokens before which it has not kept what it would see."""
+def refuse_gaps(layers: Sequence[Any]) -> None:
+    """Raise a RuntimeError if a layer has taken back tokens before which it has not kept what it would see."""
+    length = max((int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")), default=0)
     for i, layer in enumerate(layers):
+        if type(layer) is LinearAttentionLayer:
+            for k, states in layer.conv_states.items():
+                needed = 0 if states is None else min(length, layer.conv_kernel_size[k] or 0)
+                if states is not None and states.shape[-1] < needed:
+                    raise RuntimeError(
+                        f"crop: layer {i}, a convolution, would hold {states.shape[-1]} of the {needed} tokens that it "
+                        "sees, since the older ones were not recorded. Call cache.activate_past_recording() before the "
+                        "tokens to be taken back, or clone the cache and go back to the clone."
+                    )
         if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
             held, seen = layer.keys.shape[-2], min(layer.cumulative_length, layer.sliding_window - 1)
             if held < seen:

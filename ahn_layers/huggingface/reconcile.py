@@ -7,6 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from .cache_layers import LayerCache, MemoryLayer
+from .linear_rows import recurring
 from .padding import Padding
 
 
@@ -37,7 +38,7 @@ def reconcile(cache: Any, mask: Any, rows: int, count: int) -> Bool[Tensor, "b t
     mask = mask.to(torch.bool)
     layers = memory_layers(cache)
     if past and layers:
-        _compare(layers, mask[:, :past])
+        _compare(layers, mask[:, :past], recurs=bool(recurring(getattr(cache, "layers", ()))))
     new = mask[:, past:]
     return None if bool(new.all()) else new
 
@@ -79,7 +80,7 @@ def note_memory(cache: Any, identity: str) -> None:
         layer.made_with = identity or layer.made_with
 
 
-def _compare(layers: list[MemoryLayer], said: Bool[Tensor, "b c"]) -> None:
+def _compare(layers: list[MemoryLayer], said: Bool[Tensor, "b c"], *, recurs: bool) -> None:
     first = layers[0]
     assert first.state is not None
     padding = first.padding or Padding.none(first.state.batch_size)
@@ -106,6 +107,12 @@ def _compare(layers: list[MemoryLayer], said: Bool[Tensor, "b c"]) -> None:
     gone = counted & ~said
     if not bool(gone.any()):
         return
+    if recurs:
+        raise ValueError(
+            f"attention_mask hides tokens of rows {gone.any(dim=1).nonzero().flatten().tolist()} that the cache has "
+            "taken in as real: this model has convolutions or recurrences, from which no token can be taken back. "
+            "Mask tokens when they come, begin a new cache, or go back to a clone."
+        )
     for layer in layers:
         stuck = gone.any(dim=1) & ~layer.can_take_back(gone).to(gone.device)
         if bool(stuck.any()):

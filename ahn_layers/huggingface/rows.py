@@ -12,24 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..rows import check_alike, join_rows, put_rows
 from ..state import MemoryState
+from . import linear_rows
 from .cache_layers import MemoryLayer
+from .hybrid_layer import HybridMemoryLayer, StaticHybridMemoryLayer
+from .linear_rows import linear_of
+from .native_layer import SHARING
 from .padding import Padding, Row
 from .static_layer import StaticMemoryLayer
+
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers that are not retrofitted: keys and values of the text, or of its last tokens."""
+_FIXED = {StaticMemoryLayer: MemoryLayer, StaticHybridMemoryLayer: HybridMemoryLayer}
+"""Layers of fixed addresses, and what their rows are in a cache that grows."""
 
 
 def rows_of(layers: Sequence[Any]) -> list[Row]:
     """Every row of a cache by itself.
 
     Raises:
-        ValueError: if no memory layer holds any token.
+        ValueError: if no memory layer holds any token, or the model keeps a recurrence outside of its cache.
     """
     for layer in layers:
         if isinstance(layer, MemoryLayer) and layer.state is not None:
             layer.refuse_broken()
+            if missing := linear_rows.kept_elsewhere(layers):
+                raise ValueError(
+                    f"layers {missing} of the cache hold nothing, although it has read tokens: this model keeps their "
+                    "states in its modules, so rows cannot be taken out, put in or joined. Expected states of every "
+                    "row in the cache; read one batch at a time, from its first token to its last."
+                )
             padding = layer.padding or Padding.none(layer.state.batch_size)
             return padding.rows(int(layer.get_seq_length()))
     raise ValueError("this cache holds no tokens of a retrofitted model: expected one that has read a text.")
@@ -76,7 +91,7 @@ def join_layers(caches: Sequence[list[Any]], count: int | None = None, *, consum
     if count is not None:
         if len(places) > count:
             raise ValueError(f"rows={count}: the caches have {len(places)} rows together, expected no more than that.")
-        others = [i for i, layer in enumerate(caches[0]) if not isinstance(layer, MemoryLayer)]
+        others = [i for i, layer in enumerate(caches[0]) if _kind(layer) in _GROWING]
         if others:
             raise ValueError(
                 f"rows={count}: layers {others} are not retrofitted, and what they hold grows with the text. Leave "
@@ -86,7 +101,7 @@ def join_layers(caches: Sequence[list[Any]], count: int | None = None, *, consum
     made = []
     for i in range(len(caches[0])):
         layer = _layer([(caches[c][i], row, every[c][row]) for c, row in places])
-        made.append(layer if count is None else StaticMemoryLayer.of(layer.state, layer.padding, layer.made_with))
+        made.append(_fixed(layer) if count is not None and isinstance(layer, MemoryLayer) else layer)
         for layers in caches if consume else ():
             layers[i] = None
     return made
@@ -107,11 +122,14 @@ def put_layers(layers: Sequence[Any], index: list[int], others: Sequence[Any]) -
     length, padding = max(row.length for row in every), Padding.aligned(every)
     with _broken_if_interrupted(layers):
         for i, (layer, other) in enumerate(zip(layers, others, strict=True)):
-            if not isinstance(layer, MemoryLayer):
+            mine_beside, its_beside = linear_of(layer), linear_of(other)
+            if mine_beside is not None and its_beside is not None:
+                linear_rows.put(mine_beside, index, its_beside)
+            if _kind(layer) in _GROWING:
                 chosen = [sources.get(row, (layers, row)) for row in range(len(mine))]
                 parts = [(whose[i], row, every[k]) for k, (whose, row) in enumerate(chosen)]
                 _write(layer, parts, length)
-            elif other.state is not None:
+            elif isinstance(layer, MemoryLayer) and other.state is not None:
                 state = layer.changeable()
                 assert state is not None
                 put_rows(state, torch.tensor(index), _trimmed(other, max(row.length for row in theirs)))
@@ -122,17 +140,31 @@ def put_layers(layers: Sequence[Any], index: list[int], others: Sequence[Any]) -
 def _layer(own: list[tuple[Any, int, Row]]) -> Any:
     """A new layer from rows of others."""
     rows, first = [row for _, _, row in own], own[0][0]
-    length = max(row.length for row in rows)
-    if _kind(first) is MemoryLayer:
-        layer = MemoryLayer()
+    kind, length = _kind(first), max(row.length for row in rows)
+    linears = [(linear, row) for part, row, _ in own if (linear := linear_of(part)) is not None]
+    linear = linear_rows.joined(linears) if linears else None
+    if kind in (MemoryLayer, HybridMemoryLayer):
+        layer = MemoryLayer() if linear is None else HybridMemoryLayer(linear)
         if first.state is not None:
             layer.made_with = next((part.made_with for part, _, _ in own if part.made_with), "")
             layer.state = _joined(own, length)
             layer.align(length, Padding.aligned(rows))
         return layer
-    other = DynamicLayer() if type(first) is DynamicLayer else DynamicSlidingWindowLayer(first.sliding_window)
+    if kind not in _GROWING:
+        return type(first)() if linear is None else linear
+    other = DynamicLayer() if kind is DynamicLayer else DynamicSlidingWindowLayer(first.sliding_window)
     _write(other, own, length)
     return other
+
+
+def _fixed(layer: MemoryLayer) -> StaticMemoryLayer:
+    """A layer of fixed addresses with the rows of one that grows, which is given up."""
+    assert layer.state is not None
+    if not isinstance(layer, HybridMemoryLayer):
+        return StaticMemoryLayer.of(layer.state, layer.padding, layer.made_with)
+    fixed = StaticHybridMemoryLayer.of(layer.state, layer.padding, layer.made_with)
+    fixed.linear = layer.linear
+    return fixed
 
 
 @torch.no_grad()
@@ -177,14 +209,18 @@ def _check(layers: Sequence[Any], others: Sequence[Any]) -> None:
         raise ValueError(f"caches of {len(layers)} and of {len(others)} layers: expected caches of the same model.")
     pairs = list(zip(layers, others, strict=True))
     for i, (mine, its) in enumerate(pairs):
-        if _kind(mine) is not _kind(its) or (mine.is_initialized != its.is_initialized):
+        if _kind(mine) is not _kind(its) or _holds_keys(mine) != _holds_keys(its):
             raise ValueError(
                 f"layer {i} is a {type(mine).__name__} in one cache and a {type(its).__name__} in the other, or holds "
                 "tokens in one of them alone: expected caches of the same model."
             )
     for i, (mine, its) in enumerate(pairs):
-        if not isinstance(mine, MemoryLayer):
+        mine_beside, its_beside = linear_of(mine), linear_of(its)
+        if mine_beside is not None and its_beside is not None:
+            linear_rows.check(i, mine_beside, its_beside)
+        if _kind(mine) in _GROWING:
             _check_keys(i, mine, its)
+        if not isinstance(mine, MemoryLayer):
             continue
         if mine.made_with and its.made_with and mine.made_with != its.made_with:
             raise ValueError(
@@ -199,16 +235,22 @@ def _kind(layer: Any) -> type:
     """The kind of a layer whose rows can be taken out, put in and joined.
 
     Raises:
-        ValueError: if it is of another kind: it may hold more than keys, values and a memory.
+        ValueError: if it is of another kind.
     """
-    if type(layer) in (MemoryLayer, StaticMemoryLayer):
-        return MemoryLayer
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) in (*_GROWING, MemoryLayer, HybridMemoryLayer, LinearAttentionLayer, *SHARING):
         return type(layer)
+    if type(layer) in _FIXED:
+        return _FIXED[type(layer)]
     raise ValueError(
-        f"rows of a cache layer of type {type(layer).__name__} cannot be taken out, put in or joined. Keep a cache for "
-        "each text; its rows can be reordered and repeated."
+        f"rows of a cache layer of type {type(layer).__name__} cannot be taken out, put in or joined: it may hold more "
+        "than keys, values, a memory, a convolution or a recurrence. Keep a cache for each text; its rows can be "
+        "reordered and repeated."
     )
+
+
+def _holds_keys(layer: Any) -> bool:
+    """Whether a layer that holds keys and values, or a memory, has got any."""
+    return bool(getattr(layer, "is_initialized", False))
 
 
 def _check_keys(i: int, mine: Any, its: Any) -> None:

@@ -154,17 +154,21 @@ class StaticMemoryLayer(MemoryLayer):
         if tokens_to_remove:
             raise RuntimeError(f"crop({tokens_to_remove}): a static memory cannot be cropped, use a dynamic cache.")
 
+    def refuse_reset(self) -> None:
+        """Raise a RuntimeError if the rows were joined: then what an empty row holds is not known."""
+        if self._joined:
+            raise RuntimeError(
+                "reset: this cache was joined from rows of others at fixed addresses, and was never empty. Replace its "
+                "rows with put(rows, cache), or make a new one."
+            )
+
     def reset(self) -> None:
         """Forget everything, keeping the tensors.
 
         Raises:
             RuntimeError: if the rows were joined: then what an empty row holds is not known.
         """
-        if self._joined:
-            raise RuntimeError(
-                "reset: this cache was joined from rows of others at fixed addresses, and was never empty. Replace its "
-                "rows with put(rows, cache), or make a new one."
-            )
+        self.refuse_reset()
         self.edits += 1
         if self.state is not None:
             empty = self.state.clone()

@@ -88,7 +88,8 @@ def bound_names(code):
     nodes = list(ast.walk(ast.parse(code)))
     imports = [u for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for u in n.names]
     imported = {(u.asname or u.name).split(".")[0] for u in imports}
-    return imported | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    arguments = {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return imported | arguments | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def unknown_names(code):

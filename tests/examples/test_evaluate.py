@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ahn_layers import SalientSlots, adapter_parameters
+
+from ..models import retrofitted
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("matplotlib")
@@ -92,6 +96,15 @@ def test_needles_that_are_all_evicted_have_a_row_of_their_own(folders, tmp_path)
     assert places["evicted, at any distance"]["n"] == 5 == sum(u["n"] for u in places.values()) - 5
 
 
+def test_one_rate_for_all_heads():
+    model = retrofitted(dtype=torch.float32, eviction=SalientSlots(4))
+    arms.set_rate(model, 0.25)
+    rates = [parameter.exp() for name, parameter in adapter_parameters(model) if "log_rate" in name]
+    assert rates and all(torch.allclose(rate, torch.tensor(0.25)) for rate in rates)
+    with pytest.raises(ValueError, match="--rate 0: expected a number above 0"):
+        arms.set_rate(model, 0)
+
+
 def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
     results = evaluate.main([
         "--model", str(folders / "base"), "--adapter", str(folders / "adapter"), "--text", str(folders / "text.txt"),
@@ -112,6 +125,7 @@ def test_the_table_says_that_a_gap_is_not_significant(folders, tmp_path):
     (["--output", __file__], "File exists"),
     (["--tasks", "RULER"], "invalid choice"),
     (["--slots", "9"], "--slots 9: this memory has no slots"),
+    (["--rate", "0.1"], "--rate 0.1: this memory has no learned slots"),
     (["--scores", "recent"], "--scores: this memory has no slots"),
     (["--stretches", "0", "--evicted", "--needle-length", "150"], "--needle-length 150: expected at least 160"),
 ])  # fmt: skip

@@ -30,6 +30,9 @@ CASES = [
 class Replaced(torch.nn.Linear):
     """A layer that the kernel does not know: the score is computed outside."""
 
+    def forward(self, x):
+        return super().forward(x)
+
 
 def store_of(b, h, g, d, sinks, window, slots, compressor, options, slot_options):
     """In float64, with gates and scores that say something."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
@@ -19,6 +20,8 @@ _HARMLESS: tuple[object, ...] = (
     "sum", "unsqueeze", "transpose",
 )  # fmt: skip
 """Operations that do nothing but return something."""
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+"""Weights of other classes, quantized ones for example, know themselves what a product with them is."""
 
 
 def merge_matvecs(graph: Graph) -> None:
@@ -178,7 +181,7 @@ def _is_matvec(node: Node) -> bool:
         and has_triton(x)
         and x.numel() == x.shape[-1]
         and x.dtype in (torch.bfloat16, torch.float16)
-        and all(u.op in ("placeholder", "get_attr") for u in given)
+        and all(u.op in ("placeholder", "get_attr") and type(_value(u)) in _PLAIN for u in given)
         and all(
             _value(u).dtype == x.dtype and _value(u).is_contiguous() and _value(u).device == x.device for u in given
         )

@@ -61,8 +61,11 @@ def check_inputs(
         _check_valid(valid, batch, count)
     if compressor is not None:
         _check_compressor(compressor, q, k, v, x)
-    elif x is None and eviction.reads_hidden:
-        raise ValueError(f"x=None: {type(eviction).__name__} needs the hidden states that enter the attention block.")
+    elif eviction.reads_hidden:
+        if x is None:
+            name = type(eviction).__name__
+            raise ValueError(f"x=None: {name} needs the hidden states that enter the attention block.")
+        _check_hidden(x, q, x.shape[-1] if x.ndim else 0)
 
 
 def _check_order(compressor: Compressor | None, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:
@@ -123,7 +126,12 @@ def _check_compressor(compressor: Compressor, q: Tensor, k: Tensor, v: Tensor, x
             f"x=None: {name} needs the hidden states that enter the attention block. Pass them, or call "
             "store.without_memory()."
         )
-    shape = (q.shape[0], q.shape[2], compressor.hidden_size)
+    _check_hidden(x, q, compressor.hidden_size)
+
+
+def _check_hidden(x: Tensor, q: Tensor, size: int) -> None:
+    """The hidden states of the tokens that these are the queries of."""
+    shape = (q.shape[0], q.shape[2], size)
     if x.shape != shape or not x.is_floating_point():
         remedy = ""
         if x.ndim == 3 and (x.shape[1], x.shape[0], x.shape[2]) == shape:

@@ -42,6 +42,20 @@ def check_parts(
         _refuse("slots", held, f"{needed} to {window.capacity}")
 
 
+def check_same(window: Window, mine: dict[str, Tensor], theirs: Window, others: dict[str, Tensor]) -> None:
+    """Raise a ValueError unless the tensors of one state take those of another without a change of shape or dtype."""
+    held, given = ({name: f"{u.dtype} {tuple(u.shape)}" for name, u in named.items()} for named in (mine, others))
+    if window != theirs:
+        raise ValueError(f"the values of a state of {theirs} in one of {window}: expected one window.")
+    for name in sorted(held.keys() | given.keys()):
+        if held.get(name) != given.get(name):
+            raise ValueError(
+                f"a state whose {name} is {given.get(name)} does not fit into one whose {name} is {held.get(name)}: "
+                "expected the same in both. The rows of a state at fixed addresses, of a static cache, keep their "
+                "number: make a dynamic one with cache.clone()."
+            )
+
+
 def _refuse(what: str, found: Any, expected: str) -> None:
     if isinstance(found, torch.Size):
         found = tuple(found)

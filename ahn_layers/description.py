@@ -13,7 +13,7 @@ from .attention import HippocampalAttention
 from .compressor import Compressor
 from .eviction import RIDES, Eviction, FoldAll
 from .fingerprint import base_fingerprint, whole
-from .peft import in_use
+from .peft import in_use, state_in_use
 from .record import Retrofitted
 from .retrofit import retrofit
 from .split import Split
@@ -37,8 +37,8 @@ class Memory(NamedTuple):
 
     def weights(self) -> dict[str, Tensor]:
         """Its weights in this process, by the names that they have in files."""
-        own = {} if self.compressor is None else self.compressor.state_dict(keep_vars=True)
-        return own | {RIDES + name: u for name, u in self.eviction.state_dict(keep_vars=True).items()}
+        own = {} if self.compressor is None else state_in_use(self.compressor)
+        return own | {RIDES + name: u for name, u in state_in_use(self.eviction).items()}
 
     def gather(self) -> dict[str, Tensor]:
         """The same, each in one piece and for all heads."""

@@ -17,7 +17,7 @@ from .by_name import register
 from .ops.attention.between import Between, Turn
 from .ops.decode.kept import Contest
 from .ops.slots.top_slots import running_top
-from .tokens import Later, Leaving, Tokens
+from .tokens import Later, Leaving, Tokens, last
 
 Kept = dict[str, Tensor]
 """What a policy carries between calls: tensors by name, each with the batch as its first dimension."""
@@ -227,9 +227,10 @@ def keep_best(
             f"priority returned {tuple(score.shape)}: expected a number for each token of each key/value head, "
             f"{tuple(every.k.shape[:3])}."
         )
+    score = score.detach() if score.is_floating_point() else score.double()  # ranks, say, which float32 would round
     where = torch.ones((), dtype=torch.bool, device=score.device) if leaving.where is None else leaving.where
     where = (where.unsqueeze(1) if where.ndim == 2 else where).expand(*score.shape[:2], count)
-    lost_at, loser, index, now = running_top(score.detach(), every.gates[RANK], filled, where)
+    lost_at, loser, index, now = running_top(score, every.gates[RANK], filled, where)
     number = torch.arange(size + count, device=score.device)
     there = torch.cat((number[:size] < filled.unsqueeze(2), where), dim=2)
     turn, after = None, {"filled": now}
@@ -237,7 +238,7 @@ def keep_best(
         refused = where & (lost_at[:, :, size:] == torch.arange(count, device=score.device))
         left_out = kept["refused"].unsqueeze(2) + refused.cumsum(dim=2)
         gates = every.gates | {LEFT_OUT: torch.cat((slots.gates[LEFT_OUT], left_out), dim=2)}
-        every, after = replace(every, gates=gates), after | {"refused": left_out[:, :, -1]}
+        every, after = replace(every, gates=gates), after | {"refused": last(left_out)}
         past = kept["refused"].unsqueeze(2).expand(-1, -1, leaving.first)
         turn = Turn(every.gates[LEFT_OUT], torch.cat((past, left_out), dim=2))
     seen = Between(
@@ -280,4 +281,4 @@ def evict(eviction: Eviction, kept: Kept, leaving: Leaving, count: int) -> tuple
         reads = torch.ones_like(ever)
     else:
         reads = ever | ((where if where.ndim == 3 else where.unsqueeze(1)).cumsum(dim=2) > 0)
-    return seen, replace(leaving, reading=reads), after | {FOLDED: reads[:, :, -1]}
+    return seen, replace(leaving, reading=reads), after | {FOLDED: last(reads)}

@@ -96,14 +96,25 @@ def sha256(data: bytes | Path) -> str:
     return found.hexdigest()
 
 
+def as_device(device: torch.device | str | torch.dtype | None) -> torch.device | None:
+    """The device, if it is one: a dtype in its place would round counters as well."""
+    if isinstance(device, torch.dtype):
+        raise TypeError(
+            f"device={device}: expected a device, such as 'cpu'. A state of another dtype has to be computed anew, by "
+            "a model of that dtype."
+        )
+    return None if device is None else torch.device(device)
+
+
 def load_tensors(path: str | Path, kind: str, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read back what ``save_tensors`` wrote; every defect of the file is a ValueError that names it."""
     from safetensors import safe_open
 
+    place = as_device(device)
     expected = f"ahn_layers.{kind}"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    with reading(path), safe_open(str(path), framework="pt", device=str(device)) as file:
+    with reading(path), safe_open(str(path), framework="pt", device=str(place)) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != expected:
             raise ValueError(f"{path}: expected a file of format {expected!r}, found {metadata.get('format')!r}.")

@@ -201,7 +201,7 @@ class MemoryStore(nn.Module):
                 ((q, readers),) = share_columns((new.q, leaving.first, len(new)))
                 reading, memory = recall(compressor, state.memory, readers, new.x, leaving, seen.rank, positions)
                 out = with_reading(new.attend(q, seen, slots, positions, held.length), reading, compressor)
-                state = state.after(held, memory, kept)
+                state = state.after(held, memory, kept, new.tokens)
             outs.append(as_given(out, new, given, state, compressor, eviction, positions))
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], state
 

@@ -51,6 +51,17 @@ def in_use(module: nn.Module) -> nn.Module:
     return wrapper.modules_to_save[names[0]]
 
 
+def state_in_use(module: nn.Module) -> dict[str, Any]:
+    """The state dict of a module as if there were no copies below it: with the values that run, under plain names."""
+    found: dict[str, Any] = module.state_dict(keep_vars=True)
+    for name, child in module.named_modules():
+        copied = in_use(child)
+        if copied is not child:
+            found = {key: u for key, u in found.items() if not key.startswith(f"{name}.")}
+            found |= copied.state_dict(prefix=f"{name}.", keep_vars=True)
+    return found
+
+
 def running(module: nn.Module) -> nn.Module:
     """``in_use``, for a forward pass.
 

@@ -1,5 +1,7 @@
 """The record of a retrofit, and the mode that the retrofitted layers are in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +37,23 @@ class Retrofitted:
     owned: str = "none"
     mode: Mode = "memory"
     returns_cache: bool = True
+    _switches: list[list[Mode]] = field(default_factory=list, init=False, repr=False)
+
+    @contextmanager
+    def switched(self, mode: Mode) -> Iterator[None]:
+        """Within this context, another mode. Contexts may overlap, those of several threads for instance."""
+        switch = [mode]  # an object of its own: equal ones are told apart
+        self._switches.append(switch)
+        self.mode = mode
+        try:
+            yield
+        finally:
+            self._switches[:] = [other for other in self._switches if other is not switch]
+            self.mode = self._switches[-1][0] if self._switches else "memory"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the switches of the original, which never end for a copy, are not its own."""
+        return vars(self) | {"mode": "memory", "_switches": []}
 
     @property
     def layers(self) -> list[int]:

@@ -197,6 +197,8 @@ def full_attention(model: nn.Module) -> AbstractContextManager[None]:
 def window_only(model: nn.Module) -> AbstractContextManager[None]:
     """Within this context, run sinks + window without the memory: the ablation that a memory has to beat.
 
+    With gradient checkpointing the backward pass has to be inside as well: it runs the layers again.
+
     Args:
         model: a retrofitted model, or one that contains it.
 
@@ -282,8 +284,5 @@ def memory_report(model: nn.Module) -> str:
 @contextmanager
 def _switched(model: nn.Module, mode: Mode) -> Iterator[None]:
     _, record = find_retrofitted(model)
-    before, record.mode = record.mode, mode
-    try:
+    with record.switched(mode):
         yield
-    finally:
-        record.mode = before

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .compressor import State, map_state
-from .consistency import check_parts
-from .files import digest, load_tensors, reading, save_tensors
+from .consistency import check_parts, check_same
+from .files import as_device, digest, load_tensors, reading, save_tensors
 from .ring import Held
 from .tokens import Later, Tokens
 from .window import Window
@@ -73,19 +73,14 @@ class MemoryState:
         inplace = self.inplace and not torch.is_grad_enabled()
         return Held(Later(lambda: self.slots), self.seen, self.length, self.padded, inplace)
 
-    def after(self, held: Held, memory: State | None, kept: dict[str, Tensor]) -> "MemoryState":
+    def after(self, held: Held, memory: State | None, kept: dict[str, Tensor], new: Tokens) -> "MemoryState":
         """The state once its window holds these tokens: this one itself if its tensors were overwritten.
 
         Where gradients are recorded, as in training, the slots are made when they are asked for: often they are not,
-        and what they are made of is kept for the backward pass anyhow.
-
-        Args:
-            held: what the window holds.
-            memory: the compressor's state.
-            kept: what the eviction policy carries.
+        and what they are made of is kept for the backward pass anyhow. Tensors without gradients may be overwritten.
         """
         if not held.overwritten:
-            waits = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            waits = torch.is_grad_enabled() and new.requires_grad and not torch.compiler.is_compiling()
             slots = self.slots if waits else held.slots
             window: dict[str, Any] = {"seen": held.seen, "length": held.length, "padded": held.padded}
             after = replace(self, slots=slots, memory=memory, kept=kept, **window)
@@ -135,8 +130,9 @@ class MemoryState:
         return self._map(lambda u: u.detach().clone())
 
     def to(self, device: torch.device | str) -> "MemoryState":
-        """The state on another device."""
-        return self._map(lambda u: u.to(device))
+        """A copy on another device, or on this one; it shares nothing. A dtype is a TypeError."""
+        place = as_device(device)
+        return self._map(lambda u: u.to(place, copy=True))
 
     def reorder(self, index: Int[Tensor, " rows"]) -> "MemoryState":
         """The rows at ``index``, in that order, repeated where it repeats: beams, forks, finished rows dropped.
@@ -147,10 +143,15 @@ class MemoryState:
         return self._map(lambda u: u.index_select(0, index.to(u.device)))
 
     def copy_(self, other: "MemoryState") -> None:
-        """Take over another state's values, keeping this one's tensors where they are (static addresses)."""
-        theirs = other.tensors()
-        for name, mine in self.tensors().items():
-            mine.copy_(theirs[name])
+        """Take over another state's values, keeping this one's tensors where they are (static addresses).
+
+        Raises:
+            ValueError: if it has another window, or other rows, slots or tensors. Nothing has changed.
+        """
+        mine, theirs = self.tensors(), other.tensors()
+        check_same(self.window, mine, other.window, theirs)
+        for name, u in mine.items():
+            u.copy_(theirs[name])
         self.length, self.padded = other.length, other.padded
 
     def save(self, path: str | Path, store: nn.Module | None = None) -> None:

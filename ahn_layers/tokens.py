@@ -48,6 +48,11 @@ class Tokens:
         """All tensors, keys first."""
         return [self.k, self.v, *self.gates.values()]
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients reach any of them."""
+        return any(u.requires_grad for u in self.tensors)
+
     def named(self) -> dict[str, Tensor]:
         """Every tensor by a unique name."""
         return {"k": self.k, "v": self.v} | {f"gates.{name}": gate for name, gate in self.gates.items()}
@@ -178,6 +183,11 @@ def take(u: Tensor, index: Int[Tensor, "*b t"]) -> Tensor:
         index = index.repeat_interleave(u.shape[1] // index.shape[1], dim=1)
         return u.gather(2, index[..., None].expand(*index.shape, u.shape[3]) if u.ndim == 4 else index)
     return u.gather(2, _spread(index, u))
+
+
+def last(u: Tensor) -> Tensor:
+    """The last column of dimension 2, without the memory of the others."""
+    return u[:, :, -1].clone() if u.shape[2] > 1 else u[:, :, -1]
 
 
 def _spread(index: Int[Tensor, "b t"], like: Tensor) -> Tensor:

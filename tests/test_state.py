@@ -1,6 +1,7 @@
 """States and their files: a value that can be forked, moved, reordered, saved and resumed bit for bit."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -95,6 +96,35 @@ def test_clone_shares_nothing_and_to_moves_everything(filled):
         assert u.data_ptr() != state.tensors()[name].data_ptr() or u.numel() == 0
     assert all(u.device.type == "meta" for u in state.to("meta").tensors().values())
     assert copy.nbytes == state.nbytes
+
+
+def test_a_state_moved_to_where_it_is_shares_nothing(filled):
+    store, state, tokens = filled
+    moved, before = state.to("cpu"), state.clone()
+    state.inplace = True
+    with torch.no_grad():
+        store(*(u[..., :1, :] for u in tokens), state)
+    assert all(torch.equal(u, before.tensors()[name]) for name, u in moved.tensors().items())
+
+
+def test_a_dtype_is_no_place_for_a_state(filled, tmp_path, unchecked):
+    with pytest.raises(TypeError, match=r"device=torch\.bfloat16: expected a device.*computed anew"):
+        filled[1].to(torch.bfloat16)
+    filled[1].save(tmp_path / "state")
+    for place, error in ((torch.bfloat16, TypeError), ("nowhere", RuntimeError)):
+        with pytest.raises(error, match=r"[Ee]xpected .*device"):  # and not that the file is damaged
+            MemoryState.load(tmp_path / "state", place)
+
+
+def test_values_of_other_rows_or_another_window_are_not_taken_over(filled):
+    store, state, tokens = filled
+    before = state.clone()
+    with torch.no_grad():
+        _, other = MemoryStore(Window(6, num_sinks=1), store.compressor)(*tokens)
+    for wrong, part in ((state.reorder(torch.tensor([1])), "(1, "), (other, "window_size=6")):
+        with pytest.raises(ValueError, match=re.escape(part)):
+            state.copy_(wrong)
+    assert all(torch.equal(u, before.tensors()[name]) for name, u in state.tensors().items())
 
 
 def corrupt_header(data):

@@ -175,6 +175,7 @@ def test_dense_is_called_until_something_leaves():
 @pytest.mark.parametrize("compressor", [None, GatedDeltaNet])
 def test_in_training_slots_are_made_when_asked_for(compressor, valid, unchecked, monkeypatch):
     store, tokens = make(compressor, 2, 5)
+    tokens[1].requires_grad_()
     with torch.no_grad():
         expected, end = run(store, tokens, [], valid)
     with monkeypatch.context() as patch:

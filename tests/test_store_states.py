@@ -22,6 +22,19 @@ def test_a_state_is_never_changed_unless_asked():
         assert torch.equal(u, before.tensors()[name]), name
 
 
+def test_tensors_may_be_used_again_for_the_next_tokens():
+    """Where gradients are recorded too, though nothing has one."""
+    store, tokens = make(None, sinks=2, window=5)
+    expected, _ = run(store, tokens, [])
+    reused, outs, state = [u[..., :1, :].clone() for u in tokens], [], None
+    for t in range(T):
+        for u, given in zip(reused, tokens, strict=True):
+            u.copy_(given[..., t : t + 1, :])
+        out, state = store(*reused, state)
+        outs.append(out)
+    close(torch.cat(outs, dim=2), expected)
+
+
 def test_size_is_fixed_once_the_window_is_full():
     store, tokens = make(sinks=2, window=5)
     sizes = [run(store, [u[:, :, :t] if u.ndim == 4 else u[:, :t] for u in tokens], [])[1].nbytes for t in (7, 8, T)]

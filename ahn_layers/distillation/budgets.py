@@ -65,7 +65,7 @@ class Budgets:
         base = self.window_size + self.num_sinks
         options = self.slots.options()
         policies = {
-            layer: SalientSlots(**options | {"num_slots": size - base, "rate": self.rates[layer]})
+            layer: type(self.slots)(**options | {"num_slots": size - base, "rate": self.rates[layer]})
             for layer, size in kept.items()
         }
         sizes = {"window_size": self.window_size, "num_sinks": self.num_sinks}

@@ -195,7 +195,7 @@ class _Measuring:
                 if slots is not None:
                     options = slots.options() | {"num_slots": capacity - self.least, "rate": 0.0}
                     window = Window(window_size, self.num_sinks)
-                    policy = SalientSlots(**options).for_layer(**sizes).to(like.dtype)
+                    policy = type(slots)(**options).for_layer(**sizes).to(like.dtype)
             return MemoryStore(window, memory, block.store.rotary, eviction=policy).bytes_per_row(like, **sizes)
 
         return count

@@ -197,6 +197,7 @@ def soft_slots(model: nn.Module, temperature: float = 0.5) -> Iterator[None]:
     A token's logits get ``log sigmoid((priority - threshold) / temperature)``. The threshold is that of the slots, and
     its gradient the one that keeps the sum of the visibilities. For training on whole texts from their beginning: a
     call that continues a cache or a state beyond the window raises a ValueError, as does padding between tokens there.
+    With gradient checkpointing the backward pass has to be inside as well: it runs the layers again.
 
     Args:
         model: a retrofitted model with learned scores.

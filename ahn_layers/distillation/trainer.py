@@ -1,19 +1,23 @@
 """Self-distillation under transformers' Trainer: accelerate, FSDP2, DeepSpeed, progress bar, checkpoints."""
 
+import inspect
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..adapter import load_adapter, save_adapter
+from ..huggingface.call import PACKED
+from ..record import find_retrofitted
 from .passes import arm_losses, distillation_loss, freeze_base, gap_closed, least_capacity
 from .retention import soft_slots
 from .windows import SINKS, longer_windows, sample_window, use_window
@@ -53,7 +57,8 @@ class DistillationTrainer(Trainer):
         **trainer_arguments: passed to ``Trainer``: datasets, collator, callbacks, ...
 
     Raises:
-        ValueError: if the model has no memory to train, or a temperature is given and it has no slots to train.
+        ValueError: if the model has no memory to train, or a temperature is given and it has no slots to train; in
+            training and evaluation, if a batch is padded or packed, or has other inputs of the model.
     """
 
     control: TrainerControl
@@ -106,7 +111,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The distillation loss of a batch."""
         found = distillation_loss(
-            model, inputs["input_ids"], answers=inputs.get("answers"), slice_size=self.slice_size, **self.weights
+            model, texts_of(inputs, model), answers=inputs.get("answers"), slice_size=self.slice_size, **self.weights
         )
         return (found.loss, found) if return_outputs else found.loss
 
@@ -125,7 +130,7 @@ class DistillationTrainer(Trainer):
             start = least_capacity(model)
         rows = [torch.zeros(0, 4, dtype=torch.float64, device=self.args.device)]
         for batch in self.get_eval_dataloader(eval_dataset):
-            ids = batch["input_ids"].to(self.args.device)
+            ids = texts_of(batch, model).to(self.args.device)
             losses = dict.fromkeys(("full", "window", "memory"), torch.zeros(len(ids), 0, device=ids.device))
             if ids.shape[1] > start:
                 how = {"start": start, "slice_size": self.slice_size}
@@ -166,6 +171,28 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_adapter(self.model, self.state.best_model_checkpoint or "")
+
+
+def texts_of(batch: Mapping[str, Any], model: nn.Module) -> Int[Tensor, "b t"]:
+    """The texts of a batch. Whatever else a collator puts into it for the model has to say nothing.
+
+    Raises:
+        ValueError: if something in it would change what the model computes, or what is learned.
+    """
+    ids = batch["input_ids"]
+    plain = {"attention_mask": torch.ones_like(ids), "labels": ids, "position_ids": torch.arange(ids.shape[1])}
+    heeded = {*inspect.signature(type(find_retrofitted(model)[0]).forward).parameters, *PACKED} - {"input_ids"}
+    for name, u in batch.items():
+        if name not in heeded or not isinstance(u, Tensor):
+            continue
+        if name in plain and u.shape[-1:] == ids.shape[-1:] and bool((u == plain[name].to(u.device)).all()):
+            continue
+        raise ValueError(
+            f"the batch holds {name} {tuple(u.shape)}, which the distillation would ignore: expected input_ids alone, "
+            "each row one text without padding, and answers (a boolean mask) where some tokens count more. Cut the "
+            "texts to one length, and leave padding, packing and labels of your own out of the collator."
+        )
+    return ids  # type: ignore[no-any-return]
 
 
 def standard_error(sequences: Tensor) -> float:

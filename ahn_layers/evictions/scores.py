@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import is_plain, narrower, project
 from ..ops.decode.kept import ScoreWeights
-from ..tokens import Leaving, Tokens, per_head
+from ..tokens import Leaving, Tokens, last, per_head
 
 Score = Callable[[Tokens], Float[Tensor, "b g t"]]
 
@@ -53,7 +53,7 @@ def key_difference(
     if leaving.where is not None:
         direction = direction.masked_fill(~per_head(leaving.where, direction), 0)
     running = key_sum.unsqueeze(2) + direction.cumsum(dim=2)
-    return -(direction * F.normalize(running, dim=-1)).sum(dim=-1), running[:, :, -1]
+    return -(direction * F.normalize(running, dim=-1)).sum(dim=-1), last(running)
 
 
 class LearnedScore(nn.Module):
@@ -96,15 +96,28 @@ class LearnedScore(nn.Module):
         return not self.down.is_meta and bool(self.down.any() or self.direct.weight.any())
 
     def forward(self, x: Float[Tensor, "b t n"], v: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t"]:
-        """The scores, in float32 at least."""
+        """The scores, in float32 at least.
+
+        Raises:
+            ValueError: if the tokens have other sizes than it was made for.
+        """
+        made_for = (self.direct.in_features, len(self.down), self.up_v.in_features)
+        given = (x.shape[-1], v.shape[1], v.shape[-1])
+        for name, expected, found in zip(("hidden_size", "num_kv_heads", "value_dim"), made_for, given, strict=True):
+            if expected != found:
+                raise ValueError(
+                    f"the score was made for {name}={expected}, the attention has {found}: make it with "
+                    f"SalientSlots(...).for_layer({name}={found}, ...)."
+                )
         x, v = (F.rms_norm(u, (u.shape[-1],)) for u in (x, v))
         inner = F.silu(linear(self.up, x).unsqueeze(1) + linear(self.up_v, v))
         return (_precise(inner) * _precise(self.down).unsqueeze(1)).sum(dim=-1) + project(self.direct, x)
 
     def weights(self) -> ScoreWeights | None:
-        """As the kernels of a decode step take them; None where a layer has been replaced, by an adapter for one."""
-        up, direct = self.up, self.direct
-        if not all(map(is_plain, (up, self.up_v, direct))) or up.weight.dtype != direct.weight.dtype:
+        """As the kernels of a decode step take them; None where it is computed otherwise, by an adapter for one."""
+        up, direct, overridden = self.up, self.direct, type(self).forward is not LearnedScore.forward
+        replaced = not all(map(is_plain, (up, self.up_v, direct)))
+        if overridden or replaced or up.weight.dtype != direct.weight.dtype:
             return None
         return ScoreWeights(up.weight, up.bias, self.up_v.weight, self.down, direct.weight, direct.bias)
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     QuantizedCache,
 )
 
-from ..files import load_tensors, reading, save_tensors
+from ..files import as_device, load_tensors, reading, save_tensors
 from .all_layers import all_or_none, refuse_masks, refuse_reset
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
@@ -115,9 +115,9 @@ class HippocampalCache(DynamicCache):
         accelerate does, would call it, and each layer would fill a copy of its own.
 
         Args:
-            device: where the copy is; by default each layer stays where it is.
+            device: where the copy is; by default each layer stays where it is. A dtype is a TypeError.
         """
-        return self._rebuilt(lambda tensors: {name: u.detach().to(device, copy=True) for name, u in tensors.items()})
+        return self._rebuilt(lambda held: {n: u.detach().to(as_device(device), copy=True) for n, u in held.items()})
 
     def reorder(self, index: Tensor) -> "HippocampalCache":
         """A copy with the rows at ``index``, in that order."""

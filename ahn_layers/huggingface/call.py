@@ -31,7 +31,7 @@ from .whole_call import WholeCallHook, hand_over
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """What the cache is called in the forward of models and attention blocks."""
 _BOUNDS = ("cu_seq_lens_q", "cu_seqlens")
-_PACKED = (*_BOUNDS, "cu_seq_lens_k", "seq_idx")
+PACKED = (*_BOUNDS, "cu_seq_lens_k", "seq_idx")
 """Arguments that say where packed texts begin."""
 
 
@@ -196,7 +196,7 @@ class ForwardHook:
             gaps_separate=mask is None and call.cache is None and not kwargs.get("use_cache"),
         )  # fmt: skip
         if texts is None:
-            for name in _PACKED:
+            for name in PACKED:
                 kwargs.pop(name, None)  # they name the only text there is
             return None
         if call.cache is not None or kwargs.get("use_cache"):

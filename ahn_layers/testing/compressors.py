@@ -32,6 +32,7 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
 
     Raises:
         AssertionError: with what was expected, what was found, and where to look.
+        TypeError: if ``compressor`` is no class.
 
     Examples:
         >>> from ahn_layers import Compressor, outer
@@ -40,6 +41,10 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
         ...         return 0.99 * state + outer(k, v)
         >>> check_compressor(Average)
     """
+    if not isinstance(compressor, type):
+        raise TypeError(
+            f"compressor={compressor!r}: expected the class; pass the options of its constructor beside it."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         memory = compressor(_N, _H, _D, num_kv_heads=_G, **options).double()

@@ -31,11 +31,14 @@ def check_eviction(eviction: type[Eviction], **options: Any) -> None:
 
     Raises:
         AssertionError: with what was expected, what was found, and where to look.
+        TypeError: if ``eviction`` is no class.
 
     Examples:
         >>> from ahn_layers import FoldAll
         >>> check_eviction(FoldAll)
     """
+    if not isinstance(eviction, type):
+        raise TypeError(f"eviction={eviction!r}: expected the class; pass the arguments of its constructor beside it.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = {"hidden_size": _N, "num_heads": _H, "num_kv_heads": _G, "head_dim": _D, "value_dim": _D}
@@ -83,6 +86,12 @@ def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
         )
         shapes = [{name: (tuple(u.shape), u.dtype) for name, u in held.items()} for held in (before, after)]
         assert shapes[0] == shapes[1], f"push turned {shapes[0]} into {shapes[1]}: what is carried has a fixed size."
+        for name, u in after.items():
+            held_bytes, needed = u.untyped_storage().nbytes(), u.numel() * u.element_size()
+            assert held_bytes <= needed, (
+                f"push returned {name!r} as a view of a tensor of {held_bytes} bytes, of which it needs {needed}: the "
+                "state would hold all of them. Return a copy, u.clone()."
+            )
         where = torch.ones(_B, _G, stop - start, dtype=torch.bool) if gone.where is None else gone.where
         names = (gone.tokens.v[..., 0] * where).long()
         for i in range(stop - start):

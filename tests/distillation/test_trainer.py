@@ -90,3 +90,30 @@ def test_a_model_without_a_memory_cannot_be_trained(tmp_path):
     with pytest.raises(ValueError, match="no memory"):
         trainer(tmp_path, LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1,
                                                        num_hidden_layers=1, intermediate_size=8)))  # fmt: skip
+
+
+IGNORED = {
+    "padding": {"attention_mask": torch.arange(40) > 3},
+    "labels of its own": {"labels": torch.full((40,), -100)},
+    "packed texts": {"position_ids": torch.arange(40) % 20},
+    "numbers of texts": {"seq_idx": torch.arange(40) // 20},
+    "embeddings": {"inputs_embeds": torch.zeros(40, 32)},
+}
+
+
+@pytest.mark.parametrize("more", IGNORED.values(), ids=IGNORED)
+def test_what_it_would_ignore_is_refused(more, tmp_path):
+    texts = [{"input_ids": text(1, 40)[0]} | more] * 2
+    run = trainer(tmp_path, small(), max_steps=1, save_steps=9)
+    run.train_dataset = texts
+    for use in (run.train, lambda: run.evaluate(texts)):
+        with pytest.raises(
+            ValueError, match=f"the batch holds {next(iter(more))} .*, which the distillation would ignore"
+        ):
+            use()
+
+
+def test_what_says_nothing_is_left_alone(tmp_path):
+    ids = text(1, 40)[0]
+    more = {"attention_mask": torch.ones(40).long(), "labels": ids, "position_ids": torch.arange(40), "number": 3}
+    assert trainer(tmp_path, small()).evaluate([{"input_ids": ids} | more] * 2)["eval_loss"] > 0

@@ -13,12 +13,15 @@ from ahn_layers import (
     MemoryStore,
     SoftmaxAttention,
     Window,
+    check_compressor,
     check_eviction,
     empty_slots,
     keep_best,
 )
+from ahn_layers.eviction import RANK
 from ahn_layers.fingerprint import memory_identity
 from ahn_layers.ops.slots.top_slots import running_top
+from ahn_layers.tokens import Leaving, Tokens
 
 from .. import oracle
 from ..methods import COMPRESSORS, EVICTIONS, OPTIONS, BiggestKeys
@@ -177,6 +180,14 @@ class Growing(Eviction):
         return None, leaving, {"count": torch.cat((kept["count"], leaving.tokens.k[:, 0, :, 0]), dim=1)}
 
 
+class HoldsAView(BiggestKeys):
+    def init_kept(self, like):
+        return {"last": like.k.new_zeros(like.k.shape[:2])}
+
+    def push(self, kept, leaving):
+        return None, leaving, {"last": leaving.tokens.k.norm(dim=-1)[:, :, -1]}
+
+
 class MixesHeads(BiggestKeys):
     def push(self, kept, leaving):
         mean = lambda t: t.k.norm(dim=-1).mean(dim=1, keepdim=True).expand(t.k.shape[:3])
@@ -200,6 +211,7 @@ BROKEN = {
     Forgets: "each exactly once",
     InPlace: "push changed what it was given",
     Growing: "what is carried has a fixed size",
+    HoldsAView: "push returned 'last' as a view of a tensor of",
     MixesHeads: "heads must not mix",
     MixesRows: "rows must not mix",
     CountsInCalls: "differ by .* from one pass",
@@ -290,3 +302,20 @@ def test_fold_all_is_the_default():
     store, inputs = make()
     assert isinstance(store.eviction, FoldAll) and not list(store.eviction.parameters())
     assert not run(store, inputs)[1].kept
+
+
+@pytest.mark.parametrize("size", [1, 13])
+def test_whole_numbers_are_compared_exactly(size):
+    """Beyond 2^24, where float32 rounds them."""
+    tokens, rank = Tokens(*torch.randn(2, B, G, 13, D), {}), torch.arange(13) + (1 << 40)
+    kept = empty_slots(tokens, 4)
+    for a in range(0, 13, size):
+        leaving = Leaving.of(0, tokens.columns(a, a + size), None, rank[a : a + size])
+        _, _, kept = keep_best(kept, leaving, lambda u: u.gates[RANK])
+    assert torch.equal(kept[f"gates.{RANK}"].sort(dim=2).values, rank[-4:].expand(B, G, 4))
+
+
+def test_a_class_is_checked_and_no_object(unchecked):
+    for check, made in ((check_eviction, FoldAll()), (check_compressor, GatedDeltaNet(8, 2, 4))):
+        with pytest.raises(TypeError, match="expected the class"):
+            check(made)

@@ -18,7 +18,7 @@ from ahn_layers import (
     save_adapter,
     window_only,
 )
-from ahn_layers.distillation import use_window
+from ahn_layers.distillation import calibrate, use_window
 
 from ..methods import KINDS, BiggestKeys
 from ..models import FAMILIES, base, generate, logits, retrofitted, tokens
@@ -195,6 +195,15 @@ def test_bytes_are_reported_and_constant():
     assert f"{held:,}" in memory_report(model).splitlines()[-1]
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_no_more_memory_is_held_than_is_reported(score):
+    """No view of what one call computed for all of its tokens."""
+    model, cache = retrofitted(eviction=SalientSlots(9, score=score)), HippocampalCache()
+    logits(model, tokens(1, 40), 40, cache)
+    parts = [u for layer in cache.layers for u in layer.state.tensors().values()]
+    assert sum(u.untyped_storage().nbytes() for u in parts) == cache.nbytes
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -341,3 +350,65 @@ def test_what_is_lost_from_a_slot_is_folded_without_its_own_rotation():
     expected = added(q, k, None)
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+class LargestKeys(SalientSlots):
+    """Chooses the other way round; knows more than its constructor says."""
+
+    note = "none"
+
+    def priority(self, tokens, rank, score=None):
+        return -super().priority(tokens, rank, score)
+
+
+class OwnScore(SalientSlots):
+    def gates(self, x, k, v):
+        return {name: -score for name, score in super().gates(x, k, v).items()}
+
+
+@pytest.mark.parametrize("score", ["key_norm", "learned"])
+def test_a_subclass_stays_one_in_every_layer(score, tmp_path):
+    eviction = LargestKeys(5, score=score)
+    eviction.note = "mine"
+    model, ids = retrofitted(eviction=eviction), tokens(1, 50)
+    policies = [m.memory.eviction for m in model.modules() if isinstance(m, HippocampalAttention)]
+    assert [(type(u), u.note, u.learned is not None) for u in policies] == [
+        (LargestKeys, "mine", score == "learned")
+    ] * 3
+    assert (logits(model, ids) - logits(retrofitted(eviction=SalientSlots(5, score=score)), ids)).abs().max() > 1e-4
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(base(), tmp_path), ids), logits(model, ids))
+
+
+def test_a_subclass_is_what_a_calibration_proposes():
+    ids = tokens(1, 160)
+    least = {"window_size": 8, "num_sinks": 2, "measured": [10]}
+    proposed = calibrate(base(), ids, bytes=30_000, slots=LargestKeys(0, score="key_norm"), **least).arguments
+    assert {type(policy) for policy in proposed["eviction"].values()} == {LargestKeys}
+
+
+def test_kernels_do_not_compute_a_score_that_is_made_otherwise(unchecked):
+    """They are told how a learned score is computed, unless somebody has changed it."""
+    sizes = {"hidden_size": N, "num_kv_heads": G, "value_dim": D}
+    own = SalientSlots(3).for_layer(**sizes)
+    assert own.contest(None).weights is not None
+    assert OwnScore(3).for_layer(**sizes).contest(None).weights is None
+    assert LargestKeys(3).for_layer(**sizes).contest(None) is None
+    own.learned.__class__ = type("Doubled", (type(own.learned),), {"forward": lambda self, x, v: 2 * x})
+    assert own.contest(None).weights is None
+
+
+def test_a_score_of_other_sizes_is_refused(unchecked):
+    q, k, v, x = *torch.randn(3, 2, 2, 9, 8), torch.randn(2, 9, 12)
+    sizes = {"hidden_size": 12, "num_kv_heads": 2, "value_dim": 8}
+    store = MemoryStore(Window(4), eviction=SalientSlots(3).for_layer(**sizes))
+    for wrong in (x[:1], x[:, :1]):  # that would be broadcast
+        with pytest.raises(ValueError, match=r"x has shape .*expected floating .* = \(2, 9, 12\)"):
+            store(q, k, v, wrong)
+    for name, size in (("num_kv_heads", 1), ("hidden_size", 11), ("value_dim", 7)):
+        store = MemoryStore(Window(4), eviction=SalientSlots(3).for_layer(**sizes | {name: size}))
+        with pytest.raises(ValueError, match=f"made for {name}={size}, the attention has {sizes[name]}: make it"):
+            store(q, k, v, x)
+    store = MemoryStore(Window(4), eviction=SalientSlots(3, score="recent", rate=[0.5]))
+    with pytest.raises(ValueError, match=r"rate=\[0.5\]: expected one number, or 2, one for each"):
+        store(q, k, v)

@@ -114,6 +114,21 @@ def test_static_caches_are_not_cropped(model):
         assert same(cache, before)
 
 
+@pytest.mark.parametrize("change", [ROWS["selected"][0], ROWS["repeated"][0]], ids=["selected", "repeated"])
+def test_static_caches_keep_their_number_of_rows(model, change):
+    cache = HippocampalCache.of(static(model, tokens(3, LONG)))
+    before = tensors(cache)
+    with pytest.raises(ValueError, match=r"keep their number: make a dynamic one with cache.clone\(\)"):
+        change(cache)
+    assert same(cache, before)
+    change(cache.clone())
+
+
+def test_a_dtype_is_no_place_for_a_cache(model, unchecked):
+    with pytest.raises(TypeError, match=r"device=torch\.bfloat16: expected a device"):
+        read(model, tokens(1, 3)).clone(torch.bfloat16)
+
+
 @pytest.mark.parametrize("length", [3, LONG])
 def test_static_caches_are_copied_as_dynamic_ones(model, length, tmp_path):
     ids = tokens(2, length)

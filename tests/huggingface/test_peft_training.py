@@ -8,7 +8,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ahn_layers import Compressor, restore, save_adapter
+from ahn_layers import Compressor, SalientSlots, load_adapter, restore, save_adapter
 
 from ..models import CAPACITY, base, generate, greedy, logits, retrofitted, tokens
 from .adapted import F32, LONG, adapted, lora, train_step, wrapped
@@ -139,3 +139,21 @@ def test_dynamic_quantization_of_a_retrofitted_model(compressor, dtype, tmp_path
         with pytest.raises(ValueError, match="memory of layer 0 was quantized"):
             save_adapter(small, tmp_path)
     assert torch.equal(logits(restore(small), ids), logits(plain, ids))
+
+
+@pytest.mark.parametrize("part", ["learned", "direct", "g_proj", "o_norm"])
+def test_a_part_of_the_memory_that_peft_trains_is_saved(part, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[part])  # of which LoRA adds nothing yet
+    model = peft.get_peft_model(retrofitted(dtype=F32, eviction=SalientSlots(3)), config).eval()
+    ids = tokens(2, LONG)
+    before = logits(model, ids)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    expected = logits(model, ids)
+    assert (expected - before).abs().max() > 1e-3
+    save_adapter(model, tmp_path)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, ids), before)
+    assert torch.equal(logits(load_adapter(base(dtype=F32), tmp_path, check_base=False), ids), expected)

@@ -204,6 +204,31 @@ def test_an_exception_ends_the_switch(switch, around):
     assert {block.mode for block in blocks(model)} == {"memory"}
 
 
+def test_switches_that_overlap_end():
+    """Those of two threads, say: the last one to end leaves the memory on."""
+    model, ids = retrofitted(), tokens(1, LONG)
+    memory, full = logits(model, ids), logits(base(), ids)
+    one, other = window_only(model), full_attention(model)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert torch.equal(logits(model, ids), full)
+    other.__exit__(None, None, None)
+    assert torch.equal(logits(model, ids), memory)
+
+
+@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("switch", [full_attention, window_only])
+def test_a_copy_made_within_a_switch_has_its_memory(switch, duplicate):
+    model, ids = retrofitted(), tokens(1, LONG)
+    memory = logits(model, ids)
+    with switch(model):
+        other = COPIES[duplicate](model)
+        assert torch.equal(logits(other, ids), memory)
+        assert not torch.equal(logits(model, ids), memory)
+    assert torch.equal(logits(other, ids), memory) and torch.equal(logits(model, ids), memory)
+
+
 def test_a_switch_of_one_model_is_not_that_of_another():
     one, other, ids = retrofitted(), retrofitted(), tokens(1, LONG)
     expected = logits(other, ids)

@@ -1,4 +1,4 @@
-"""What llama.py, qwen.py and mistral.py share: a chat in bounded memory, with live memory figures."""
+"""What llama.py, qwen.py, mistral.py and gemma3.py share: a chat in bounded memory, with live memory figures."""
 
 import argparse
 import sys

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import openai
-from _common import Refused, count, positive
+from _common import Refused, count, number, positive
 
 QUESTIONS = (
     "Tell me about the history of bridges.",
@@ -37,7 +37,9 @@ class Reply:
     error: str = ""
 
 
-def converse(client: openai.OpenAI, model: str, number: int, requests: int, tokens: int) -> list[Reply]:
+def converse(
+    client: openai.OpenAI, model: str, number: int, requests: int, tokens: int, temperature: float
+) -> list[Reply]:
     """One client: a conversation of some questions."""
     replies, name = [], f"client-{time.time():.0f}-{number}"
     for turn in range(requests):
@@ -46,8 +48,8 @@ def converse(client: openai.OpenAI, model: str, number: int, requests: int, toke
         begin, first, used = time.monotonic(), 0.0, 0
         try:
             stream = client.chat.completions.create(
-                model=model, messages=messages, max_tokens=tokens, temperature=0, stream=True,
-                stream_options={"include_usage": True}, extra_body={"conversation": name},
+                model=model, messages=messages, max_tokens=tokens, temperature=temperature, stream=True,
+                stream_options={"include_usage": True}, seed=number, extra_body={"conversation": name},
             )  # fmt: skip
             for chunk in stream:
                 if chunk.choices and chunk.choices[0].delta.content and not first:
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--clients", type=positive, default=16)
     parser.add_argument("--requests", type=positive, default=2, help="of each client, in one conversation (default: 2)")
     parser.add_argument("--max-tokens", type=count, default=64, help="of each reply (default: 64)")
+    parser.add_argument("--temperature", type=number(2), default=0, help="0 takes the best token (default: 0)")
     args = parser.parse_args(argv)
     client = openai.OpenAI(base_url=args.url, api_key="none", max_retries=0, timeout=3600)
     try:
@@ -77,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     begin = time.monotonic()
     with ThreadPoolExecutor(args.clients) as pool:
         futures = [
-            pool.submit(converse, client, model, number, args.requests, args.max_tokens)
-            for number in range(args.clients)
+            pool.submit(converse, client, model, i, args.requests, args.max_tokens, args.temperature)
+            for i in range(args.clients)
         ]
         replies = [reply for future in futures for reply in future.result()]
     seconds = time.monotonic() - begin

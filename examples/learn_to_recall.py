@@ -1,6 +1,7 @@
-"""Teach a language model to recall what has left its window, on a laptop.
+"""Teach a language model to recall what has left its window.
 
     python examples/learn_to_recall.py
+    python examples/learn_to_recall.py --ask examples/adapters/smollm2-135m-instruct-slots    # four minutes on a CPU
 
 Every key/value head of SmolLM2-135M-Instruct keeps some evicted tokens in slots. Which ones, a small network in each
 layer learns in three stages: from the attention that tokens will get, from where the model looks facts up, and from the
@@ -9,7 +10,7 @@ the model is asked for facts in other wordings that have left the window: with f
 as many tokens, and with the slots.
 
 Writes an adapter and a picture. With ``--ask ADAPTER`` it asks with a memory that is trained already; one comes with
-the repository: ``--ask examples/adapters/smollm2-135m-instruct-slots``. On a GPU, longer texts and more of them:
+the repository, as in the second command. On a GPU, longer texts and more of them:
 ``--length 4096 --batch 4 --score-steps 240 --steps 160``. ``--model gemma3`` teaches Gemma 3 270M, see ``gemma3.py``.
 """
 

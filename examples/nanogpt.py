@@ -1,6 +1,6 @@
 """A GPT with learned positions, as nanoGPT has them, gets a memory: trained from scratch, sampled at any length.
 
-    python examples/nanogpt.py                          # a few minutes on two CPU cores
+    python examples/nanogpt.py                          # about 17 minutes on one CPU core
     python examples/nanogpt.py --text shakespeare.txt --steps 3000 --tokens 2000
 
 The model reads characters: LayerNorm, one matrix for queries, keys and values, GELU, tied embeddings, and a table of

@@ -1,6 +1,6 @@
 """Read a text far longer than the window: full attention, the window alone, and window + memory, side by side.
 
-    python examples/quickstart.py    # SmolLM2-135M-Instruct, 16,384 tokens, a few minutes on two CPU cores
+    python examples/quickstart.py    # SmolLM2-135M-Instruct, 16,384 tokens, five minutes on two CPU cores
     python examples/quickstart.py --text novel.txt --tokens 32768 --adapter my_adapter
 
 The default model comes with a trained memory, in ``examples/adapters``. It prints a table (loss by position, cache

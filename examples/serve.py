@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     add("--rows", type=positive, default=16, help="requests that are answered at the same time (default: 16)")
     add("--waiting", type=count, default=64, help="requests that may wait for a row; others get 429 (default: 64)")
     add("--piece", type=positive, default=2048 if gpu else 256, help="tokens of a prompt read between two steps")
+    add("--stepwise", type=count, default=0, help="a prompt of which so many tokens are left, or fewer, goes on in the "
+        "steps, one token in each (default: 0)")  # fmt: skip
     add("--fixed-rows", action=argparse.BooleanOptionalAction, default=gpu,
         help="always compute all rows, at fixed addresses: for CUDA graphs; no bit of a reply then depends on other "
         "requests (default: on a GPU)")  # fmt: skip
@@ -66,8 +68,9 @@ def build(args: argparse.Namespace) -> Service:
     model, tokenizer = _load(args)
     give_memory(model, adapter, window=args.window, sinks=args.sinks, compressor=args.compressor)
     engine = Engine(
-        model, rows=args.rows, waiting=args.waiting, piece=args.piece, fixed=args.fixed_rows, prefixes=args.prefixes
-    )
+        model, rows=args.rows, waiting=args.waiting, piece=args.piece, stepwise=args.stepwise, fixed=args.fixed_rows,
+        prefixes=args.prefixes,
+    )  # fmt: skip
     kept = Conversations(args.conversations, args.in_memory, args.on_disk, model.device, engine.metrics)
     ends = model.generation_config.eos_token_id
     ends = frozenset([*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]) - {None}

@@ -16,7 +16,7 @@ from .cache import HippocampalCache
 from .cache_layers import MemoryLayer
 from .decoder import CACHE
 from .hybrid_layer import HybridMemoryLayer, StaticHybridMemoryLayer
-from .linear_rows import kept_elsewhere, linear_of
+from .linear_rows import linear_of
 from .native_layer import SHARING
 from .rows import join_layers
 from .static_layer import StaticMemoryLayer
@@ -50,7 +50,7 @@ def rows_at_a_time(input_ids: Tensor, tokens: int, options: Any, model_kwargs: d
 def read_in_groups(read: Read, group: int, input_ids: Tensor, options: Any, model_kwargs: dict[str, Any]) -> Any:
     """Read so many rows at a time; returns the cache and the logits of the last token, all that ``generate`` looks at.
 
-    If a model returns more than that, or keeps states outside of its cache, the rows are read together after all.
+    If a model returns more than that, the rows are read together after all.
     """
     cache = model_kwargs[CACHE]
     outputs, layers = [], []
@@ -60,7 +60,7 @@ def read_in_groups(read: Read, group: int, input_ids: Tensor, options: Any, mode
         own.layers = [_empty(layer) for layer in cache.layers]
         given = {name: model_kwargs[name][part] for name in PER_TOKEN if model_kwargs.get(name) is not None}
         out = read(input_ids[part], options, model_kwargs | given | {CACHE: own})
-        if out.keys() - _RETURNED or kept_elsewhere(own.layers):
+        if out.keys() - _RETURNED:
             return read(input_ids, options, model_kwargs)
         outputs.append(out)
         layers.append(own.layers)

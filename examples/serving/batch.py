@@ -25,6 +25,7 @@ class Batch:
     def __init__(self, model: Any, size: int, *, fixed: bool) -> None:
         self.model, self.size, self.fixed = model, size, fixed
         self.cache: HippocampalCache | None = None
+        self._blank: HippocampalCache | None = None
         self.users: list[Any] = []
         self.tokens: list[int] = []
         self.positions: list[int] = []
@@ -43,9 +44,12 @@ class Batch:
             user: whoever gets its logits.
             cache: what it has read, one row, which stays as it is.
             token: what it reads next.
+
+        Raises:
+            ValueError: if the cache is not one of this model and memory. Nothing has changed.
         """
         if self.cache is None:
-            self._begin(cache)
+            self._begin()
         elif None not in self.users:
             more = min(self.size, 2 * len(self.users)) - len(self.users)
             self.cache = HippocampalCache.join([self.cache, *[cache] * more])
@@ -71,8 +75,8 @@ class Batch:
             self._rows(active, more)
         return kept
 
-    def step(self) -> dict[Any, Tensor]:
-        """Every row reads its token; returns the logits ``(V,)`` of what follows, by user."""
+    def step(self) -> Tensor:
+        """Every row reads its token; returns the logits of what follows, ``(rows, V)``, unused rows included."""
         device = self.model.device
         out = self._call(
             input_ids=torch.tensor(self.tokens, device=device).unsqueeze(1),
@@ -81,12 +85,20 @@ class Batch:
             use_cache=True,
         )
         self.positions = [position + 1 for position in self.positions]
-        return {self.users[row]: out.logits[row, -1] for row in self.active}
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
-    def _begin(self, cache: HippocampalCache) -> None:
-        """The first rows: all that there will ever be, or a single one; copies, which will be replaced."""
+    def _begin(self) -> None:
+        """The first rows: all that there will ever be, or a single one; of a cache of the model's own, to be replaced.
+
+        So a row that does not fit is refused when it joins, whoever is there already.
+        """
+        if self._blank is None:
+            self._blank = HippocampalCache()
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            self.model(input_ids=token, cache=self._blank, use_cache=True)
         count = self.size if self.fixed else 1
-        self.cache = HippocampalCache.join([cache], rows=count if self.fixed else None)
+        self.cache = HippocampalCache.join([self._blank], rows=count if self.fixed else None)
         self._rows([], count)
 
     def _rows(self, kept: list[int], more: int) -> None:

@@ -4,6 +4,8 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from ahn_layers import HippocampalCache
 from .batch import Batch
 from .metrics import Metrics
 from .prefixes import Prefixes
+from .reading import Reading
 from .request import BusyError, Done, Failed, Request
+from .sampling import NO_TOKEN, choose
 
 log = logging.getLogger("serving")
 
@@ -29,6 +33,8 @@ class Engine:
         rows: requests that are read or decoded at the same time.
         waiting: further requests that may wait for a row; beyond that, ``submit`` raises ``BusyError``.
         piece: tokens of a prompt that are read between two steps.
+        stepwise: a prompt of which no more tokens are left goes on in the steps, a token in each, and keeps nobody
+            waiting. Only a prompt that goes on from something: a conversation, a shared beginning, pieces of its own.
         fixed: see ``Batch``.
         prefixes: shared beginnings that are kept.
         metrics: what is counted.
@@ -41,16 +47,17 @@ class Engine:
         rows: int = 16,
         waiting: int = 64,
         piece: int = 256,
+        stepwise: int = 0,
         fixed: bool = False,
         prefixes: int = 8,
         metrics: Metrics | None = None,
     ) -> None:
-        self.model, self.rows, self.most_waiting, self.piece = model, rows, waiting, piece
+        self.model, self.rows, self.most_waiting, self.stepwise = model, rows, waiting, stepwise
         self.metrics = metrics or Metrics()
         self.prefixes = Prefixes(prefixes)
         self.batch = Batch(model, rows, fixed=fixed)
         self.waiting: deque[Request] = deque()
-        self.reading: deque[Request] = deque()
+        self.reading = Reading(model, piece, self.prefixes, self.metrics)
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -83,7 +90,7 @@ class Engine:
             BusyError: if too many are waiting, or the engine is closing.
         """
         with self._changed:
-            free = self.rows - len(self.reading) - len(self.batch.active)
+            free = self.rows - len(self.reading.requests) - len(self.batch.active)
             if self._closing or len(self.waiting) >= self.most_waiting + max(0, free):
                 self.metrics.add("rejected_total")
                 raise BusyError(5 if self._closing else 1 + len(self.waiting) // self.rows, closing=self._closing)
@@ -99,7 +106,7 @@ class Engine:
 
     def _everybody(self) -> list[Request]:
         with self._changed:
-            return [*self.waiting, *self.reading, *(user for user in self.batch.users if user is not None)]
+            return [*self.waiting, *self.reading.requests, *(user for user in self.batch.users if user is not None)]
 
     def _run(self) -> None:
         with torch.no_grad():
@@ -114,7 +121,7 @@ class Engine:
                 self._decode()
                 self._read()
                 self.metrics.set("rows_decoding", len(self.batch.active))
-                self.metrics.set("rows_reading", len(self.reading))
+                self.metrics.set("rows_reading", len(self.reading.requests))
                 self.metrics.set("requests_waiting", len(self.waiting))
                 self.metrics.set("prefixes", len(self.prefixes))
 
@@ -124,82 +131,83 @@ class Engine:
 
     def _admit(self) -> None:
         with self._changed:
-            while self.waiting and len(self.reading) + len(self.batch.active) < self.rows:
-                self.reading.append(self.waiting.popleft())
+            while self.waiting and len(self.reading.requests) + len(self.batch.active) < self.rows:
+                self.reading.requests.append(self.waiting.popleft())
 
     def _read(self) -> None:
-        """Read a piece of the next prompt in turn; one whose beginning another one is reading waits for that."""
-        begun = {tuple(u.ids[: u.shared]) for u in self.reading if u.shared and 0 < u.read < u.shared}
-        for request in list(self.reading):
-            if request.read or not request.shared or tuple(request.ids[: request.shared]) not in begun:
-                break
-        else:
-            return
-        try:
-            logits = self._read_piece(request)
-            if logits is not None:
-                self.reading.remove(request)
-                self._answer(request, logits)
-            else:
-                self.reading.rotate(-1)
-        except Exception as error:
-            log.exception("a prompt could not be read")
-            self._end(request, Failed(error))
-
-    def _read_piece(self, request: Request) -> torch.Tensor | None:
-        """Read a piece; returns the logits of the reply's first token if it was the last one."""
-        if request.read == 0 and request.cache is None:
-            if request.shared:
-                request.cache = self.prefixes.get(request.ids[: request.shared])
-                request.read = request.reused = 0 if request.cache is None else request.shared
-                self.metrics.add("prefix_tokens_reused_total", request.reused)
-            request.cache = request.cache or HippocampalCache()
-        begin = request.read
-        end = min(len(request.ids), begin + self.piece)
-        if begin < request.shared:
-            end = min(end, request.shared)
-        piece = torch.tensor([request.ids[begin:end]], device=self.model.device)
-        out = self.model(input_ids=piece, cache=request.cache, use_cache=True, logits_to_keep=1)
-        request.read = end
-        self.metrics.add("prompt_tokens_total", end - begin)
-        if end == request.shared and request.reused == 0:
-            assert request.cache is not None
-            self.prefixes.put(request.ids[:end], request.cache)
-        return out.logits[0, -1] if end == len(request.ids) else None
+        """Let prompts that are nearly read join the steps, and read a piece of another one."""
+        for request in list(self.reading.requests):
+            with self._alone(request):
+                self.reading.reuse(request)
+                if self.reading.goes_on_by_steps(request, self.stepwise):
+                    self.reading.requests.remove(request)
+                    self.batch.join(request, request.hand_over(), self.reading.by_a_step(request))
+        request = self.reading.next()
+        if request is not None:
+            with self._alone(request):
+                logits = self.reading.read(request)
+                if logits is None:
+                    self.reading.requests.rotate(-1)
+                else:
+                    self.reading.requests.remove(request)
+                    self._answer(request, logits)
 
     def _answer(self, request: Request, logits: torch.Tensor) -> None:
         """The first token of the reply, and a row to go on in."""
-        token = request.sampling.choose(logits)
-        request.started = time.monotonic()
-        self.metrics.observe("time_to_first_token_seconds", request.started - request.submitted)
-        self.metrics.add("generated_tokens_total")
-        end = request.take(token)
-        cache, request.cache = request.cache, None
-        assert cache is not None
+        (token,) = choose(logits, [request.sampling])
+        end = self._take(request, token)
         if end is None:
-            self.batch.join(request, cache, token)
+            self.batch.join(request, request.hand_over(), token)
         else:
-            self._finish(request, end, cache)
+            self._finish(request, end, request.cache)
+
+    def _take(self, request: Request, token: int) -> Done | None:
+        """Add a token to a reply; returns its end, if this is it."""
+        if token == NO_TOKEN:
+            raise ArithmeticError("the logits of the model are not finite numbers")
+        if not request.started:
+            request.started = time.monotonic()
+            self.metrics.observe("time_to_first_token_seconds", request.started - request.submitted)
+        self.metrics.add("generated_tokens_total")
+        return request.take(token)
 
     def _decode(self) -> None:
         if not self.batch.active:
             return
         begin = time.monotonic()
+        users = list(self.batch.users)
         try:
             logits = self.batch.step()
+            tokens = choose(logits, [u.sampling if u is not None and u.is_read else None for u in users])
         except Exception as error:
             log.exception("a step failed")
             self._fail_all(error)
             return
-        for request, row in logits.items():
-            token = request.sampling.choose(row)
-            self.metrics.add("generated_tokens_total")
-            end = request.take(token)
-            if end is None:
-                self.batch.tokens[self.batch.users.index(request)] = token
-            else:
-                self._finish(request, end, self.batch.leave(request, keep=request.keep))
+        for request, token in zip(users, tokens, strict=True):
+            if request is not None:
+                with self._alone(request):
+                    self._go_on(request, token)
         self.metrics.observe("step_seconds", time.monotonic() - begin)
+
+    def _go_on(self, request: Request, token: int) -> None:
+        """After a step: the next token of its prompt, or the one that was chosen."""
+        if not request.is_read:
+            self.batch.tokens[self.batch.users.index(request)] = self.reading.by_a_step(request)
+            return
+        end = self._take(request, token)
+        if end is None:
+            self.batch.tokens[self.batch.users.index(request)] = token
+        else:
+            self._finish(request, end, self.batch.leave(request, keep=request.keep))
+
+    @contextmanager
+    def _alone(self, request: Request) -> Iterator[None]:
+        """What goes wrong here ends this request, and no other one."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("a request failed")
+            self._end(request, Failed(error))
 
     def _finish(self, request: Request, end: Done, cache: HippocampalCache | None) -> None:
         request.emit(Done(end.reason, cache if request.keep else None, end.pending))
@@ -208,7 +216,7 @@ class Engine:
     def _end(self, request: Request, event: Done | Failed) -> None:
         """Take a request out, wherever it is."""
         with self._changed:
-            for queue in (self.waiting, self.reading):
+            for queue in (self.waiting, self.reading.requests):
                 if request in queue:
                     queue.remove(request)
         if request in self.batch.users:

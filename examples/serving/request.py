@@ -108,6 +108,17 @@ class Request:
         if text:
             self.emit(Piece(text))
 
+    def hand_over(self) -> HippocampalCache:
+        """What was read, which is not the request's own any more."""
+        cache, self.cache = self.cache, None
+        assert cache is not None
+        return cache
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of the prompt is read, or will be by the next step."""
+        return self.read == len(self.ids)
+
     @property
     def usage(self) -> dict[str, Any]:
         """Tokens, as the API counts them."""

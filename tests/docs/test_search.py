@@ -59,6 +59,26 @@ TYPED = {
     "multimodal": "faq/",
     "classification": "faq/",
     "agent": "faq/",
+    "VRAM": "guides/walkthroughs/",
+    "RTX 4090": "faq/",
+    "finetuning": "faq/",
+    "RNN": "faq/",
+    "passkey": "faq/",
+    "requirements": "faq/",
+    "Docker": "faq/",
+    "tutorial": "guides/walkthroughs/",
+    "getting started": "faq/",
+    "how does it work": "faq/",
+    "hallucination": "faq/",
+    "privacy": "faq/",
+    "GQA": "faq/",
+    "MLA": "faq/",
+    "ALiBi": "faq/",
+    "VLM": "faq/",
+    "WSL": "faq/",
+    "bibtex": "citation/",
+    "Llama 3": "faq/",
+    "torchao": "guides/quantization/",
 }
 """What a user types, and a page that has the answer."""
 SHOWN = 5
@@ -89,3 +109,9 @@ def test_words_are_found_beside_punctuation_and_in_other_forms(site):
     for one, two in zip(ask(site, plain), ask(site, other), strict=True):
         assert one and set(one[:3]) & set(two[:SHOWN])
     assert ask(site, ["zebra"]) == [[]]
+
+
+def test_no_number_makes_a_query_fail(site):
+    """The search confuses numbers where it takes them as beginnings of words."""
+    queries = ["Llama 3", "Llama-3", "Qwen 2.5", "4-bit", *(f"tokens {number}" for number in range(100))]
+    assert [query for query, found in zip(queries, ask(site, queries), strict=True) if not found] == []

@@ -129,9 +129,9 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
-def test_sixteen_clients_at_once_equal_one_by_one(model_and_tokenizer, fixed):
-    with served(model_and_tokenizer, fixed=fixed) as (client, _):
+@pytest.mark.parametrize("fixed, stepwise", [(False, 0), (True, 0), (False, 12)], ids=["growing", "fixed", "stepwise"])
+def test_sixteen_clients_at_once_equal_one_by_one(model_and_tokenizer, fixed, stepwise):
+    with served(model_and_tokenizer, fixed=fixed, stepwise=stepwise) as (client, _):
         together_at_most = []
 
         def asked(options):

@@ -1,16 +1,12 @@
 """Padding is nothing to convolutions and recurrences either, or it is refused."""
 
-import sys
-
 import pytest
 import torch
 
-from ahn_layers import GatedDeltaNet, HippocampalCache, retrofit
+from ahn_layers import HippocampalCache
 
-from ..families.cases import build
-from ..families.checks import SINKS, WINDOW
 from ..hard.batches import read_in_groups
-from ..models import CACHE, FAMILIES, logits, positions, retrofitted, tokens, train_memory
+from ..models import CACHE, FAMILIES, logits, positions, retrofitted, tokens
 from .recurrent import go_on, held, read
 
 BESIDE = ["falcon_h1", "lfm2"]  # the memory; in place of it
@@ -124,15 +120,3 @@ def test_a_batch_is_read_in_groups(name, pads, static):
         assert [type(layer) for layer in caches[0].layers] == [type(layer) for layer in caches[1].layers]
         new = tokens(5, 3, seed=2)
         torch.testing.assert_close(*(go_on(model, u, new) for u in caches), rtol=0, atol=FAMILIES[name].tolerance)
-
-
-def test_a_model_that_keeps_its_recurrence_in_its_modules_reads_all_rows_together(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fla", None)
-    model = build("recurrent_gemma").model
-    retrofit(model, GatedDeltaNet, window_size=WINDOW, num_sinks=SINKS)
-    train_memory(model)
-    ids = tokens(3, 12) + 2
-    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = model.generate(ids, **how)
-    with read_in_groups(16):
-        assert torch.equal(model.generate(ids, **how), expected)

@@ -188,6 +188,7 @@ def test_a_recurrence_records_no_past():
     expected = go_on(model, read(model, 12), new)
     for one in (cache, *copies):
         torch.testing.assert_close(go_on(model, one, new), expected, rtol=0, atol=1e-5)
+    assert all(layer.conv_states[0].shape[-1] == layer.conv_kernel_size[0] for layer in cache.layers)
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["as needed", "fixed"])

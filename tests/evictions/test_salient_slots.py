@@ -352,7 +352,7 @@ def test_what_is_lost_from_a_slot_is_folded_without_its_own_rotation():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
-class LargestKeys(SalientSlots):
+class LargestKeysFirst(SalientSlots):
     """Chooses the other way round; knows more than its constructor says."""
 
     note = "none"
@@ -368,12 +368,12 @@ class OwnScore(SalientSlots):
 
 @pytest.mark.parametrize("score", ["key_norm", "learned"])
 def test_a_subclass_stays_one_in_every_layer(score, tmp_path):
-    eviction = LargestKeys(5, score=score)
+    eviction = LargestKeysFirst(5, score=score)
     eviction.note = "mine"
     model, ids = retrofitted(eviction=eviction), tokens(1, 50)
     policies = [m.memory.eviction for m in model.modules() if isinstance(m, HippocampalAttention)]
     assert [(type(u), u.note, u.learned is not None) for u in policies] == [
-        (LargestKeys, "mine", score == "learned")
+        (LargestKeysFirst, "mine", score == "learned")
     ] * 3
     assert (logits(model, ids) - logits(retrofitted(eviction=SalientSlots(5, score=score)), ids)).abs().max() > 1e-4
     save_adapter(model, tmp_path)
@@ -383,8 +383,8 @@ def test_a_subclass_stays_one_in_every_layer(score, tmp_path):
 def test_a_subclass_is_what_a_calibration_proposes():
     ids = tokens(1, 160)
     least = {"window_size": 8, "num_sinks": 2, "measured": [10]}
-    proposed = calibrate(base(), ids, bytes=30_000, slots=LargestKeys(0, score="key_norm"), **least).arguments
-    assert {type(policy) for policy in proposed["eviction"].values()} == {LargestKeys}
+    proposed = calibrate(base(), ids, bytes=30_000, slots=LargestKeysFirst(0, score="key_norm"), **least).arguments
+    assert {type(policy) for policy in proposed["eviction"].values()} == {LargestKeysFirst}
 
 
 def test_kernels_do_not_compute_a_score_that_is_made_otherwise(unchecked):
@@ -393,7 +393,7 @@ def test_kernels_do_not_compute_a_score_that_is_made_otherwise(unchecked):
     own = SalientSlots(3).for_layer(**sizes)
     assert own.contest(None).weights is not None
     assert OwnScore(3).for_layer(**sizes).contest(None).weights is None
-    assert LargestKeys(3).for_layer(**sizes).contest(None) is None
+    assert LargestKeysFirst(3).for_layer(**sizes).contest(None) is None
     own.learned.__class__ = type("Doubled", (type(own.learned),), {"forward": lambda self, x, v: 2 * x})
     assert own.contest(None).weights is None
 

@@ -91,7 +91,7 @@ class Batch:
     def _begin(self) -> None:
         """The first rows: all that there will ever be, or a single one; of a cache of the model's own, to be replaced.
 
-        So a row that does not fit is refused when it joins, whoever is there already.
+        So a row that does not fit is refused when it joins, also as the first one.
         """
         if self._blank is None:
             self._blank = HippocampalCache()

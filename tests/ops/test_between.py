@@ -1,9 +1,5 @@
 """The kernels for kept tokens over many queries, against plain PyTorch: in Triton's interpreter, and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,6 +7,8 @@ from ahn_layers import GatedDeltaNet, MemoryStore, Rotary, SalientSlots, Window
 from ahn_layers.ops.attention import flash_attention
 from ahn_layers.ops.attention.between import Between
 from ahn_layers.ops.slots.top_slots import running_top
+
+from ..interpreted import run_in_the_interpreter
 
 TOP = [(1, 2, 5, 40), (2, 1, 70, 150), (1, 1, 64, 64), (1, 1, 3, 2)]  # rows, key/value heads, slots, arrivals
 # rows, query heads, key/value heads, queries, slots, size of keys and values
@@ -52,11 +50,7 @@ def check_attention(device, dtype, tolerance, b, h, g, queries, slots, d):
 
 
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is imported."""
-    pytest.importorskip("triton", minversion="3.7")  # an older interpreter does not know newer versions of NumPy
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
+    run_in_the_interpreter(__name__)
 
 
 @pytest.mark.gpu

@@ -1,9 +1,5 @@
 """The Triton kernels of a decode step, against plain PyTorch: in Triton's interpreter, and on a GPU if there is one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,6 +9,8 @@ from ahn_layers.ops.decode import step as decode
 from ahn_layers.ops.decode.fold import fold_and_read
 from ahn_layers.ops.decode.rule import StepRule, follow
 from ahn_layers.tokens import Tokens
+
+from ..interpreted import run_in_the_interpreter
 
 # rows, query heads, key/value heads, slots, key size, value size, sinks whose queries are turned
 ATTENTION = [
@@ -124,11 +122,7 @@ STEPS = [  # as ATTENTION, then the number of states, whether the rule is a delt
 
 
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is imported."""
-    pytest.importorskip("triton", minversion="3.7")  # an older interpreter does not know newer versions of NumPy
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
+    run_in_the_interpreter(__name__)
 
 
 @pytest.mark.gpu

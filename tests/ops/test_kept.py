@@ -1,7 +1,5 @@
 """Decode steps with kept tokens in kernels, against the plain form in float64: in the interpreter, and on a GPU."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from ahn_layers import Compressor, MemoryStore, Rotary, SalientSlots, Window
 
 from ..huggingface.compiled.graphs import models  # noqa: F401 - a fixture: without checks of shapes
+from ..interpreted import run_in_the_interpreter
 from ..models import tokens
 
 FREQUENCIES = 10.0 ** -torch.linspace(0, 4, 32, dtype=torch.float64)
@@ -92,11 +91,7 @@ def _ordered(kept, name):
 
 
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is imported."""
-    pytest.importorskip("triton", minversion="3.7")  # an older interpreter does not know newer versions of NumPy
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
+    run_in_the_interpreter(__name__)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,5 @@
 """The Triton kernels of the scans, against the chunked PyTorch form: in Triton's interpreter, and on a GPU."""
 
-import os
-import subprocess
-import sys
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +13,8 @@ from ahn_layers.ops.pointwise.rotary import turn_back
 from ahn_layers.ops.recurrence.delta_scan import gated_delta_scan
 from ahn_layers.ops.recurrence.forms import runs_in_triton
 from ahn_layers.ops.recurrence.linear_scan import gated_linear_scan
+
+from ..interpreted import run_in_the_interpreter
 
 # tokens, key/value heads, states, query heads, key size, value size
 SHAPES = [(70, 1, 2, 6, 16, 24), (64, 1, 2, 2, 32, 16), (2, 2, 2, 2, 16, 16), (130, 1, 1, 2, 40, 48)]
@@ -116,11 +115,7 @@ def check_loss(device, dtype):
 
 
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is imported."""
-    pytest.importorskip("triton", minversion="3.7")  # an older interpreter does not know newer versions of NumPy
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
+    run_in_the_interpreter(__name__)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,6 @@
 """Products of one row that are merged into one launch: in Triton's interpreter, and on a GPU if there is one."""
 
-import os
-import subprocess
-import sys
+import copy
 
 import pytest
 import torch
@@ -10,9 +8,31 @@ from torch.nn import functional as F
 
 from ahn_layers.huggingface.compiled.matvec import merge_matvecs
 
+from ...interpreted import run_in_the_interpreter
+
 
 def error(found, expected):
     return float((found.double().cpu() - expected).norm() / expected.norm())
+
+
+def merge(function, *inputs):
+    """Outputs of a function whose products have been merged, and the operations that it then consists of."""
+    calls = []
+
+    def backend(graph, _):
+        merge_matvecs(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        calls.extend(node for node in graph.graph.nodes if node.op.startswith("call_"))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(function, backend=backend, dynamic=False)(*inputs), calls
+
+
+def matvecs(calls):
+    return [node for node in calls if "matvec" in str(node.target)]
 
 
 def check_matvec(device, dtype, tolerance):
@@ -25,16 +45,9 @@ def check_matvec(device, dtype, tolerance):
             outs = [layer(x) for layer in layers]
             return [residual + outs[0]] if len(outs) == 1 else outs
 
-        merged = []
-
-        def backend(graph, _, merged=merged):
-            merge_matvecs(graph.graph)
-            graph.recompile()
-            merged += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-            return graph.forward
-
+        outs, calls = merge(function, x, residual)
+        merged = [str(node.target) for node in calls]
         with torch.no_grad():
-            outs = torch.compile(function, backend=backend, dynamic=False)(x, residual)
             for layer in layers:
                 layer.double()
             expected = function(x.double(), residual.double())
@@ -54,18 +67,10 @@ def check_matvecs_in_a_row(device, dtype, tolerance):
         x = x + second(torch.relu(x))
         return fourth(x + third(x))
 
-    merged = []
-
-    def backend(graph, _):
-        merge_matvecs(graph.graph)
-        graph.graph.lint()
-        graph.recompile()
-        merged.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
     x = torch.randn(1, 1, 32).to(device, dtype)
+    out, calls = merge(function, x)
+    merged = [str(node.target) for node in calls]
     with torch.no_grad():
-        out = torch.compile(function, backend=backend, dynamic=False)(x)
         for layer in layers:
             layer.double()
         assert error(out, function(x.double()).cpu()) < tolerance
@@ -99,22 +104,11 @@ def check_norms_and_gates(device, dtype, tolerance):
             return out, [y, right][:watched] if watched < 2 else []
 
         for watched in range(3 if size < 100 else 1):  # the graphs are those of any size
-            merged = []
-
-            def backend(graph, _, merged=merged):
-                merge_matvecs(graph.graph)
-                graph.graph.lint()
-                graph.recompile()
-                merged += [u for u in graph.graph.nodes if "matvec" in str(u.target)]
-                return graph.forward
-
             x = torch.randn(1, 1, size).to(device, dtype)
-            modules.to(dtype)
+            found, calls = merge(mlp, x, watched)
+            merged = matvecs(calls)
             with torch.no_grad():
-                torch._dynamo.reset()
-                found = torch.compile(mlp, backend=backend, dynamic=False)(x, watched)
-                modules.double()
-                expected = mlp(x.double(), watched)
+                expected = mlp(x.double(), watched, copy.deepcopy(modules).double())
             assert len(merged) == 2 and all(u.args[3] is not None for u in merged[:1])
             assert [u.args[5] for u in merged] == [True, False] and len(merged[1].args) == 7
             for u, other in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
@@ -128,31 +122,19 @@ def check_shared_rows(device, dtype, tolerance):
 
         def function(x, watched, modules=modules):
             *layers, norm = modules
-            y = norm(x)
+            y = x.tanh() if watched == 2 else norm(x)
             first, second = layers[0](y), layers[1](y)
             F.silu(layers[2](F.rms_norm(y, (x.shape[-1],)))).unsqueeze(1).sum(-1)  # dead
-            return first, second, [y.tanh()] if watched else []
+            return first, second, [y.tanh()] if watched == 1 else []
 
-        for watched in (0, 1):
-            merged = []
-
-            def backend(graph, _, merged=merged):
-                merge_matvecs(graph.graph)
-                graph.graph.lint()
-                graph.recompile()
-                merged += [u for u in graph.graph.nodes if u.op.startswith("call_")]
-                return graph.forward
-
+        for watched in range(3):
             x = torch.randn(1, 1, size).to(device, dtype)
-            modules.to(dtype)
+            found, calls = merge(function, x, watched)
             with torch.no_grad():
-                torch._dynamo.reset()
-                found = torch.compile(function, backend=backend, dynamic=False)(x, watched)
-                modules.double()
-                expected = function(x.double(), watched)
-            (product,) = (u for u in merged if "matvec" in str(u.target))
-            assert len(product.args[1]) == 2 and product.args[6:] == (None, True)[: 2 * watched]
-            assert not {"silu", "rms_norm"} & {getattr(u.target, "__name__", "") for u in merged}
+                expected = function(x.double(), watched, copy.deepcopy(modules).double())
+            (product,) = matvecs(calls)
+            assert len(product.args[1]) == 2 and product.args[6:] == ((None, True) if watched == 1 else ())
+            assert not {"silu", "rms_norm"} & {getattr(u.target, "__name__", "") for u in calls}
             for u, other in zip((*found[:2], *found[2]), (*expected[:2], *expected[2]), strict=True):
                 assert u.shape == other.shape and error(u, other.cpu()) < tolerance
 
@@ -172,27 +154,15 @@ def check_what_is_no_norm(device, dtype):
 
     x = torch.randn(1, 1, 64).abs().to(device, dtype)
     for case in range(7):
-        merged = []
-
-        def backend(graph, _, merged=merged):
-            merge_matvecs(graph.graph)
-            graph.recompile()
-            merged += [u.args for u in graph.graph.nodes if "matvec" in str(u.target)]
-            return graph.forward
-
-        torch._dynamo.reset()
+        (found, _), calls = merge(function, x, case)
+        merged = [u.args for u in matvecs(calls)]
         with torch.no_grad():
-            found = torch.compile(function, backend=backend, dynamic=False)(x, case)[0]
             assert error(found, function(x, case)[0].cpu().double()) < 2e-2
         assert len(merged) == 1 and (merged[0][3] is None) == (case < 5) and merged[0][5] == (case < 5)
 
 
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton looks at the variable when it is imported."""
-    pytest.importorskip("triton", minversion="3.7")  # an older interpreter does not know newer versions of NumPy
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-m", __name__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "kernels ran" in done.stdout, done.stderr
+    run_in_the_interpreter(__name__)
 
 
 @pytest.mark.gpu

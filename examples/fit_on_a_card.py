@@ -90,37 +90,40 @@ def format_account(arms: dict[str, dict[str, float]], args: argparse.Namespace) 
 def build(args: argparse.Namespace) -> Any:
     """A retrofitted model of the shape with random weights, in 4 bits if that was asked for."""
     config = SHAPES[args.shape]
-    with torch.device("cpu" if args.bits == 4 else args.device):
+    with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     if args.bits == 4:
         in_4_bits(model)
-        model.to(args.device)
     return retrofit(
         model, Compressor.by_name[args.compressor], window_size=args.window, num_sinks=args.sinks
     ).requires_grad_(False)
 
 
 def in_4_bits(model: nn.Module) -> None:
-    """Put NF4 layers of bitsandbytes in place of all linear layers but the last; moving them to a GPU packs them."""
+    """Put NF4 layers of bitsandbytes in place of all linear layers but the last, one by one; moving one packs it."""
     import bitsandbytes
 
     head = model.get_output_embeddings()  # type: ignore[operator]
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and child is not head:
-                packed = bitsandbytes.nn.Linear4bit(
+                packed = bitsandbytes.nn.Linear4bit(  # on the CPU
                     child.in_features, child.out_features, bias=child.bias is not None,
                     compute_dtype=torch.bfloat16, quant_type="nf4",
                 )  # fmt: skip
                 packed.load_state_dict(child.state_dict())
-                setattr(parent, name, packed)
+                setattr(parent, name, packed.to(child.weight.device))
 
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, int | None]]:
-    """Bytes of the cache, and the most that was added while a prompt was read piece by piece, by arm."""
+    """Bytes of the cache, and the most that was added while a prompt was read piece by piece, by arm.
+
+    An arm that runs out of memory says after how many tokens; its figures are those until then.
+    """
     place = torch.device(args.device)
     if place.type == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
         share = args.card * GB / torch.cuda.get_device_properties(place).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), place)
     model = build(args)
@@ -130,9 +133,12 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[int, int | None]]:
         cache: Any = HippocampalCache() if name == "memory" else DynamicCache(config=model.config)
         bar = tqdm(total=args.tokens, desc=name, unit=" tokens")
         with PeakMemory(place) as peak, bar, full_attention(model) if name != "memory" else nullcontext():
-            for part in ids.split(args.piece, dim=1):
-                model(part, cache=cache, use_cache=True, logits_to_keep=1)
-                bar.update(part.shape[1])
+            try:
+                for part in ids.split(args.piece, dim=1):
+                    model(part, cache=cache, use_cache=True, logits_to_keep=1)
+                    bar.update(part.shape[1])
+            except torch.OutOfMemoryError as error:  # an answer too
+                bar.write(f"{name}: out of memory after {bar.n:,} tokens: {error}".partition(" If reserved")[0])
         held = cache.nbytes if name == "memory" else sum(u.keys.nbytes + u.values.nbytes for u in cache.layers)
         found[name] = (held, peak.nbytes)
         most = "unknown" if peak.nbytes is None else f"{peak.nbytes / 1e6:,.1f} MB ({peak.meaning})"

@@ -69,6 +69,25 @@ def test_bytes_on_a_card_are_those_that_are_held(capsys, unchecked):
     assert "peak" not in capsys.readouterr().out.partition("measured")[0]
 
 
+def test_an_arm_that_runs_out_of_memory_says_after_how_many_tokens(capsys, monkeypatch, unchecked):
+    module = importlib.import_module("fit_on_a_card")
+
+    class Small(module.DynamicCache):
+        def update(self, keys, values, layer, **more):
+            if self.get_seq_length(layer) + keys.shape[2] > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory. If reserved memory is large try something")
+            return super().update(keys, values, layer, **more)
+
+    monkeypatch.setattr(module, "DynamicCache", Small)
+    shape = ["--shape", "tiny", "--tokens", "150", "--window", "60", "--sinks", "4", "--piece", "60"]
+    found = module.main([*shape, "--measure", "--full", "--device", "cpu"])["measured"]
+    assert (
+        found["full attention"][0] * 150
+        == module.account(module.parse(shape))["full attention"]["cache of a text"] * 60
+    )
+    assert "full attention: out of memory after 60 tokens: CUDA out of memory.\n" in capsys.readouterr().out
+
+
 def test_a_3b_model_with_a_long_text_on_a_card():
     """As the page says; the peak measured on an H100 at 131,072 tokens is 8.17 GB."""
     module = importlib.import_module("fit_on_a_card")

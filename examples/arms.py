@@ -56,9 +56,11 @@ def use_arm(model: nn.Module, arm: str, window: tuple[int, int] | None = None) -
         raise ValueError(f"arm={arm!r}: expected one of {', '.join(kinds)}.")
     longer = arm in ("window", "compressor")
 
+    mean = slots_of(model)
+
     def resized(store: MemoryStore) -> Any:
         size, sinks = window or (store.window.window_size, store.window.num_sinks)
-        more = _slots(store) if longer else 0
+        more = mean if longer else 0
         return replace(store.window, window_size=size + more, num_sinks=sinks)
 
     alone = _changed(model, "compressor", lambda _: None) if arm in UNTRAINED else nullcontext()
@@ -121,21 +123,25 @@ def own_window(model: nn.Module) -> tuple[int, int]:
 
 
 def slots_of(model: nn.Module) -> int:
-    """Evicted tokens that each key/value head keeps, 0 without slots; the most in any layer."""
-    return max(map(_slots, stores_of(model)))
+    """Evicted tokens that each key/value head keeps, 0 without slots; where layers differ, the mean of all."""
+    found = list(map(_slots, stores_of(model)))
+    return math.ceil(sum(found) / len(found))
 
 
 def set_slots(model: nn.Module, num_slots: int) -> None:
     """Let each key/value head keep another number of evicted tokens; what was learned does not depend on it.
 
+    Where layers differ, it is the mean, and they differ in proportion.
+
     Raises:
         ValueError: if the model has no slots.
     """
     policies: list[Any] = [store.eviction for store in stores_of(model) if hasattr(store.eviction, "num_slots")]
-    if not policies:
+    total = sum(policy.num_slots for policy in policies)
+    if not total:
         raise ValueError(f"--slots {num_slots}: this memory has no slots. Leave --slots out.")
     for policy in policies:
-        policy.num_slots = num_slots
+        policy.num_slots = policy.num_slots * num_slots * len(policies) // total
 
 
 def set_rate(model: nn.Module, rate: float) -> None:

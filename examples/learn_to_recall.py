@@ -5,9 +5,10 @@
 
 Every key/value head of SmolLM2-135M-Instruct keeps some evicted tokens in slots. Which ones, a small network in each
 layer learns in three stages: from the attention that tokens will get, from where the model looks facts up, and from the
-model's own answers. Facts are hidden in the text of Python's reference manual, or in texts of yours (``--text``). Then
-the model is asked for facts in other wordings that have left the window: with full attention, with a window that holds
-as many tokens, and with the slots.
+model's own answers. A fourth (``--slot-steps``) gives the layers that look facts up the slots of the others. Facts are
+hidden in the text of Python's reference manual, or in texts of yours (``--text``). Then the model is asked for facts in
+other wordings that have left the window: with full attention, with a window that holds as many tokens, and with the
+slots.
 
 Writes an adapter and a picture. With ``--ask ADAPTER`` it asks with a memory that is trained already; one comes with
 the repository, as in the second command. On a GPU, longer texts and more of them:
@@ -53,6 +54,8 @@ from ahn_layers.distillation import (
     distillation_loss,
     freeze_base,
     salient_slots,
+    set_rates,
+    set_slots,
     soft_slots,
     use_window,
 )
@@ -144,13 +147,13 @@ def weights_of(model: Any, adapter: str, option: str, sizes: dict[str, Any]) -> 
 
 
 def sizes_of(model: Any) -> tuple[int, int, int]:
-    """Window, sinks and slots of a model.
+    """Window, sinks and slots (the mean of all layers) of a model.
 
     Raises:
         ValueError: if it has no slots.
     """
-    slots = salient_slots(model)[0].num_slots
-    return model.hippocampus.window.window_size, model.hippocampus.window.num_sinks, slots
+    salient_slots(model)
+    return model.hippocampus.window.window_size, model.hippocampus.window.num_sinks, slots_of(model)
 
 
 def split(documents: list[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -164,7 +167,7 @@ def split(documents: list[Tensor], share: float) -> tuple[list[Tensor], list[Ten
 def learn(
     model: Any, encode: Any, documents: list[Tensor], options: argparse.Namespace, log: dict[str, list[Any]]
 ) -> None:
-    """The three stages; errors and losses on the way go to the log."""
+    """The stages; errors and losses on the way go to the log."""
 
     def crops(stage: int, count: int) -> PlantedCrops:
         seed, facts = 3 * options.seed + stage, (options.facts[0], options.facts[1])
@@ -175,13 +178,11 @@ def learn(
     how = {"batch": options.batch, "device": options.device, "workers": options.workers}
     if options.score_steps:
         log["score_errors"] += learn_attention(model, "1. attention to come", crops(0, options.score_steps), **how)
-    if options.retrieval_steps:
-        title, found = "2. where facts are looked up", crops(1, options.retrieval_steps)
-        heads = find_heads(model, title, found, share=options.share, **how)
-        log["retrieval"] = [] if heads is None else heads.tolist()
+    heads = find_heads(model, "2. where facts are looked up", crops(1, options.retrieval_steps), **how)
+    if heads is not None:
+        log["retrieval"] = heads.tolist()
+        set_rates(model, heads, coverage=options.coverage)
         save_adapter(model, options.output / "scores")
-    if not options.steps:
-        return
     for bar, batch in steps("3. answers", crops(2, options.steps), groups=answer_groups(model), **how):
         with soft_slots(model):
             found_loss = distillation_loss(model, batch["input_ids"], answers=batch["answers"], ce_weight=options.ce)
@@ -190,6 +191,9 @@ def learn(
         bar.set_postfix(loss=f"{mean(log['losses'][-10:]):.3f}")
         if len(log["losses"]) % 50 == 0:
             save_adapter(model, options.output)
+    heads = find_heads(model, "4. which layers do so", crops(3, options.slot_steps), **how)
+    if heads is not None:
+        log["slots"] = set_slots(model, heads)
 
 
 @torch.no_grad()
@@ -305,8 +309,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--score-steps", type=count, default=120, help="steps of the first stage (default: 120)")
     add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
     add("--steps", type=count, default=20, help="steps of the third stage (default: 20)")
+    add("--slot-steps", type=count, default=0, help="batches of a fourth: the layers that look up get more slots (0)")
     add(
-        "--share", type=number(1.0), default=0.25, help="share of the heads that keep for good at first (default: 0.25)"
+        "--coverage",
+        type=number(1.0),
+        default=0.9,
+        help="share of all looking up that is done by the heads that keep for good at first (default: 0.9)",
     )
     add("--questions", type=positive, default=6, help="of each task (default: 6)")
     add("--test-length", type=positive, default=2048, help="tokens in each text of a question (default: 2048)")

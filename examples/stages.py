@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from ahn_layers import adapter_parameters
-from ahn_layers.distillation import learn_scores, retrieval_heads, set_rates
+from ahn_layers.distillation import learn_scores, retrieval_heads, salient_slots
 
 STAGE = "stage.pt"
 """The file that says how far a stage is."""
@@ -178,26 +178,23 @@ def learn_attention(
     return errors
 
 
-def find_heads(
-    model: nn.Module, title: str, crops: PlantedCrops, batch: int, device: Any, *, share: float = 0.25, **how: Any
-) -> Tensor | None:
-    """The second stage: heads that look facts up keep their tokens, the slots of the others become a longer window.
+def find_heads(model: nn.Module, title: str, crops: PlantedCrops, batch: int, device: Any, **how: Any) -> Tensor | None:
+    """How much each head looks facts up.
 
     Returns:
-        What ``retrieval_heads`` found, or None (and nothing is set) if no crop asks for anything.
+        What ``retrieval_heads`` found, the mean over all crops, or None if no crop asks for anything.
     """
-    total, number = torch.zeros(()), 0
+    scores = [policy.learned for policy in salient_slots(model) if policy.learned is not None]
+    total, number = torch.zeros(len(scores), len(scores[0].log_rate), device=device), torch.zeros(1, device=device)
     for bar, items in steps(title, crops, batch, device, **how):
         asked = [[(a.value, a.answer) for a in row] for row in items["asked"]]
         if any(asked):
-            total, number = total.to(device) + retrieval_heads(model, items["input_ids"], asked), number + 1
-            bar.set_postfix(best=f"{total.max().item() / number:.2f}")
-    if not number:
-        return None
-    if dist.is_available() and dist.is_initialized():
+            total, number = total + retrieval_heads(model, items["input_ids"], asked), number + 1
+            bar.set_postfix(best=f"{float(total.max() / number):.2f}")
+    if dist.is_available() and dist.is_initialized():  # also where this process had no question
         dist.all_reduce(total)
-    set_rates(model, total, share=share)
-    return total / number
+        dist.all_reduce(number)
+    return total / number if float(number) else None
 
 
 def mean(values: list[float]) -> float:

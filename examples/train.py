@@ -45,6 +45,7 @@ from ahn_layers.distillation import (
     compile_layers,
     freeze_base,
     sample_window,
+    set_rates,
     use_window,
 )
 
@@ -159,7 +160,9 @@ def prepare_slots(
             learn_attention(model, "attention to come", crops, folder=options.output / "checkpoints", **how)
         if options.retrieval_steps:
             crops = crops_of(documents, tokenizer, options, options.retrieval_steps, stage=2)
-            find_heads(model, "where facts are looked up", crops, share=options.share, **how)
+            found = find_heads(model, "where facts are looked up", crops, **how)
+            if found is not None:
+                set_rates(model, found, coverage=options.coverage)
     idle = {"both": (), "scores": ("others",), "compressor": ("scores", "rates")}[options.teach]
     for kind in idle:
         for parameter in parameters_of(model)[kind]:

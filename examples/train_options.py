@@ -17,7 +17,12 @@ def add_slot_options(parser: argparse.ArgumentParser) -> None:
     add("--teach", choices=["both", "scores", "compressor"], default="both", help="what the steps train")
     add("--score-steps", type=count, default=0, help="steps of a first stage: scores learn the attention to come")
     add("--retrieval-steps", type=count, default=0, help="batches in which heads that look facts up are searched")
-    add("--share", type=number(1.0), default=0.25, help="share of the heads that keep for good at first")
+    add(
+        "--coverage",
+        type=number(1.0),
+        default=0.9,
+        help="share of all looking up done by heads that keep for good at first",
+    )
     add("--facts", type=positive, nargs=2, default=[2, 6], metavar=("LEAST", "MOST"), help="facts in each text")
     add("--temperature", type=number(100.0), default=0.5, help="of the soft choice of the kept tokens")
 

@@ -14,7 +14,7 @@ from .compiling import compile_layers
 from .copying import repeat_spans
 from .loss import sliced_loss
 from .passes import DistillationLoss, arm_losses, distillation_loss, freeze_base, gap_closed, output_head
-from .retention import learn_scores, retrieval_heads, salient_slots, set_rates, soft_slots
+from .retention import learn_scores, retrieval_heads, salient_slots, set_rates, set_slots, soft_slots
 from .windows import sample_window, use_window
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "retrieval_heads",
     "salient_slots",
     "set_rates",
+    "set_slots",
     "soft_slots",
     "sample_window",
     "sliced_loss",

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..evictions import SalientSlots
 
 KEEP, FORGET = 1e-5, 0.05
 """Rates of heads whose tokens stay until better ones come, and of those whose slots are a longer window."""
+COVERAGE = 0.9
+"""Share of all looking up that the heads do whose tokens stay."""
 _UNITS = 4096
 """Parts of the budget that are told apart."""
 
@@ -136,16 +138,30 @@ def spend(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budg
     return picks[::-1]
 
 
-def check_share(share: float) -> None:
-    """Raise a ValueError for what is no share of the heads."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: expected a share of the heads, above 0 and at most 1.")
+def check_coverage(coverage: float) -> None:
+    """Raise a ValueError for what is no share of all that is looked up."""
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage={coverage}: expected a share of what is looked up, above 0 and at most 1.")
+
+
+def covering(found: Float[Tensor, " n"], coverage: float) -> Bool[Tensor, " n"]:
+    """The fewest entries whose sum is at least a share of the sum of all; one at least.
+
+    Args:
+        found: what each entry looks up, not negative.
+        coverage: the share, above 0 and at most 1.
+    """
+    order = found.double().sort(descending=True)
+    before = order.values.cumsum(0) - order.values  # of all that are larger
+    chosen = torch.zeros_like(found, dtype=torch.bool)
+    chosen[order.indices] = before < coverage * order.values.sum()
+    chosen[order.indices[0]] = True
+    return chosen
 
 
 def rates_of(
-    retrieval: Float[Tensor, "layers g"], share: float, keep: float = KEEP, forget: float = FORGET
+    retrieval: Float[Tensor, "layers g"], coverage: float, keep: float = KEEP, forget: float = FORGET
 ) -> list[list[float]]:
-    """For each head a rate: the given share of them that looks up most keeps its tokens, the others forget."""
-    count = max(1, round(share * retrieval.numel()))
-    chosen = retrieval >= retrieval.flatten().topk(count).values[-1]
+    """For each head a rate: the fewest that together look up the given share keep their tokens, the others forget."""
+    chosen = covering(retrieval.flatten(), coverage).view_as(retrieval)
     return torch.where(chosen, keep, forget).tolist()  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from ..evictions import SalientSlots
 from ..memory import MemoryStore
 from ..retrofit import restore, retrofit
 from ..window import Window
-from .budgets import Budgets, check_share, cost_at, rates_of, spend
+from .budgets import COVERAGE, Budgets, check_coverage, cost_at, rates_of, spend
 from .loss import sliced_loss
 from .passes import output_head, run_hidden
 from .retention import Span, retrieval_heads
@@ -43,7 +43,7 @@ def calibrate(
     asked: Sequence[Sequence[tuple[Span, Span]]] | None = None,
     layers: Sequence[int] | None = None,
     measured: Sequence[int] | None = None,
-    share: float = 0.25,
+    coverage: float = COVERAGE,
 ) -> Budgets:
     """Measure what each layer loses by a window and which heads look things up, and spend bytes of cache accordingly.
 
@@ -71,7 +71,8 @@ def calibrate(
         layers: which layers to choose for, the ones that ``retrofit`` chooses by default.
         measured: capacities at which costs are measured, each at least ``window_size + num_sinks``. Default: that one,
             and four times as many tokens each time.
-        share: share of the heads that look up most and keep their tokens; those of the others age.
+        coverage: the fewest heads that together do this share of all looking up keep their tokens; those of the others
+            age.
 
     Returns:
         The proposal, with what was measured.
@@ -95,7 +96,7 @@ def calibrate(
             f"sequences of {length} tokens: expected more than {least + 2 * _SPAN}, the window with its sinks and "
             f"{2 * _SPAN} tokens."
         )
-    check_share(share)
+    check_coverage(coverage)
     wrong = [size for size in measured or () if not least <= size < length]
     if wrong:
         raise ValueError(
@@ -107,7 +108,7 @@ def calibrate(
     try:
         model.eval()
         return _Measuring(model, input_ids, asked, num_sinks, least).propose(
-            bytes, window_size, slots, compressor, share, measured
+            bytes, window_size, slots, compressor, coverage, measured
         )
     finally:
         restore(model)  # type: ignore[type-var]
@@ -206,7 +207,7 @@ class _Measuring:
         window_size: int,
         slots: SalientSlots | None,
         compressor: type[Compressor] | None,
-        share: float,
+        coverage: float,
         measured: Sequence[int] | None,
     ) -> Budgets:
         """Measure, choose, and measure the choice."""
@@ -236,7 +237,7 @@ class _Measuring:
         found = self.retrieval().cpu()
         return Budgets(
             capacities=chosen, window_size=window_size, num_sinks=self.num_sinks, slots=slots,
-            rates=dict(zip(self.layers, rates_of(found, share), strict=True)), retrieval=found, costs=costs,
+            rates=dict(zip(self.layers, rates_of(found, coverage), strict=True)), retrieval=found, costs=costs,
             bytes=total(chosen.values()), equal_capacity=equal, full_loss=full, equal_loss=equal_loss,
             expected_loss=expected, loss=loss,
         )  # fmt: skip

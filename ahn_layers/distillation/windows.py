@@ -108,9 +108,9 @@ def give_windows(stores: Sequence[MemoryStore], windows: Sequence[Window]) -> It
 
 @contextmanager
 def longer_windows(model: nn.Module) -> Iterator[None]:
-    """Within this context, each window is longer by the slots of its memory: the window alone at equal capacity."""
+    """Within this context, each window is longer by the mean number of slots: the window alone at equal capacity."""
     stores = [module.store for module in model.modules() if isinstance(module, HippocampalAttention)]
     more = [store.eviction.num_slots if isinstance(store.eviction, SalientSlots) else 0 for store in stores]
-    sizes = [store.window.window_size + slots for store, slots in zip(stores, more, strict=True)]
-    with give_windows(stores, [replace(u.window, window_size=size) for u, size in zip(stores, sizes, strict=True)]):
+    mean = round(sum(more) / max(1, len(more)))
+    with give_windows(stores, [replace(u.window, window_size=u.window.window_size + mean) for u in stores]):
         yield

@@ -27,6 +27,7 @@ from ahn_layers.distillation import (
     retrieval_heads,
     salient_slots,
     set_rates,
+    set_slots,
     soft_slots,
 )
 from ahn_layers.huggingface.decoder import CACHE
@@ -128,12 +129,43 @@ def test_retrieval_heads():
 def test_rates_are_set_by_what_heads_do():
     model = made()
     heads = torch.tensor([[0.1, 0.9], [0.8, 0.0], [0.2, 0.3]])
-    set_rates(model, heads, share=1 / 3, keep=1e-4, forget=0.5)
+    set_rates(model, heads, coverage=0.7, keep=1e-4, forget=0.5)
     rates = torch.stack([policy.learned.rate for policy in salient_slots(model)])
     expected = torch.tensor([[0.5, 1e-4], [1e-4, 0.5], [0.5, 0.5]], dtype=rates.dtype)
     torch.testing.assert_close(rates, expected)
     with pytest.raises(ValueError, match="expected 3 layers"):
         set_rates(model, heads[:2])
+
+
+def test_the_fewest_heads_that_cover_enough():
+    heads = torch.tensor([[0.5, 0.1], [0.3, 0.1], [0.0, 0.0]])
+    model = made()
+    for coverage, kept in (
+        (0.4, [[1, 0], [0, 0], [0, 0]]),
+        (0.6, [[1, 0], [1, 0], [0, 0]]),
+        (1.0, [[1, 1], [1, 1], [0, 0]]),
+    ):
+        set_rates(model, heads, coverage=coverage, keep=1e-4, forget=0.5)
+        rates = torch.stack([policy.learned.rate for policy in salient_slots(model)])
+        assert torch.equal(rates < 0.1, torch.tensor(kept).bool()), coverage
+    set_rates(model, 0 * heads)  # nothing is looked up: one head keeps
+    assert sum((policy.learned.rate < 1e-3).sum() for policy in salient_slots(model)) == 1
+
+
+def test_layers_that_look_up_get_the_slots_of_the_others():
+    model, heads = made(), torch.tensor([[0.1, 0.0], [0.8, 0.4], [0.2, 0.5]])
+    before = sum(policy.num_slots for policy in salient_slots(model))
+    assert before == 3 * 10 and set_slots(model, heads, least=4) == [4, 13, 13]
+    assert set_slots(model, heads, coverage=0.5, least=4) == [4, 22, 4]
+    assert set_slots(model, heads, coverage=1.0, least=0) == [10, 10, 10]
+    with torch.no_grad():
+        ids = tokens(length=60)
+        set_slots(model, heads, least=4)
+        cache = HippocampalCache()
+        model(ids, cache=cache, use_cache=True)
+        assert [layer.state.kept["k"].shape[2] for layer in cache.layers] == [4, 13, 13]
+    with pytest.raises(ValueError, match="expected 3 layers"):
+        set_slots(model, heads[:2])
 
 
 def test_visibilities_trade_places():

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from ahn_layers import SalientSlots
-from ahn_layers.distillation import arm_losses, calibrate, retrieval_heads, set_rates, sliced_loss
+from ahn_layers.distillation import (
+    arm_losses,
+    calibrate,
+    retrieval_heads,
+    salient_slots,
+    set_rates,
+    set_slots,
+    sliced_loss,
+)
 
 from ..models import CAPACITY, base, retrofitted, tokens
 from ..refusing import refused
@@ -55,15 +63,27 @@ def test_every_text_has_its_row():
         retrieval_heads(retrofitted(), tokens(2, 40), [[((1, 3), (20, 22))]])
 
 
-@pytest.mark.parametrize("options, part", [({"share": 2.0}, "share=2.0"), ({"keep": 0.0}, "keep=0.0")], ids=str)
+@pytest.mark.parametrize("options, part", [({"coverage": 2.0}, "coverage=2.0"), ({"keep": 0.0}, "keep=0.0")], ids=str)
 def test_rates(options, part):
     model = retrofitted(eviction=SalientSlots(3))
     with refused(ValueError, part, "expected a"):
         set_rates(model, torch.rand(3, 2), **options)
 
 
+@pytest.mark.parametrize(
+    "options, part",
+    [({"least": 4}, "least=4"), ({"least": -1}, "least=-1"), ({"coverage": 0.0}, "coverage=0.0")],
+    ids=str,
+)
+def test_slots_by_layer(options, part):
+    model = retrofitted(eviction=SalientSlots(3))
+    with refused(ValueError, part, "expected a"):
+        set_slots(model, torch.rand(3, 2), **{"least": 1} | options)
+    assert {policy.num_slots for policy in salient_slots(model)} == {3}
+
+
 CALIBRATIONS = {
-    "no share": ({"share": 0.0}, "share=0.0", "above 0"),
+    "no coverage": ({"coverage": 0.0}, "coverage=0.0", "above 0"),
     "less than the window": ({"measured": [4]}, "measured=[4]", "from 8", "Leave [4] out"),
     "more than the text": ({"measured": [8, 500]}, "measured=[8, 500]", "to 199", "Leave [500] out"),
 }

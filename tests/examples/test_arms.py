@@ -120,11 +120,13 @@ def test_layers_keep_windows_of_their_own():
 def test_layers_may_have_different_numbers_of_slots():
     model = small(eviction={0: SalientSlots(16), 1: SalientSlots(4)})
     with arms.use_arm(model, "window"):
-        assert [store.window.window_size for store in arms.stores_of(model)] == [40, 28]
+        assert [store.window.window_size for store in arms.stores_of(model)] == [34, 34]  # the mean, at equal bytes
         example, _ = made("pass key", length=300)
         chunks = [needles.score(model, example, size)[0].loss for size in (37, 1000)]
     assert chunks[0] == pytest.approx(chunks[1], rel=1e-4)
-    assert arms.equal_window(model, (24, 8)) == (40, 8)
+    assert arms.equal_window(model, (24, 8)) == (34, 8)
+    arms.set_slots(model, 20)
+    assert [store.eviction.num_slots for store in arms.stores_of(model)] == [32, 8] and arms.slots_of(model) == 20
 
 
 def test_bytes_of_the_arms():

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from ..memory import MemoryStore
 from ..ops.ahead import compile_ahead
-from ..state import MemoryState
 from .devices import only_device
 
 _begun: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
@@ -20,7 +18,7 @@ _begun: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 
 
 def compile_for(model: Any, stores: Iterable[MemoryStore], rows: int, length: int, size: int) -> None:
-    """Begin, at the first prompt of a model that outgrows the window, to compile what it and a decoding step launch.
+    """Begin, at the first prompt of a model that outgrows the window, to compile what it launches.
 
     Nothing happens but for a model in half precision on one CUDA GPU.
 
@@ -49,27 +47,18 @@ def pieces(length: int, size: int, capacity: int) -> list[int]:
 
 
 def read(store: MemoryStore, device: torch.device, dtype: torch.dtype, rows: int, lengths: list[int]) -> None:
-    """Read pieces of these lengths and decode a token, with a copy of a store, on new tensors."""
-    store = _copy(store, device)
-    state: MemoryState | None = None
-    for length in lengths:
-        state = _take_in(store, device, dtype, rows, length, state)
-    if state is not None and len(state.slots) == store.window.capacity:
-        _take_in(store, device, dtype, rows, 1, replace(state, length=None, padded=True, inplace=True))  # as if static
-
-
-def _take_in(
-    store: MemoryStore, device: torch.device, dtype: torch.dtype, rows: int, length: int, state: MemoryState | None
-) -> MemoryState:
+    """Read pieces of these lengths with a copy of a store, on new tensors."""
+    store, state = _copy(store, device), None
     compressor = store.recalling
     assert compressor is not None
     heads, groups, size = compressor.num_heads, compressor.num_kv_heads, compressor.head_dim
-    q, k, v = (
-        torch.empty(rows, length, count, width, dtype=dtype, device=device).transpose(1, 2)
-        for count, width in ((heads, size), (groups, size), (groups, compressor.value_dim))
-    )
-    x = torch.empty(rows, length, compressor.hidden_size, dtype=dtype, device=device)
-    return store(q, k, v, x, state)[1]
+    for length in lengths:
+        q, k, v = (
+            torch.empty(rows, length, count, width, dtype=dtype, device=device).transpose(1, 2)
+            for count, width in ((heads, size), (groups, size), (groups, compressor.value_dim))
+        )
+        x = torch.empty(rows, length, compressor.hidden_size, dtype=dtype, device=device)
+        _, state = store(q, k, v, x, state)
 
 
 def _copy(store: MemoryStore, device: torch.device) -> MemoryStore:

@@ -5,7 +5,6 @@ Without a GPU: kernels are asked for, for a Hopper card, but neither compiled no
 
 import importlib
 import threading
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,16 +72,14 @@ def make_store(compressor, dtype, heads, size, slots=0, **options):
 
 
 def really(store, dtype, lengths):
-    """Read pieces, and decode a token on a static state, with tensors that exist."""
+    """Read pieces with tensors that exist."""
     compressor, state = store.compressor, None
     with torch.no_grad():
-        for length in (*lengths, 1):
+        for length in lengths:
             q, k, v = (
                 torch.randn(1, length, heads, compressor.head_dim, dtype=dtype).transpose(1, 2)
                 for heads in (compressor.num_heads, GROUPS, GROUPS)
             )
-            if length == 1:
-                state = replace(state, length=None, padded=True, inplace=True)
             _, state = store(q, k, v, torch.randn(1, length, compressor.hidden_size, dtype=dtype), state)
 
 
@@ -109,7 +106,7 @@ def test_what_is_compiled_ahead_is_what_a_prompt_launches(asked, arguments, opti
     for launch in noted:
         launch.kernel.function.warmup(*launch.args, grid=(1,), **launch.options)
     assert set(asked) == launched
-    assert {name.rpartition(".")[2] for name, _ in launched} >= {"_join", "_read_chunks", "_turn", "_finish"}
+    assert {name.rpartition(".")[2] for name, _ in launched} >= {"_join", "_read_chunks", "_turn"}
 
 
 def test_no_length_of_a_prompt_needs_its_own_kernels(asked):
@@ -126,6 +123,45 @@ def test_no_length_of_a_prompt_needs_its_own_kernels(asked):
     assert all(keys == found[0] for keys in found)
     names = [name.rpartition(".")[2] for name, _ in found[0]]
     assert names.count("_join") == 3 and len(names) - 3 == len({*names} - {"_join"})
+
+
+def test_what_is_compiled_beside_inductor_is_what_a_step_launches(asked):
+    from ahn_layers.huggingface.compiled.region import launches_of
+    from ahn_layers.huggingface.compiled.triton_matvec import matvec
+    from ahn_layers.ops.decode.triton_decode import slot_attention
+
+    def step(x, norm, weights, biases, k, v, seen):
+        q = matvec(2 * x, weights, biases, norm, 1e-6, False).narrow(0, 0, 4 * 64).view(1, 4, 1, 64)
+        out = slot_attention(q, q, k, v, seen, SINKS, 0.1)
+        return matvec(out.view(1, 1, -1), weights[:1], biases[:1], None, 0.0, False, x)
+
+    def backend(graph, _):
+        runs.append(launches_of(graph.graph))
+        return graph.forward
+
+    runs, weights = [], [torch.randn(n, 256, dtype=BF16) for n in (256, 24, 40)]
+    k, v = torch.randn(2, 1, GROUPS, WINDOW + SINKS, 64, dtype=BF16)
+    given = (
+        torch.randn(1, 1, 256, dtype=BF16),
+        weights[0][3].clone(),
+        weights,
+        [None, None, weights[0][0, :40].clone()],
+    )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(step, backend=backend, fullgraph=True, dynamic=False)(*given, k, v, torch.tensor([7]))
+    torch._dynamo.reset()
+    launched = set(asked)
+    asked.clear()
+    ((run, devices),) = runs
+    with ahead.noting() as noted:
+        run()
+    for launch in noted:
+        launch.kernel.function.warmup(*launch.args, grid=(1,), **launch.options)
+    assert set(asked) == launched and devices == {torch.device("cpu")}
+    assert sorted(name.rpartition(".")[2] for name, _ in launched) == [
+        "_attend_to_part", "_join_parts", "_matvec", "_matvec"
+    ]  # fmt: skip
 
 
 class Function:

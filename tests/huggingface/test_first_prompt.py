@@ -1,5 +1,10 @@
 """When the kernels of a long prompt are compiled ahead: once, on a GPU, for a prompt that outgrows the window."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -62,3 +67,37 @@ def test_nothing_begins_on_a_cpu(monkeypatch):
 )
 def test_pieces_that_launch_what_all_of_them_do(length, expected):
     assert first_prompt.pieces(length, 8192, 32_768) == expected
+
+
+SCRIPT = """
+import json, threading, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from triton import knobs
+from ahn_layers import GatedDeltaNet, retrofit
+
+found = []
+def heard(*, src, cache_hit, **_):
+    if "ahn_layers" in getattr(src, "fn", None).__module__:
+        found.append((src.name, threading.current_thread().name, cache_hit))
+
+knobs.compilation.listener = heard
+config = LlamaConfig(
+    vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=8192, eos_token_id=None, pad_token_id=0,
+)
+with torch.device("cuda"):
+    model = retrofit(LlamaForCausalLM(config).eval().bfloat16(), GatedDeltaNet, window_size=20_000, num_sinks=32)
+    model.generate(torch.randint(1, 64, (1, 50_001)), max_new_tokens=4, do_sample=False)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_whatever_is_launched_has_been_compiled_in_threads(tmp_path):
+    """Of a process without compiled kernels, which reads a prompt and decodes; and nothing is compiled twice."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, _, _ in found} >= {"_join", "_l2", "_solve_chunks", "_turn", "_attend_and_fold", "_matvec"}
+    assert all(thread.startswith("compile-ahead") and not hit for _, thread, hit in found), found

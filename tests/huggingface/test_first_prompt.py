@@ -77,7 +77,7 @@ from ahn_layers import GatedDeltaNet, retrofit
 
 found = []
 def heard(*, src, cache_hit, **_):
-    if "ahn_layers" in getattr(src, "fn", None).__module__:
+    if "ahn_layers" in getattr(getattr(src, "fn", None), "__module__", ""):
         found.append((src.name, threading.current_thread().name, cache_hit))
 
 knobs.compilation.listener = heard

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 
@@ -43,7 +44,7 @@ def is_plain(linear: nn.Module) -> bool:
     """
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return False
-    return type(linear.weight) in (Tensor, nn.Parameter)
+    return type(linear.weight) in (Tensor, nn.Parameter, FakeTensor)  # the last one stands for a plain one
 
 
 def narrower(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from . import speedups
 from .config_view import base_name, original
 from .decoder import CACHE, DecoderAttention
+from .first_prompt import compile_for
 from .model_method import ModelMethod
 from .rotations import longest_fixed_rotation
 from .row_groups import PER_TOKEN, read_in_groups, rows_at_a_time
@@ -102,12 +103,14 @@ class Prefill(ModelMethod):
         size = _size_of_pieces(self.model, input_ids, generation_config, model_kwargs)
         if not isinstance(size, ChosenSize):
             return self.model, size
-        size = piece_for(self.model, rows)
+        size, blocks = piece_for(self.model, rows), _blocks(self.model)
+        inside = length <= max(block.memory.window.capacity for block in blocks)
+        if not inside and self._is_on_gpu() and not generation_config.disable_compile:
+            compile_for(self.model, [block.attending for block in blocks], rows, length, size)
         if self.reader is not None:
             reads = self.reader.reading_model(length, size, model_kwargs, generation_config)
             if reads is not self.model:
                 return reads, size
-        inside = length <= max(block.memory.window.capacity for block in _blocks(self.model))
         at_once = inside and rows * length <= GPU_AT_ONCE and self._is_on_gpu()
         return self.model, None if at_once and _needs_no_mask(self.model, model_kwargs) else size
 

@@ -1,10 +1,10 @@
 """Where the Triton forms of the operations run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,3 +49,17 @@ def on_its_gpu(launch: Callable[_P, _R]) -> Callable[_P, _R]:
             return launch(*args, **kwargs)
 
     return run
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {}
+"""The functions that start kernels, by the names of the operators that they are."""
+
+
+def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function that starts kernels an operator of PyTorch, on the GPU of its first argument."""
+
+    def make(launch: Callable[..., Any]) -> Any:
+        OPERATORS[name] = launch
+        return torch.library.custom_op(name, mutates_args=tuple(mutates_args))(on_its_gpu(launch))
+
+    return make

@@ -28,9 +28,11 @@ def test_whatever_starts_a_kernel_does_so_on_its_gpu():
             decorators = [ast.unparse(node) for node in function.decorator_list]
             calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
             starts = any(isinstance(call, ast.Subscript) for call in calls) and "triton.jit" not in decorators
-            if (starts and not function.name.startswith("_")) or any("custom_op" in u for u in decorators):
+            assert not any("custom_op" in u for u in decorators), f"{path.name}: {function.name}: use operator"
+            says_so = "on_its_gpu" in decorators or any(u.startswith("operator(") for u in decorators)
+            if says_so or (starts and not function.name.startswith("_")):
                 launching.append(function.name)
-                assert "on_its_gpu" in decorators, f"{path.name}: {function.name}"
+                assert says_so, f"{path.name}: {function.name}"
     assert len(launching) >= 14
 
 

@@ -9,10 +9,13 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import GraphModule
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 from transformers.cache_utils import Cache
 
+from ...ops.ahead import compile_ahead
+from ...ops.triton_forms import OPERATORS
 from ..cache_layers import LayerCache
 from ..decoder import DecoderAttention
 from .matvec import merge_matvecs
@@ -87,4 +90,31 @@ def decoding_backend(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any
 
     merge_matvecs(graph.graph)
     graph.recompile()
+    run, devices = launches_of(graph.graph)
+    if len(devices) == 1 and (device := devices.pop()).type == "cuda":
+        compile_ahead(run, device)  # beside Inductor
     return compile_fx(graph, inputs, config_patches={"combo_kernels": True})  # type: ignore[return-value]
+
+
+def launches_of(graph: Graph) -> tuple[Callable[[], None], set[torch.device]]:
+    """A function that launches our kernels as a graph does, on tensors that it makes; and the devices of the graph."""
+    launches: list[tuple[Callable[..., Any], Any]] = []
+    devices: set[torch.device] = set()
+
+    def made_later(u: Any) -> Any:
+        value = u.meta.get("example_value") if isinstance(u, Node) else u
+        if not isinstance(value, Tensor):
+            return value
+        devices.add(value.device)
+        return partial(torch.empty_strided, value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    for node in graph.nodes:
+        launch = OPERATORS.get(node.target.name()) if isinstance(node.target, torch._ops.OpOverload) else None
+        if launch is not None:
+            launches.append((launch, map_aggregate(node.args, made_later)))
+
+    def run() -> None:
+        for launch, args in launches:
+            launch(*map_aggregate(args, lambda u: u() if isinstance(u, partial) else u))  # type: ignore[misc]
+
+    return run, devices

@@ -7,12 +7,12 @@ layer is done on the way: the RMS norm of the vector, the gate of an MLP, the su
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.triton_forms import early_launch, on_its_gpu
+from ...ops.ahead import Kernel
+from ...ops.triton_forms import early_launch, operator
 
 MOST = 8
 """Matrices in one launch."""
@@ -20,6 +20,7 @@ _ROWS, _COLUMNS, _WARPS = 2, 1024, 4
 """What a program loads at a time, and its warps: the fastest of those tried for matrices of 2,048 to 11,008 columns."""
 
 
+@Kernel
 @triton.jit
 def _matvec(
     x_ptr, norm_ptr, add_ptr, out_ptr, row_ptr,
@@ -97,8 +98,7 @@ def _matvec(
             tl.store(row_ptr + k, row * tl.load(norm_ptr + k, mask=k < K, other=0.0), mask=k < K)
 
 
-@torch.library.custom_op("ahn_layers::matvec", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::matvec")
 def matvec(
     x: Tensor,
     weights: list[Tensor],

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_forms import on_its_gpu
+from ..ahead import Kernel
+from ..triton_forms import operator
 
 CHUNK = 256
 """Queries for which keys are listed together."""
@@ -20,7 +21,8 @@ _LEAST = tl.constexpr(-1e30)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["length", "keys", "chunks", "most"])
 def _attend(
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, index_ptr, count_ptr, out_ptr, lse_ptr,
     length, keys, chunks, most, scale, q_b, q_h, q_t, k_b, k_g, k_c, v_b, v_g, v_c, f_b, f_g, l_b, l_g,
@@ -68,8 +70,7 @@ def _attend(
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("ahn_layers::attend_between", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::attend_between")
 def attend(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, index: Tensor, count: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

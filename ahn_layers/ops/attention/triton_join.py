@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ahead import Kernel
 from ..triton_forms import on_its_gpu
 
 _ROWS = 32
@@ -26,7 +27,8 @@ def _add(out, ptr, lse_ptr, b, t, h, e, s_b, s_t, s_h, heads, length, lse, insid
     return out + part.to(tl.float32) * weight[:, None]
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["rows", "heads", "length"])
 def _join(
     a_ptr, b_ptr, c_ptr, d_ptr, a_lse, b_lse, c_lse, d_lse, out_ptr, lse_ptr, rows, heads, length,
     a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, d_b, d_t, d_h,

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_forms import on_its_gpu
+from ..ahead import Kernel
+from ..triton_forms import operator
 
 _LEAST = tl.constexpr(-1e30)
 """Instead of the largest logit where there is none: minus infinity has no difference from itself."""
@@ -83,6 +84,7 @@ def _attend(
     _store_part(max_ptr, sum_ptr, out_ptr, at, largest, total, out, r, e, R, E)
 
 
+@Kernel
 @triton.jit
 def _attend_to_part(
     q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, max_ptr, sum_ptr, out_ptr,
@@ -120,6 +122,7 @@ def _join(
     return out / total
 
 
+@Kernel
 @triton.jit
 def _join_parts(
     max_ptr, sum_ptr, part_ptr, out_ptr, parts, R: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
@@ -154,8 +157,7 @@ def parts_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, int], int, int]
     return options, size, triton.cdiv(slots, size)
 
 
-@torch.library.custom_op("ahn_layers::slot_attention", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::slot_attention")
 def slot_attention(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_sinks: int, scale: float
 ) -> Tensor:
@@ -191,6 +193,7 @@ def _(q: Tensor, turned: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_sinks: 
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
+@Kernel
 @triton.jit
 def _fold_and_read(
     state_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, after_ptr, read_ptr,
@@ -215,8 +218,7 @@ def _fold_and_read(
         tl.store(read_ptr + (s * R + r) * E + e, tl.sum(state * q[:, None], 0), mask=e < E)
 
 
-@torch.library.custom_op("ahn_layers::fold_and_read", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::fold_and_read")
 def fold_and_read(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,13 @@
 import triton
 import triton.language as tl
 
+from ..ahead import Kernel
 from .triton_decode import _join
 from .triton_fold import _slot
 from .triton_kept import _move, _priority
 
 
+@Kernel
 @triton.jit
 def _finish(
     q_ptr, k_ptr, v_ptr, k_slots_ptr, v_slots_ptr, seen_ptr, now_ptr, max_ptr, sum_ptr, part_ptr,

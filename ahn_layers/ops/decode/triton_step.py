@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_forms import early_launch, on_its_gpu
+from ..ahead import Kernel
+from ..triton_forms import early_launch, operator
 from .triton_decode import _attend, parts_of
 from .triton_finish import _finish
 from .triton_fold import _fold_tile, _slot
@@ -32,6 +33,7 @@ _FINISH_TILE, _FINISH_WARPS = 16, (1, 2)
 """Channels of the output that a program of the second launch makes, and its warps, without kept tokens and with."""
 
 
+@Kernel
 @triton.jit
 def _attend_and_fold(
     q_ptr, turned_ptr, k_ptr, v_ptr, seen_ptr, now_ptr, max_ptr, sum_ptr, part_ptr,
@@ -106,10 +108,7 @@ def _attend_and_fold(
         )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "ahn_layers::decode_step", mutates_args=("k_slots", "v_slots", "gates", "seen", "memory", "kept")
-)
-@on_its_gpu
+@operator("ahn_layers::decode_step", mutates_args=("k_slots", "v_slots", "gates", "seen", "memory", "kept"))
 def decode_step(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, new_gates: list[Tensor], k_slots: Tensor, v_slots: Tensor,
     gates: list[Tensor], seen: Tensor, num_sinks: int, facing: int, scale: float, memory: Tensor | None,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_forms import on_its_gpu
+from ..ahead import Kernel
+from ..triton_forms import operator
 
 _ROWS = 32
 
@@ -21,7 +22,8 @@ def _load(ptr, row, heads, length, b, h, t, e, SIZE: tl.constexpr, rows):
     return tl.load(ptr + at[:, None] + e[None, :], mask=(row[:, None] < rows) & (e[None, :] < SIZE), other=0.0)
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["rows", "heads", "length"])
 def _l2(
     u_ptr, grad_ptr, out_ptr, rows, heads, length, u_b, u_h, u_t, g_b, g_h, g_t, scale, eps,
     SIZE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
@@ -49,15 +51,13 @@ def _launch_l2(u: Tensor, grad: Tensor | None, scale: float, eps: float) -> Tens
     return out
 
 
-@torch.library.custom_op("ahn_layers::l2_normalize", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::l2_normalize")
 def l2_normalize(u: Tensor, scale: float, eps: float) -> Tensor:
     """``scale * u / sqrt(sum(u^2) + eps)`` over the last dimension of ``(B, H, T, D)``, contiguous."""
     return _launch_l2(u, None, scale, eps)
 
 
-@torch.library.custom_op("ahn_layers::l2_normalize_backward", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::l2_normalize_backward")
 def l2_normalize_backward(grad: Tensor, u: Tensor, scale: float, eps: float) -> Tensor:
     """The gradient of ``l2_normalize``."""
     return _launch_l2(u, grad.to(u.dtype), scale, eps)
@@ -79,7 +79,8 @@ def _backward_l2(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 l2_normalize.register_autograd(_backward_l2, setup_context=_save_l2)
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["rows", "heads", "length", "gate_b", "gate_h", "gate_t"])
 def _gated_rms(
     r_ptr, weight_ptr, gate_ptr, grad_ptr, out_ptr, dweight_ptr, dgate_ptr, rows, heads, length,
     r_b, r_h, r_t, gate_b, gate_h, gate_t, g_b, g_h, g_t, eps,
@@ -129,15 +130,13 @@ def _launch_gated(
     return out, dweight, dgate
 
 
-@torch.library.custom_op("ahn_layers::gated_rms_norm", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::gated_rms_norm")
 def gated_rms_norm(r: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
     """``r / sqrt(mean(r^2) + eps) * weight * silu(gate)``, of ``(B, H, T, E)`` and a float32 gate ``(B, H, T)``."""
     return _launch_gated(r, weight, gate, None, eps)[0]
 
 
-@torch.library.custom_op("ahn_layers::gated_rms_norm_backward", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::gated_rms_norm_backward")
 def gated_rms_norm_backward(
     grad: Tensor, r: Tensor, weight: Tensor, gate: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

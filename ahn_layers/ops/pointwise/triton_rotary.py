@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_forms import on_its_gpu
+from ..ahead import Kernel
+from ..triton_forms import operator
 
 _ROWS = 32
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["rows", "heads", "length"])
 def _turn(
     q_ptr, cos_ptr, sin_ptr, out_ptr, rows, heads, length, q_b, q_h, q_t, angle_b, first, pairs,
     INTERLEAVED: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, PAIRS: tl.constexpr, WHOLE: tl.constexpr,
@@ -41,8 +43,7 @@ def _turn(
         tl.store(out_ptr + c[None, :], tl.load(q_ptr + base + c[None, :], mask=rest, other=0.0), mask=rest)
 
 
-@torch.library.custom_op("ahn_layers::turn", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::turn")
 def turn(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, start: int) -> Tensor:
     """The rotation by ``-angle``; see ``rotary.turn_back``.
 

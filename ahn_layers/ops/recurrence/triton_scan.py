@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_forms import on_its_gpu
+from ..ahead import Kernel
+from ..triton_forms import operator
 
 CHUNK = 64
 EXACT = "tf32x3"
@@ -52,7 +53,8 @@ def unit_lower_inverse(system, C: tl.constexpr, EXACT: tl.constexpr):
     return inverse
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["length", "S"])
 def _solve_chunks(
     k_ptr, v_ptr, total_ptr, beta_ptr, u_ptr, w_ptr, inverse_ptr, length, S, k_b, k_h, k_t, v_b, v_h, v_t,
     K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr,
@@ -84,7 +86,8 @@ def _solve_chunks(
         tl.store(inverse_ptr + at[:, None] * C + j, inverse.to(k.dtype))
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["length", "chunks", "S"])
 def _states_between(
     state_ptr, k_ptr, v_ptr, total_ptr, w_ptr, before_ptr, written_ptr, after_ptr, length, chunks, S,
     k_b, k_h, k_t, v_b, v_h, v_t,
@@ -119,7 +122,8 @@ def _states_between(
     tl.store(after_ptr + row * D * E + tile, state, mask=inside)
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["length", "chunks", "S"])
 def _read_chunks(
     q_ptr, k_ptr, total_ptr, before_ptr, written_ptr, read_ptr, length, chunks, S, q_b, q_h, q_t, k_b, k_h, k_t,
     K_SHARE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr,
@@ -231,8 +235,7 @@ class Scan:
         return self.read(before, written), after, *kept
 
 
-@torch.library.custom_op("ahn_layers::chunked_scan", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::chunked_scan")
 def chunked_scan(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor]:

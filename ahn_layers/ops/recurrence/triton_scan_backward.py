@@ -15,13 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_forms import on_its_gpu
+from ..triton_forms import operator
 from .triton_scan import CHUNK, Scan
 from .triton_scan_gradients import _ask_of_written, _grads_between, _grads_of_chunks, _grads_of_system
 
 
-@torch.library.custom_op("ahn_layers::chunked_scan_backward", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::chunked_scan_backward")
 def chunked_scan_backward(
     grad: Tensor, grad_after: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None,
     beta: Tensor | None, kept: list[Tensor],
@@ -90,8 +89,7 @@ def _(
     return [u.new_empty(u.shape) for u in given]
 
 
-@torch.library.custom_op("ahn_layers::trained_scan", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::trained_scan")
 def trained_scan(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

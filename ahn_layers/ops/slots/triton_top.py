@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_forms import on_its_gpu
+from ..ahead import Kernel
+from ..triton_forms import operator
 
 
 @triton.jit
@@ -21,6 +22,7 @@ def _better(priority_ptr, rank_ptr, valid_ptr, mine, rank, n, tokens):
     return (above & valid).to(tl.int32)
 
 
+@Kernel
 @triton.jit
 def _lost(
     priority_ptr, rank_ptr, valid_ptr, at_ptr, tokens, slots, count,
@@ -61,8 +63,7 @@ def _lost(
     tl.store(at_ptr + row * tokens + number, at.to(tl.int64), mask=here)
 
 
-@torch.library.custom_op("ahn_layers::lost", mutates_args=())
-@on_its_gpu
+@operator("ahn_layers::lost")
 def lost(priority: Tensor, rank: Tensor, valid: Tensor, slots: int) -> Tensor:
     """At which arrival each token is lost; the number of arrivals if it is not.
 

@@ -56,6 +56,7 @@ from ahn_layers.distillation import (
     salient_slots,
     set_rates,
     set_slots,
+    settle_rates,
     soft_slots,
     use_window,
 )
@@ -191,6 +192,8 @@ def learn(
         bar.set_postfix(loss=f"{mean(log['losses'][-10:]):.3f}")
         if len(log["losses"]) % 50 == 0:
             save_adapter(model, options.output)
+    if options.steps:
+        settle_rates(model)
     heads = find_heads(model, "4. which layers do so", crops(3, options.slot_steps), **how)
     if heads is not None:
         log["slots"] = set_slots(model, heads)

@@ -46,6 +46,7 @@ from ahn_layers.distillation import (
     freeze_base,
     sample_window,
     set_rates,
+    settle_rates,
     use_window,
 )
 
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         prepare_slots(model.to(trainer.args.device), trainer, documents, tokenizer, options, resumed=resume is not None)
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.time() - start
+    if options.slots and options.teach != "compressor":
+        settle_rates(model)
     with torch.compiler.set_stance("force_eager"):  # other shapes: compiling them takes longer than they do
         metrics = judge(trainer.evaluate(), len(dev)) if dev else {}
 

@@ -12,9 +12,10 @@ from .budgets import Budgets
 from .calibration import calibrate
 from .compiling import compile_layers
 from .copying import repeat_spans
+from .keeping import set_rates, set_slots, settle_rates
 from .loss import sliced_loss
 from .passes import DistillationLoss, arm_losses, distillation_loss, freeze_base, gap_closed, output_head
-from .retention import learn_scores, retrieval_heads, salient_slots, set_rates, set_slots, soft_slots
+from .retention import learn_scores, retrieval_heads, salient_slots, soft_slots
 from .windows import sample_window, use_window
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "salient_slots",
     "set_rates",
     "set_slots",
+    "settle_rates",
     "soft_slots",
     "sample_window",
     "sliced_loss",

@@ -4,8 +4,8 @@ Three stages, each a few minutes on a GPU for a small model. Compare Locret (arX
 TRIM-KV (arXiv 2512.03324) for the last.
 
 1. ``learn_scores``: each layer's score learns, on its own, the most attention that a distant query will pay to a token.
-2. ``retrieval_heads`` and ``set_rates``: heads that look up single tokens keep theirs until better ones come; the slots
-   of the others begin as a longer window. ``set_slots`` gives the layers that look things up the slots of the others.
+2. ``retrieval_heads``: which heads look up single tokens. Those keep theirs until better ones come, the slots of the
+   others begin as a longer window (``keeping.py``).
 3. ``distillation_loss`` within ``soft_slots``: scores and rates learn together, from the model's own answers.
 """
 
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..evictions import SalientSlots
-from ..evictions.scores import LearnedScore
-from .budgets import COVERAGE, FORGET, KEEP, check_coverage, covering, rates_of
 from .watching import Attended, watch_full_attention
 
 _BLOCK = 512
@@ -32,8 +30,6 @@ _NOTICED, _WEIGHT = 0.01, 5.0
 _YOUNG = 256
 """Tokens that have left the window for less than this at the end of a text have no future to learn from."""
 
-LAYER_COVERAGE = 0.8
-"""Share of all looking up that the layers do which get the slots of the others."""
 Span = tuple[int, int]
 """First index and end index of tokens."""
 
@@ -155,90 +151,6 @@ def retrieval_heads(
 
     watch_full_attention(model, input_ids, look)
     return torch.stack(found)
-
-
-@torch.no_grad()
-def set_rates(
-    model: nn.Module,
-    retrieval: Float[Tensor, "layers g"],
-    *,
-    coverage: float = COVERAGE,
-    keep: float = KEEP,
-    forget: float = FORGET,
-) -> None:
-    """Choose the rates at which priorities age, by what the heads do.
-
-    Args:
-        model: a retrofitted model with learned scores in every layer.
-        retrieval: what ``retrieval_heads`` returned, or its mean over several batches.
-        coverage: the fewest heads that together do this share of all looking up let their tokens stay until better
-            ones come.
-        keep: rate of these heads, in units of the score for each token of the text.
-        forget: rate of the others.
-
-    Raises:
-        ValueError: if there are other numbers of layers or heads in the model, or a rate or the coverage is out of
-            range.
-    """
-    check_coverage(coverage)
-    for name, rate in (("keep", keep), ("forget", forget)):
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"{name}={rate}: expected a rate above 0, whose logarithm is trained.")
-    scores = _scores_of(model, retrieval)
-    for score, rates in zip(scores, rates_of(retrieval, coverage, keep, forget), strict=True):
-        score.log_rate.copy_(torch.tensor(rates).log())
-
-
-def set_slots(
-    model: nn.Module, retrieval: Float[Tensor, "layers g"], *, coverage: float = LAYER_COVERAGE, least: int = 64
-) -> list[int]:
-    """Give the layers that look things up the slots of the others, at equal bytes.
-
-    What was learned does not depend on the number of slots, so this can be done before training or after it. Caches
-    that were filled before do not fit any more.
-
-    Args:
-        model: a retrofitted model with learned scores in every layer.
-        retrieval: what ``retrieval_heads`` returned, or its mean over several batches.
-        coverage: the fewest layers that together do this share of all looking up get equally many slots.
-        least: slots of the other layers.
-
-    Returns:
-        The slots of each layer. Where layers differ in their key/value heads or the size of these, the bytes of all
-        slots together stay the same, not their number.
-
-    Raises:
-        ValueError: if there are other numbers of layers or heads in the model, the coverage is out of range, or there
-            are fewer than ``least`` slots in a layer on average.
-    """
-    check_coverage(coverage)
-    scores, policies = _scores_of(model, retrieval), salient_slots(model)
-    widths = [len(score.log_rate) * score.up_v.in_features for score in scores]
-    room = sum(policy.num_slots * width for policy, width in zip(policies, widths, strict=True))
-    chosen = covering(retrieval.sum(dim=1), coverage).tolist()
-    if not isinstance(least, int) or least < 0 or least * sum(widths) > room:
-        mean = room // sum(widths)
-        raise ValueError(f"least={least!r}: expected a whole number from 0 to {mean}, the mean of all layers.")
-    room -= sum(least * width for width, own in zip(widths, chosen, strict=True) if not own)
-    most = room // sum(width for width, own in zip(widths, chosen, strict=True) if own)
-    for policy, own in zip(policies, chosen, strict=True):
-        policy.num_slots = most if own else least
-    return [policy.num_slots for policy in policies]
-
-
-def _scores_of(model: nn.Module, retrieval: Tensor) -> list[LearnedScore]:
-    """The learned scores, layer by layer.
-
-    Raises:
-        ValueError: if ``retrieval`` is of another model.
-    """
-    scores = [policy.learned for policy in salient_slots(model) if policy.learned is not None]
-    sizes = [len(score.log_rate) for score in scores]
-    if retrieval.shape[0] != len(sizes) or any(size != retrieval.shape[1] for size in sizes):
-        raise ValueError(
-            f"retrieval has shape {tuple(retrieval.shape)}: expected {len(sizes)} layers of {sizes} heads."
-        )
-    return scores
 
 
 @contextmanager

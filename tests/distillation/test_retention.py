@@ -28,6 +28,7 @@ from ahn_layers.distillation import (
     salient_slots,
     set_rates,
     set_slots,
+    settle_rates,
     soft_slots,
 )
 from ahn_layers.huggingface.decoder import CACHE
@@ -35,6 +36,7 @@ from ahn_layers.ops.slots.soft_slots import soft_visibility
 
 from ..distilling import VOCAB, small, text
 from ..models import base, train_memory
+from ..refusing import refused
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WINDOW, SINKS, LENGTH = 20, 4, 300
@@ -150,6 +152,19 @@ def test_the_fewest_heads_that_cover_enough():
         assert torch.equal(rates < 0.1, torch.tensor(kept).bool()), coverage
     set_rates(model, 0 * heads)  # nothing is looked up: one head keeps
     assert sum((policy.learned.rate < 1e-3).sum() for policy in salient_slots(model)) == 1
+
+
+def test_rates_of_heads_that_keep_settle_again():
+    model = made()
+    rates = torch.tensor([[2e-4, 0.5], [1e-6, 2e-3], [9e-4, 0.03]])
+    with torch.no_grad():
+        for policy, own in zip(salient_slots(model), rates, strict=True):
+            policy.learned.log_rate.copy_(own.log())
+    settle_rates(model)
+    found = torch.stack([policy.learned.rate for policy in salient_slots(model)]).float()
+    torch.testing.assert_close(found, torch.tensor([[1e-5, 0.5], [1e-5, 2e-3], [1e-5, 0.03]]))
+    with refused(ValueError, "keep=0.1, below=0.001", "keep the smaller one"):
+        settle_rates(model, keep=0.1)
 
 
 def test_layers_that_look_up_get_the_slots_of_the_others():

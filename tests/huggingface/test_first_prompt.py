@@ -87,7 +87,7 @@ config = LlamaConfig(
 )
 with torch.device("cuda"):
     model = retrofit(LlamaForCausalLM(config).eval().bfloat16(), GatedDeltaNet, window_size=20_000, num_sinks=32)
-    model.generate(torch.randint(1, 64, (1, 50_001)), max_new_tokens=4, do_sample=False)
+    model.generate(torch.randint(1, 64, (1, 50_001)), max_new_tokens=40, do_sample=False)  # enough to be recorded
 print(json.dumps(found))
 """
 

@@ -82,6 +82,19 @@ def test_layers_are_compiled_once(name, models, steps):
     assert graphs.count == 2 and list(model.state_dict()) == keys
 
 
+def test_layers_with_other_slots_are_compiled_apart(models, steps):
+    """Once for each number of slots, not for each layer."""
+    ahn = sys.modules["ahn_layers"]
+    slots = {i: ahn.SalientSlots(12 if i in (1, 2, 6) else 3, score="value_norm", rate=0.01) for i in range(8)}
+    model, graphs = models.retrofitted(model=models.base("llama", num_hidden_layers=8), eviction=slots), Graphs()
+    steps(model, graphs.backend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.config, "recompile_limit", 2)
+        for ids in (models.tokens(2, 3), models.tokens(2, 40)):
+            out = models.generate(model, ids, models.CAPACITY, **compiling("eager"))
+            assert torch.equal(out, models.generate(model, ids, models.CAPACITY)) and graphs.count == 2
+
+
 @pytest.mark.parametrize("window", [6, 60], ids=["full", "not full"])
 def test_an_end_between_compiled_layers_of_a_kept_cache(window, models, steps, monkeypatch):
     """The state of before, or a refusal: compiled code takes no notes, what calls it does."""

@@ -68,7 +68,11 @@ def settle_rates(model: nn.Module, *, keep: float = KEEP, below: float = 1e-3) -
 
 
 def set_slots(
-    model: nn.Module, retrieval: Float[Tensor, "layers g"], *, coverage: float = LAYER_COVERAGE, least: int = 64
+    model: nn.Module,
+    retrieval: Float[Tensor, "layers g"],
+    *,
+    coverage: float = LAYER_COVERAGE,
+    least: int | None = None,
 ) -> list[int]:
     """Give the layers that look things up the slots of the others, at equal bytes.
 
@@ -79,7 +83,7 @@ def set_slots(
         model: a retrofitted model with learned scores in every layer.
         retrieval: what ``retrieval_heads`` returned, or its mean over several batches.
         coverage: the fewest layers that together do this share of all looking up get equally many slots.
-        least: slots of the other layers.
+        least: slots of the other layers. Default: a fifth of the mean, 64 at most.
 
     Returns:
         The slots of each layer. Where layers differ in their key/value heads or the size of these, the bytes of all
@@ -93,9 +97,9 @@ def set_slots(
     scores, policies = _scores_of(model, retrieval), salient_slots(model)
     widths = [len(score.log_rate) * score.up_v.in_features for score in scores]
     room = sum(policy.num_slots * width for policy, width in zip(policies, widths, strict=True))
-    chosen = covering(retrieval.sum(dim=1), coverage).tolist()
-    if not isinstance(least, int) or least < 0 or least * sum(widths) > room:
-        mean = room // sum(widths)
+    chosen, mean = covering(retrieval.sum(dim=1), coverage).tolist(), room // sum(widths)
+    least = min(64, mean // 5) if least is None else least
+    if not isinstance(least, int) or not 0 <= least <= mean:
         raise ValueError(f"least={least!r}: expected a whole number from 0 to {mean}, the mean of all layers.")
     room -= sum(least * width for width, own in zip(widths, chosen, strict=True) if not own)
     most = room // sum(width for width, own in zip(widths, chosen, strict=True) if own)

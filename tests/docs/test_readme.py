@@ -30,8 +30,8 @@ def test_the_example_prints_what_it_says(monkeypatch, capsys):
     exec(compile(code.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{CACHED}"'), "README.md", "exec"), {})
     printed, said = (u.splitlines() for u in (capsys.readouterr().out, output))
     assert len(printed) == len(said) == 2
-    assert all(re.fullmatch(r"1,\d\d\d tokens, 512 kept: 71432", lines[0]) for lines in (printed, said))
-    assert all("window alone:" in lines[1] and "71432" not in lines[1] for lines in (printed, said))
+    assert all(re.fullmatch(r"1,\d\d\d tokens, 512 kept: 33267", lines[0]) for lines in (printed, said))
+    assert all("window alone:" in lines[1] and "33267" not in lines[1] for lines in (printed, said))
 
 
 SHAPES = {

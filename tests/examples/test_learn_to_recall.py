@@ -1,0 +1,92 @@
+"""The example that teaches a memory to recall."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ahn_layers import DeltaNet, adapter_parameters, retrofit, save_adapter
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def lesson(monkeypatch, tmp_path):
+    """The example, a small model in a folder, and a text."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    chat = importlib.import_module("_chat")
+    model, tokenizer = chat.random_model(LlamaConfig(**chat.SMALL, num_key_value_heads=2))
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    words = " ".join(f"the {n} of {m} went home." for n in range(60) for m in range(40))
+    (tmp_path / "text.txt").write_text(words)
+    small = ["--model", "model", "--text", "text.txt", "--window", "30", "--sinks", "2", "--slots", "20"]
+    small += ["--length", "700", "--score-steps", "2", "--retrieval-steps", "1", "--steps", "2", "--questions", "1"]
+    return importlib.import_module("learn_to_recall").main, [*small, "--test-length", "900"]
+
+
+def test_the_lesson(lesson, capsys):
+    main, small = lesson
+    results = main([*small, "--output", "out"])
+    assert len(results["score_errors"]) == len(results["losses"]) == 2
+    assert list(results["recall"]) == ["full attention", "window", "slots"]
+    assert "slots, 52 tokens" in capsys.readouterr().out and Path("out/recall.png").exists()
+    asked = main([*small, "--ask", "out", "--output", "asked"])
+    assert asked["recall"] == results["recall"] and not asked["losses"]
+    assert not Path("asked/adapter.json").exists()
+
+
+def test_layers_that_look_up_get_more_slots_at_the_end(lesson):
+    main, small = lesson
+    results = main([*small, "--slot-steps", "1", "--output", "out"])
+    assert sorted(results["slots"]) in ([4, 36], [20, 20])  # one layer does enough of it, or both are needed
+    described = json.loads(Path("out/adapter.json").read_text())["evictions"]
+    assert {one["options"]["num_slots"] for one in described} == set(results["slots"])
+    rates = [u for name, u in load_file("out/adapter.safetensors").items() if name.endswith("log_rate")]
+    assert all(bool(((u.exp() > 1e-3) | u.exp().isclose(torch.tensor(1e-5))).all()) for u in rates)  # settled
+
+
+def test_the_lesson_goes_on_from_trained_parts(lesson):
+    main, small = lesson
+    assert main([*small, "--compressor", "GatedDeltaNet", "--output", "slots"])["losses"]
+    assert '"GatedDeltaNet"' in Path("slots/adapter.json").read_text()
+    model = retrofit(AutoModelForCausalLM.from_pretrained("model"), DeltaNet, window_size=30, memory_positions="none")
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.normal_()
+    save_adapter(model, "compressor")
+    none = ["--score-steps", "0", "--retrieval-steps", "0", "--steps", "0"]
+    parts = ["--scores-from", "slots", "--start-from", "compressor"]
+    main([*small, *none, *parts, "--output", "both"])
+    assert {'"DeltaNet"', '"none"'} <= set(Path("both/adapter.json").read_text().replace(",", " ").split())
+    scores, compressor, both = (load_file(f"{u}/adapter.safetensors") for u in ("slots", "compressor", "both"))
+    chosen = {name: u for name, u in scores.items() if ".eviction." in name} | compressor
+    assert chosen.keys() == both.keys() and all(torch.equal(u, both[name]) for name, u in chosen.items())
+    assert main([*small, *none, "--steps", "1", "--ce", "0.5", *parts, "--output", "more"])["losses"]
+    assert not torch.equal(
+        load_file("more/adapter.safetensors")[next(iter(compressor))], next(iter(compressor.values()))
+    )
+    for wrong, message in (
+        (["--start-from", "slots"], "--start-from slots: this memory has slots already"),
+        (["--scores-from", "compressor"], "--scores-from compressor: this memory has no slots"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*small, *wrong])
+
+
+def test_the_lesson_refuses(lesson, capsys):
+    main, small = lesson
+    for wrong, message in (
+        (["--test-length", "200"], "--test-length 200: expected more than the 52 tokens kept"),
+        (["--length", "300"], "--length 300: expected at least 528"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*small, *wrong])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="learn_to_recall: --ask nowhere"):
+        main([*small, "--ask", "nowhere"])

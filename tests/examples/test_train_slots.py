@@ -51,7 +51,8 @@ def kinds(weights):
 
 
 def test_stages_and_steps_write_an_adapter_with_slots(run):
-    report, weights = run(*STAGES, "--dev", "text.txt", "--dev-length", "200", "--dev-count", "2")
+    judged = ("--dev", "text.txt", "--dev-length", "200", "--dev-count", "2")
+    report, weights = run(*STAGES, "--coverage", "0.3", *judged)
     described = json.loads(Path("out/adapter.json").read_text())
     assert described["evictions"][0]["options"]["num_slots"] == 20 and described["window_size"] == 30
     scores, rates, _ = kinds(weights)

@@ -46,6 +46,7 @@ from ahn_layers.distillation import (
     freeze_base,
     sample_window,
     set_rates,
+    set_slots,
     settle_rates,
     use_window,
 )
@@ -166,6 +167,8 @@ def prepare_slots(
             found = find_heads(model, "where facts are looked up", crops, **how)
             if found is not None:
                 set_rates(model, found, coverage=options.coverage)
+                if options.slots_by_layer:
+                    print(f"slots: {set_slots(model, found)}")
     idle = {"both": (), "scores": ("others",), "compressor": ("scores", "rates")}[options.teach]
     for kind in idle:
         for parameter in parameters_of(model)[kind]:

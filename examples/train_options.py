@@ -23,6 +23,7 @@ def add_slot_options(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         help="share of all looking up done by heads that keep for good at first",
     )
+    add("--slots-by-layer", action="store_true", help="layers that look up get the slots of others, --slots on average")
     add("--facts", type=positive, nargs=2, default=[2, 6], metavar=("LEAST", "MOST"), help="facts in each text")
     add("--temperature", type=number(100.0), default=0.5, help="of the soft choice of the kept tokens")
 
@@ -35,6 +36,8 @@ def check_slots(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error(f"--facts {options.facts[0]} {options.facts[1]}: expected the smaller number first")
     if options.temperature == 0:
         parser.error("--temperature 0: expected a positive number")
+    if options.slots_by_layer and not options.retrieval_steps:
+        parser.error("--slots-by-layer: which layers look up has to be measured. Give --retrieval-steps.")
     if options.slots and options.compile:
         parser.error("--compile: not with --slots")
 

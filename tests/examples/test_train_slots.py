@@ -61,6 +61,17 @@ def test_stages_and_steps_write_an_adapter_with_slots(run):
     assert report["metrics"]["eval_memory"] > 0
 
 
+def test_layers_that_look_up_get_more_slots(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--slots", "20", "--slots-by-layer")
+    assert "--slots-by-layer: which layers look up has to be measured" in capsys.readouterr().err
+    run(*STAGES, "--slots-by-layer")
+    said = json.loads(capsys.readouterr().out.partition("slots: ")[2].splitlines()[0])
+    described = json.loads(Path("out/adapter.json").read_text())["evictions"]
+    by_layer = {layer: one["options"]["num_slots"] for one in described for layer in one["layers"]}
+    assert [by_layer[layer] for layer in sorted(by_layer)] == said and sum(said) == 40
+
+
 @pytest.mark.parametrize("teach", ["scores", "compressor"])
 def test_scores_and_compressor_apart(run, teach):
     _, weights = run(*STAGES, "--teach", teach)

@@ -84,7 +84,8 @@ class PrepareCache(ModelMethod):
         keeps_all = generation_config.output_hidden_states or generation_config.output_attentions
         if gains and not keeps_all and isinstance(cache, HippocampalCache) and can_be_fixed(cache):
             ask(generation_config)
-        cuts = model.hippocampus.returns_cache and is_plain_text(model_kwargs)
+        record = model.hippocampus
+        cuts = record.returns_cache and record.goes_on and is_plain_text(model_kwargs)
         if chunk is None and cuts and not keeps_all:  # pieces would return the last one's
             generation_config.prefill_chunk_size = piece_for(model, batch_size * copies)
         return result

@@ -176,7 +176,7 @@ class ForwardHook:
         if not self.owner.goes_on:
             refuse_several(length_of(cache), tokens.shape[1])
         kept = cache is not None or (kwargs.get("use_cache") is not False and not torch.is_grad_enabled())
-        if kept and self.owner.mode == "memory" and self.owner.compressor is not None:
+        if kept and self.owner.mode == "memory":
             call.identity = identity_of(module, self.owner)
             check_memory(cache, call.identity)
         mask = align_rows(cache, kwargs, tokens, module)

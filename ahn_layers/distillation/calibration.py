@@ -78,8 +78,8 @@ def calibrate(
         The proposal, with what was measured.
 
     Raises:
-        ValueError: if the model is retrofitted already, the texts are not longer than the smallest window, or the bytes
-            are too few for that or enough for full attention.
+        ValueError: if the model is retrofitted already, the texts are not longer than the smallest window, or longer
+            than a layer's own sliding window, or the bytes are too few for that or enough for full attention.
 
     Examples:
         >>> import torch
@@ -139,6 +139,13 @@ class _Measuring:
         self.full: Tensor | None = None
         self.blocks: list[Any] = [m for m in model.modules() if isinstance(m, HippocampalAttention)]
         self.layers = [int(block.layer_idx) for block in self.blocks]
+        own = {int(u.layer_idx): u.found.native_window for u in self.blocks if u.found.native_window is not None}
+        if any(size < self.length for size in own.values()):
+            raise ValueError(
+                f"texts of {self.length} tokens and layers with sliding windows of their own, {own}: what they lose is "
+                "measured against full attention, which they do not have. Pass texts no longer than these windows, or "
+                "layers= without them."
+            )
 
     @torch.no_grad()
     def measure(self, capacities: Mapping[int, int | None]) -> Measured:

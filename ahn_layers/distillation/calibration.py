@@ -19,7 +19,7 @@ from .budgets import COVERAGE, Budgets, check_coverage, cost_at, rates_of, spend
 from .loss import sliced_loss
 from .passes import output_head, run_hidden
 from .retention import Span, retrieval_heads
-from .windows import give_windows
+from .windows import give_windows, refuse_sliding
 
 Costs = Mapping[int, Mapping[int, float]]
 """What windowing a layer costs, by layer and capacity."""
@@ -139,13 +139,7 @@ class _Measuring:
         self.full: Tensor | None = None
         self.blocks: list[Any] = [m for m in model.modules() if isinstance(m, HippocampalAttention)]
         self.layers = [int(block.layer_idx) for block in self.blocks]
-        own = {int(u.layer_idx): u.found.native_window for u in self.blocks if u.found.native_window is not None}
-        if any(size < self.length for size in own.values()):
-            raise ValueError(
-                f"texts of {self.length} tokens and layers with sliding windows of their own, {own}: what they lose is "
-                "measured against full attention, which they do not have. Pass texts no longer than these windows, or "
-                "layers= without them."
-            )
+        refuse_sliding(self.blocks, self.length)
 
     @torch.no_grad()
     def measure(self, capacities: Mapping[int, int | None]) -> Measured:

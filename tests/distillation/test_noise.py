@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ahn_layers.distillation import arm_losses, distillation_loss
+from ahn_layers.distillation import arm_losses, distillation_loss, retrieval_heads
 
 from ..models import CAPACITY, retrofitted, tokens
 
@@ -14,9 +14,9 @@ IDS = tokens(2, 5 * CAPACITY)
 def test_training_is_without_noise(name):
     """Of dropout that is a function, of routers that jitter, of attention weights."""
     model = retrofitted(name)
-    expected, arms = float(distillation_loss(model, IDS).loss), arm_losses(model, IDS)
+    expected, arms = distillation_loss(model, IDS).loss.item(), arm_losses(model, IDS)
     for _ in range(2):
-        assert float(distillation_loss(model.train(), IDS).loss) == expected
+        assert distillation_loss(model.train(), IDS).loss.item() == expected
         assert all(torch.equal(arms[arm], loss) for arm, loss in arm_losses(model.train(), IDS).items())
     assert model.training, "as the caller left it"
 
@@ -33,4 +33,19 @@ def test_the_teacher_is_without_noise_where_layers_are_recomputed():
 
 def test_a_model_that_names_itself_as_its_decoder():
     model = retrofitted("llama4")
-    assert float(distillation_loss(model, IDS).loss) > 0
+    assert distillation_loss(model, IDS).loss.item() > 0
+
+
+ASKED = [[((5, 9), (30, 34))]] * 2
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_heads_are_watched_without_noise(name):
+    model = retrofitted(name)
+    assert torch.equal(retrieval_heads(model, IDS, ASKED), retrieval_heads(model.train(), IDS, ASKED))
+
+
+def test_heads_with_a_sliding_window_of_their_own_are_not_watched():
+    """Their attention to the whole text is none that the model has."""
+    with pytest.raises(ValueError, match="layers with sliding windows of their own"):
+        retrieval_heads(retrofitted("mistral_window"), IDS, ASKED)

@@ -8,7 +8,7 @@ from transformers.generation import GenerationMode
 
 from .cache import HippocampalCache, fill
 from .decoder import CACHE, DecoderAttention
-from .finished import watch
+from .finished import note_beams, watch
 from .fixed import can_be_fixed, release
 from .joined import refuse_unmasked
 from .model_method import ModelMethod
@@ -51,6 +51,8 @@ class PrepareCache(ModelMethod):
             raise ValueError(
                 "use_cache=False and a cache: each step would read the whole text into it once more. Pass one of them."
             )
+        if kept is not None:
+            note_beams(kept, mode)
         if mode == GenerationMode.ASSISTED_GENERATION:
             _refuse_past(kept)
         chunk, asked = generation_config.prefill_chunk_size, generation_config.cache_implementation

@@ -25,6 +25,7 @@ from .finished import forget_beams, note_beams_of
 from .fixed import is_fixed, is_traced, release
 from .hybrid_layer import layer_in_place_of, static_length
 from .layer_values import describe, rebuild, tensors_of
+from .linear_rows import forget_states
 from .native_layer import SHARING, forget_past, refuse_gaps
 from .rows import join_layers, numbers, put_layers, rows_of, take_layers
 from .transaction import length_before, settle, settle_for_use
@@ -84,7 +85,7 @@ class HippocampalCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         release(forget_beams(self))
-        refuse_reset(self.layers)
+        forget_states(refuse_reset(self.layers))
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -184,3 +184,11 @@ def test_a_row_that_nobody_uses_runs_into_no_end(fixed):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
             batch.tokens = [1] * len(batch.tokens)
     assert model.config.max_position_embeddings < 240 + 40
+
+
+def test_a_reply_ends_with_the_learned_positions():
+    """And nobody else's does."""
+    with running(retrofitted("gpt2")) as (engine, ask):
+        long, other = ask(ids(250, 1)), ask(ids(5, 2))
+        assert long.end().reason == other.end().reason == "length" and engine.is_healthy
+        assert len(long.reply) == 7 and len(other.reply) == 10, "256 positions: the last token is never read"

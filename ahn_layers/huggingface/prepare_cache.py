@@ -7,11 +7,13 @@ from torch import Tensor
 from transformers.generation import GenerationMode
 
 from .cache import HippocampalCache, fill
+from .cache_layers import MemoryLayer
 from .decoder import CACHE, DecoderAttention
 from .finished import note_beams, watch
 from .fixed import can_be_fixed, release
 from .joined import refuse_unmasked
 from .model_method import ModelMethod
+from .native_layer import reads_in_pieces
 from .prefill import are_off, is_plain_text, piece_for
 from .reconcile import length_of
 from .row_groups import PER_TOKEN
@@ -88,6 +90,7 @@ class PrepareCache(ModelMethod):
             ask(generation_config)
         record = model.hippocampus
         cuts = record.returns_cache and record.goes_on and is_plain_text(model_kwargs)
+        cuts = cuts and all(isinstance(u, MemoryLayer) or reads_in_pieces(u) for u in getattr(cache, "layers", ()))
         if chunk is None and cuts and not keeps_all:  # pieces would return the last one's
             generation_config.prefill_chunk_size = piece_for(model, batch_size * copies)
         return result

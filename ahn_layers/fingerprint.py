@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import HippocampalAttention
+from .eviction import FoldAll
 from .files import digest
+from .kinds import kind_of
 from .memory import MemoryStore
 from .record import Retrofitted, find_retrofitted
 
@@ -114,7 +116,7 @@ def memory_identity(model: nn.Module) -> str:
 
     Returns:
         The dtype of the weights and a hexadecimal digest; the empty text where weights cannot be read (on the meta
-        device, or offloaded).
+        device, or offloaded), and where there is nothing but the window.
 
     Raises:
         ValueError: if the model is not retrofitted.
@@ -129,19 +131,22 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
     if known is not None and known.holds():
         return known.identity
     stores = [block.store for block in module.modules() if isinstance(block, HippocampalAttention)]
-    weights, named = [], []
+    weights: list[_Weight] = []
+    named: list[tuple[str, Tensor]] = []
+    without: list[str] = []
     for place, store in enumerate(stores):
         share = "" if store.split is None else f" {store.split.index} of {store.split.shares}"
-        kind = f"{record.compressor} {record.memory_positions} {_described(store.eviction)} {place}{share}"
+        kind, before = f"{kind_of(store)} {place}{share}", len(named)
         for name, part in _parts(store):
             for holder in (part._parameters, part._buffers):
                 for key in (key for key, u in holder.items() if u is not None):
                     weights.append(_Weight.of(holder, key))
                     named.append((f"{kind} {name} {key}", _local(holder[key])))  # type: ignore[arg-type]
+        without += [] if len(named) > before or isinstance(store.eviction, FoldAll) else [kind]
     if any(u.is_meta for _, u in named):
         return ""
     dtype = weights[0].value.dtype if weights else None
-    identity = f"{dtype} {digest(named)}"
+    identity = f"{dtype} {digest(named, ', '.join(without))}" if named or without else ""
     _identities[record] = _Known(weights, [(store, store.eviction) for store in stores], identity)
     return identity
 
@@ -151,14 +156,6 @@ def _parts(store: MemoryStore) -> Iterator[tuple[str, nn.Module]]:
     if store.compressor is not None:
         yield from store.compressor.named_modules()
     yield from store.eviction.named_modules(prefix="eviction")
-
-
-def _described(eviction: Any) -> str:
-    """An eviction with its options, if it can tell them."""
-    try:
-        return f"{type(eviction).__name__} {eviction.options()}"
-    except (AttributeError, ValueError):
-        return type(eviction).__name__
 
 
 def _local(u: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Retrofitted:
         owned: whose masks are ours: ``full``, ``local``, ``full+local`` or ``none``.
         mode: what all retrofitted layers do at present, in every thread.
         returns_cache: whether the model returns the cache that it filled.
+        goes_on: whether its convolutions and recurrences go on from a cache with several tokens at once.
     """
 
     windows: dict[int, Window]
@@ -37,6 +38,7 @@ class Retrofitted:
     owned: str = "none"
     mode: Mode = "memory"
     returns_cache: bool = True
+    goes_on: bool = True
     _switches: list[list[Mode]] = field(default_factory=list, init=False, repr=False)
 
     @contextmanager

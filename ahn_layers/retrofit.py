@@ -103,6 +103,7 @@ def retrofit(
         skipped,
         found.owned(chosen),
         returns_cache=found.returns_cache,
+        goes_on=found.goes_on,
     )
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)

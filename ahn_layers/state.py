@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .compressor import State, map_state
 from .consistency import check_parts, check_same
-from .files import as_device, digest, load_tensors, reading, save_tensors
+from .files import as_device, load_tensors, reading, save_tensors
+from .kinds import check_maker, maker
 from .ring import Held
 from .tokens import Later, Tokens
 from .window import Window
@@ -161,8 +162,7 @@ class MemoryState:
             path: the file.
             store: the store that made the state; the file then knows its weights.
         """
-        description = self.description() | {"made_with": None if store is None else digest(store.named_parameters())}
-        save_tensors(path, self.tensors(), "memory_state", description)
+        save_tensors(path, self.tensors(), "memory_state", self.description() | maker(store))
 
     @classmethod
     def load(
@@ -177,15 +177,11 @@ class MemoryState:
 
         Raises:
             ValueError: if the file is not a state, is damaged, has an unknown format version, or was made with other
-                weights than the store has.
+                weights or options than the store has.
         """
         tensors, description = load_tensors(path, "memory_state", device)
-        made_with = description.get("made_with")
-        if store is not None and made_with is not None and made_with != digest(store.named_parameters()):
-            raise ValueError(
-                f"{path}: the state was made with other weights than this store has. Load the weights that it was made "
-                "with, or begin with state=None."
-            )
+        if store is not None:
+            check_maker(path, description, store)
         with reading(path):
             return cls.from_tensors(tensors, description).check()
 

@@ -14,7 +14,7 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 ORDER = [
     *("version", "files", "hub", "staging", "by_name", "undo", "missing", "autocast", "ops", "layers", "peft"),
     *("tokens", "ring", "window", "positions", "arrivals", "compressor", "recurrent", "rank_one", "compressors"),
-    *("flops", "eviction", "evictions", "recall", "split", "consistency", "state", "calls", "without", "rows"),
+    *("flops", "eviction", "evictions", "recall", "split", "consistency", "kinds", "state", "calls", "without", "rows"),
     *("checks", "padded", "step", "memory", "attention", "record"),
     *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "card", "adapter"),
     *("publishing", "cost", "huggingface/saved_model", "huggingface/saving", "distillation"),

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from ahn_layers import GatedDeltaNet, Mamba2, MemoryState, MemoryStore, Window
+from ahn_layers import GatedDeltaNet, Mamba2, MemoryState, MemoryStore, SalientSlots, Window
 from ahn_layers.files import write_atomically
 
 
@@ -50,6 +50,16 @@ def test_a_file_knows_the_weights_that_made_it(filled, tmp_path):
         MemoryState.load(path, store=store)
     state.save(path)  # nobody said by what
     assert MemoryState.load(path, store=store).length == state.length
+
+
+def test_a_file_knows_the_options_that_made_it(tmp_path):
+    """Those that no weight shows."""
+    path, (q, k, v) = tmp_path / "state.safetensors", torch.randn(3, 1, 2, 20, 8)
+    store, other = (MemoryStore(Window(4), eviction=SalientSlots(3, score=u)) for u in ("key_norm", "value_norm"))
+    store(q, k, v)[1].save(path, store)
+    assert MemoryState.load(path, store=store).length == 20
+    with pytest.raises(ValueError, match=r"the state was made by .*key_norm.*, this store is .*value_norm"):
+        MemoryState.load(path, store=other)
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])

@@ -19,7 +19,7 @@ from .budgets import COVERAGE, Budgets, check_coverage, cost_at, rates_of, spend
 from .loss import sliced_loss
 from .passes import output_head, run_hidden
 from .retention import Span, retrieval_heads
-from .windows import give_windows
+from .windows import give_windows, refuse_sliding
 
 Costs = Mapping[int, Mapping[int, float]]
 """What windowing a layer costs, by layer and capacity."""
@@ -78,8 +78,8 @@ def calibrate(
         The proposal, with what was measured.
 
     Raises:
-        ValueError: if the model is retrofitted already, the texts are not longer than the smallest window, or the bytes
-            are too few for that or enough for full attention.
+        ValueError: if the model is retrofitted already, the texts are not longer than the smallest window, or longer
+            than a layer's own sliding window, or the bytes are too few for that or enough for full attention.
 
     Examples:
         >>> import torch
@@ -139,6 +139,7 @@ class _Measuring:
         self.full: Tensor | None = None
         self.blocks: list[Any] = [m for m in model.modules() if isinstance(m, HippocampalAttention)]
         self.layers = [int(block.layer_idx) for block in self.blocks]
+        refuse_sliding(self.blocks, self.length)
 
     @torch.no_grad()
     def measure(self, capacities: Mapping[int, int | None]) -> Measured:

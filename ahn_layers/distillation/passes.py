@@ -15,6 +15,7 @@ from ..record import find_retrofitted
 from ..retrofit import adapter_parameters, full_attention, window_only
 from ..undo import hooked
 from .loss import Head, sliced_loss
+from .noise import evaluating, still
 
 
 class DistillationLoss(NamedTuple):
@@ -106,10 +107,8 @@ def distillation_loss(
             f"input_ids, {tuple(input_ids.shape)}."
         )
     head = output_head(model)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()  # the base is frozen: noise would only blur the comparison
-    with torch.no_grad(), full_attention(model):
+    recomputed = still(model)
+    with torch.no_grad(), full_attention(model), evaluating(recomputed):
         teacher, goals = run_hidden(model, input_ids, with_layers=layer_weight != 0)
     student, outputs = run_hidden(model, input_ids, with_layers=layer_weight != 0)
     last = -1 if ce_weight else None  # the last token has no successor to predict
@@ -166,6 +165,7 @@ def arm_losses(
         raise ValueError(
             f"sequences of {input_ids.shape[1]} tokens, start={start}: expected longer ones, start has to be a token."
         )
+    recomputed = still(model)
     head, labels = output_head(model), input_ids[:, start + 1 :].flatten()
     modes: dict[str, Callable[[], Any]] = {
         "full": lambda: full_attention(model),
@@ -174,7 +174,7 @@ def arm_losses(
     }
     losses = {}
     for arm in arms:
-        with modes[arm]():
+        with modes[arm](), evaluating(recomputed):
             hidden = run_hidden(model, input_ids)[0][:, start:-1].flatten(0, 1)
         pieces = [
             nn.functional.cross_entropy(head(h).float(), y, reduction="none")
@@ -218,7 +218,7 @@ def run_hidden(
     """
     inner, _ = find_retrofitted(model)
     blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)] if with_layers else []
-    final, collecting = _collect(inner.get_decoder())  # type: ignore[operator]
+    final, collecting = _collect(_decoder_of(inner))
     layers, collecting_layers = _collect(*blocks)
     with collecting, collecting_layers, torch.compiler.set_stance("force_eager") if with_layers else nullcontext():
         out = model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
@@ -226,6 +226,14 @@ def run_hidden(
         _check_head(model, final[0][:, -1].detach(), out.logits[:, -1].detach())
         _CHECKED.add(inner)
     return final[0], layers
+
+
+def _decoder_of(inner: nn.Module) -> nn.Module:
+    """What makes the hidden states that enter the output layer; some models name themselves."""
+    decoder: nn.Module = inner.get_decoder()  # type: ignore[operator]
+    if decoder is not inner:
+        return decoder
+    return next((u for u in inner.children() if hasattr(u, "get_input_embeddings")), inner)
 
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()

@@ -57,8 +57,9 @@ class DistillationTrainer(Trainer):
         **trainer_arguments: passed to ``Trainer``: datasets, collator, callbacks, ...
 
     Raises:
-        ValueError: if the model has no memory to train, or a temperature is given and it has no slots to train; in
-            training and evaluation, if a batch is padded or packed, or has other inputs of the model.
+        ValueError: if the model has no memory to train, a temperature is given and it has no slots to train, or
+            ``Trainer`` is asked for a loss, metrics or noise of its own; in training and evaluation, if a batch is
+            padded or packed, or has other inputs of the model.
     """
 
     control: TrainerControl
@@ -78,6 +79,7 @@ class DistillationTrainer(Trainer):
         temperature: float | None = None,
         **trainer_arguments: Any,
     ) -> None:
+        _refuse_ignored(args, trainer_arguments)
         freeze_base(model)
         if temperature is not None:
             with soft_slots(model, temperature):
@@ -121,9 +123,15 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """Losses of the three arms, averaged over all tokens beyond the window's capacity.
 
+        Of several datasets by name, each under its name, as in ``Trainer``.
+
         Raises:
             ValueError: if no sequence has a token beyond the capacity.
         """
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, dict):
+            every = [self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{n}") for n, own in datasets.items()]
+            return {name: value for metrics in every for name, value in metrics.items()}
         was_training = self.model.training
         model = self.model_wrapped.eval()
         with longer_windows(model):
@@ -171,6 +179,20 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_adapter(self.model, self.state.best_model_checkpoint or "")
+
+
+def _refuse_ignored(args: TrainingArguments, others: Mapping[str, Any]) -> None:
+    """Raise a ValueError for what ``Trainer`` knows and the distillation has no use for."""
+    asked = {name: getattr(args, name, None) for name in ("label_smoothing_factor", "neftune_noise_alpha")}
+    functions = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+    asked |= {name: others.get(name) for name in functions}
+    for name, value in asked.items():
+        if value:
+            raise ValueError(
+                f"{name}={value!r}: the loss is the distance to full attention, and evaluate() reports losses, so this "
+                "would be ignored, or would give teacher and student different noise. Leave it out, or write a loop "
+                "with distillation_loss(...)."
+            )
 
 
 def texts_of(batch: Mapping[str, Any], model: nn.Module) -> Int[Tensor, "b t"]:

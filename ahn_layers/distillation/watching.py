@@ -11,8 +11,9 @@ from ..attention import HippocampalAttention
 from ..memory import MemoryStore
 from ..ops.attention.attend import SoftmaxAttention
 from ..undo import hooked
+from .noise import evaluating, still
 from .passes import run_hidden
-from .windows import use_window
+from .windows import refuse_sliding, use_window
 
 
 class Attended(NamedTuple):
@@ -58,7 +59,9 @@ def watch_full_attention(model: nn.Module, input_ids: Int[Tensor, "b t"], look: 
 
     A window as long as the text is full attention: nothing leaves it.
     """
-    stores = [block.store for block in model.modules() if isinstance(block, HippocampalAttention)]
+    blocks = [module for module in model.modules() if isinstance(module, HippocampalAttention)]
+    refuse_sliding(blocks, input_ids.shape[1])
+    stores, recomputed = [block.store for block in blocks], still(model)
 
     def hook(index: int) -> Callable[..., None]:
         def see(store: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,5 +71,6 @@ def watch_full_attention(model: nn.Module, input_ids: Int[Tensor, "b t"], look: 
         return see
 
     hooks = hooked(store.register_forward_pre_hook(hook(i), with_kwargs=True) for i, store in enumerate(stores))
-    with use_window(model, input_ids.shape[1]), hooks, torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with use_window(model, input_ids.shape[1]), hooks, evaluating(recomputed), eager:
         run_hidden(model, input_ids)

@@ -1,8 +1,9 @@
 """Which window a training batch sees: drawn at random, so that the memory serves every one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,6 +92,18 @@ def use_window(model: nn.Module, window_size: int, num_sinks: int = 0) -> Iterat
         stores, [replace(store.window, window_size=window_size, num_sinks=num_sinks) for store in stores]
     ):
         yield
+
+
+def refuse_sliding(blocks: Iterable[Any], length: int) -> None:
+    """Raise a ValueError if texts of this length are longer than a block's own sliding window."""
+    own = {u.layer_idx: u.found.native_window for u in blocks if getattr(u, "found", None) is not None}
+    own = {layer: size for layer, size in own.items() if size is not None and size < length}
+    if own:
+        raise ValueError(
+            f"texts of {length} tokens and layers with sliding windows of their own, {own}: what they lose is measured "
+            "against full attention, which they do not have. Pass texts no longer than these windows, or layers= "
+            "without them."
+        )
 
 
 @contextmanager

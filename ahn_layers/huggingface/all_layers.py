@@ -27,11 +27,12 @@ def all_or_none(layers: Sequence[Any]) -> Iterator[None]:
         raise
 
 
-def refuse_reset(layers: Sequence[Any]) -> None:
-    """Raise a RuntimeError, before any layer has forgotten anything, if one of them cannot be emptied."""
+def refuse_reset(layers: Sequence[Any]) -> Sequence[Any]:
+    """The layers; or a RuntimeError, before any has forgotten anything, if one of them cannot be emptied."""
     for layer in layers:
         if isinstance(layer, StaticMemoryLayer):
             layer.refuse_reset()
+    return layers
 
 
 def refuse_uneven(cache: Any) -> None:

@@ -21,9 +21,11 @@ from ..files import as_device, load_tensors, reading, save_tensors
 from .all_layers import all_or_none, refuse_masks, refuse_reset
 from .cache_check import check_loaded
 from .cache_layers import LayerCache, MemoryLayer
+from .finished import forget_beams, note_beams_of
 from .fixed import is_fixed, is_traced, release
 from .hybrid_layer import layer_in_place_of, static_length
 from .layer_values import describe, rebuild, tensors_of
+from .linear_rows import forget_states
 from .native_layer import SHARING, forget_past, refuse_gaps
 from .rows import join_layers, numbers, put_layers, rows_of, take_layers
 from .transaction import length_before, settle, settle_for_use
@@ -57,7 +59,7 @@ class HippocampalCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last tokens, see ``MemoryLayer.crop``; if a layer refuses, all stay as they are."""
-        self._settle_for_change()
+        forget_beams(self)._settle_for_change()
         with all_or_none(self.layers):
             super().crop(int(tokens_to_remove))
             refuse_gaps(self.layers)
@@ -82,8 +84,8 @@ class HippocampalCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        release(self)
-        refuse_reset(self.layers)
+        release(forget_beams(self))
+        forget_states(refuse_reset(self.layers))
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,7 +228,7 @@ class HippocampalCache(DynamicCache):
 
     def _rebuilt(self, function: Any) -> "HippocampalCache":
         settle_for_use(self)
-        copy = type(self)()
+        copy = note_beams_of(self, type(self)())
         copy.layers = [rebuild(describe(layer), function(tensors_of(layer))) for layer in self.layers]
         return copy
 

@@ -23,8 +23,9 @@ from .cache import HippocampalCache, fill, self_attention
 from .config_view import naming
 from .joined import align_rows, refuse_unaligned
 from .linear_padding import Resting, resting_rows
+from .linear_rows import refuse_several
 from .packing import find_texts, positions_of
-from .reconcile import check_memory, note_memory, note_padding, reconcile
+from .reconcile import check_memory, length_of, note_memory, note_padding, reconcile
 from .transaction import begin, complete, settle, settle_for_use
 from .whole_call import WholeCallHook, hand_over
 
@@ -172,8 +173,10 @@ class ForwardHook:
         _fill(cache, module)
         settle_for_use(cache)
         refuse_uneven(cache)
+        if not self.owner.goes_on:
+            refuse_several(length_of(cache), tokens.shape[1])
         kept = cache is not None or (kwargs.get("use_cache") is not False and not torch.is_grad_enabled())
-        if kept and self.owner.mode == "memory" and self.owner.compressor is not None:
+        if kept and self.owner.mode == "memory":
             call.identity = identity_of(module, self.owner)
             check_memory(cache, call.identity)
         mask = align_rows(cache, kwargs, tokens, module)
@@ -248,7 +251,8 @@ def _assert_one_text(kwargs: dict[str, Any]) -> None:
         hidden = kwargs.get("attention_mask")
         step = positions.diff(dim=-1) > 0
         if isinstance(hidden, Tensor) and hidden.ndim == 2:
-            step = step | ~hidden[:, -positions.shape[1] + 1 :].to(torch.bool)
+            real = hidden[:, -positions.shape[1] :].to(torch.bool)
+            step = step | ~real[:, 1:] | (real[:, :-1].cumsum(dim=1) == 0)  # the positions of pads mean nothing
         torch._assert_async(step.all(), "position_ids begin again within a row: packed texts need an uncompiled model")
 
 

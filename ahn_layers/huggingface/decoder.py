@@ -65,7 +65,7 @@ class DecoderAttention(HippocampalAttention):
         x: Tensor = _argument(args, kwargs, self._hidden_at, self._hidden_name)
         name = next((name for name in CACHE_NAMES if name in kwargs), self._cache_name)  # the block knows old names too
         layer = self.cache_layer(_argument(args, kwargs, self._cache_at, name))
-        self._check_base()
+        self._check()
         if self._unknown_rotation and not x.is_meta:
             raise ValueError(
                 f"{type(self.block).__name__} was retrofitted on the meta device, where its rotation could not be "
@@ -147,12 +147,18 @@ class DecoderAttention(HippocampalAttention):
 
         return run
 
-    def _check_base(self) -> None:
+    def _check(self) -> None:
         base = base_name(getattr(self.block, self._config_name)._attn_implementation)
         if base not in BASES:
             raise ValueError(
                 f"attn_implementation={base!r} was set after the retrofit: expected one of {BASES}. Call "
                 "model.set_attn_implementation('sdpa')."
+            )
+        own, capacity = self.found.native_window, self.store.window.capacity
+        if own is not None and own < capacity:  # the window has been changed since the retrofit
+            raise ValueError(
+                f"layer {self.layer_idx} was given a window of {capacity} tokens, sinks included, and attends to {own} "
+                f"tokens by itself: expected at most {own}. Use a smaller window."
             )
 
     def warn_if_far(self, length: int) -> None:

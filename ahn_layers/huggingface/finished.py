@@ -1,6 +1,6 @@
 """Rows of a batch that finish before others: ``generate`` pads them, and their cache must not hold the pads."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -9,7 +9,9 @@ from transformers import StoppingCriteriaList
 
 from .model_method import ModelMethod
 
+T = TypeVar("T")
 _ROWS = "_hippocampal_rows"
+_BEAMS = "_hippocampal_beams"
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -72,6 +74,33 @@ def watch(generation_config: Any, cache: Any, mode: Any, rows: int) -> None:
     rows_of_this_one = FinishedRows() if watched else None
     setattr(generation_config, _ROWS, rows_of_this_one)
     setattr(cache, _ROWS, rows_of_this_one)
+
+
+def note_beams(cache: Any, mode: Any) -> None:
+    """Remember that the ``generate`` that begins on this cache is a beam search.
+
+    Raises:
+        ValueError: if an earlier one was.
+    """
+    if getattr(cache, _BEAMS, False):
+        raise ValueError(
+            "this cache was used by a beam search: its rows are the beams that were left at the end, and not the "
+            "sequences that were returned. Begin a new cache, or go back to a clone from before."
+        )
+    if "beam" in str(getattr(mode, "value", mode)):
+        setattr(cache, _BEAMS, True)
+
+
+def note_beams_of(cache: T, copy: T) -> T:
+    """What is known of a cache about beams, noted on a copy of it, which is returned."""
+    setattr(copy, _BEAMS, getattr(cache, _BEAMS, False))
+    return copy
+
+
+def forget_beams(cache: T) -> T:
+    """The cache, which was reset, or from which the caller has taken tokens back and answers for its rows."""
+    setattr(cache, _BEAMS, False)
+    return cache
 
 
 def finished_rows(cache: Any) -> FinishedRows | None:

@@ -32,6 +32,29 @@ def recurring(layers: Sequence[Any]) -> list[Any]:
     return [layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
 
+def forget_states(layers: Sequence[Any]) -> None:
+    """Convolutions and recurrences as they were before the first token, so that another number of rows may come.
+
+    Where layers have fixed addresses they stay, and are filled with zeros by their own ``reset``.
+    """
+    if any(isinstance(layer, MemoryLayer) and not layer.grows for layer in layers):
+        return
+    for linear in filter(None, map(linear_of, layers)):
+        records = linear.record_past
+        LinearAttentionLayer.__init__(linear, linear.number_of_states)
+        linear.record_past = records
+
+
+def refuse_several(past: int, count: int) -> None:
+    """Raise a ValueError for several tokens behind others, in a model whose recurrences begin anew then."""
+    if past and count > 1:
+        raise ValueError(
+            f"{count} new tokens and a cache that holds {past}: the convolutions or recurrences of this model begin "
+            "anew when several tokens come at once, also without a retrofit, so what they hold would be lost. Pass the "
+            "new tokens one at a time, or the whole text with a new cache; leave prefill_chunk_size unset."
+        )
+
+
 @torch.no_grad()
 def joined(parts: Sequence[Part]) -> LinearAttentionLayer:
     """A new layer with these rows, copied, in that order; it records no past."""

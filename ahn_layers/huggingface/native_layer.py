@@ -13,6 +13,13 @@ _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of transformers that put new tensors in the place of the old ones, so that these can be put back."""
 
 
+def reads_in_pieces(layer: Any) -> bool:
+    """Whether a layer of transformers reads a prompt in pieces as at once: one that picks keys by an index may not."""
+    kind = type(layer).__name__
+    plain = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
+    return type(layer) in SHARING or kind in plain or kind.startswith("LinearAttention")
+
+
 def save(layer: Any) -> Any:
     """What ``put_back`` needs."""
     attributes: dict[str, Any] = {

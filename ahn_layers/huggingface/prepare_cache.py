@@ -7,11 +7,13 @@ from torch import Tensor
 from transformers.generation import GenerationMode
 
 from .cache import HippocampalCache, fill
+from .cache_layers import MemoryLayer
 from .decoder import CACHE, DecoderAttention
-from .finished import watch
+from .finished import note_beams, watch
 from .fixed import can_be_fixed, release
 from .joined import refuse_unmasked
 from .model_method import ModelMethod
+from .native_layer import reads_in_pieces
 from .prefill import are_off, is_plain_text, piece_for
 from .reconcile import length_of
 from .row_groups import PER_TOKEN
@@ -51,6 +53,8 @@ class PrepareCache(ModelMethod):
             raise ValueError(
                 "use_cache=False and a cache: each step would read the whole text into it once more. Pass one of them."
             )
+        if kept is not None:
+            note_beams(kept, mode)
         if mode == GenerationMode.ASSISTED_GENERATION:
             _refuse_past(kept)
         chunk, asked = generation_config.prefill_chunk_size, generation_config.cache_implementation
@@ -84,7 +88,9 @@ class PrepareCache(ModelMethod):
         keeps_all = generation_config.output_hidden_states or generation_config.output_attentions
         if gains and not keeps_all and isinstance(cache, HippocampalCache) and can_be_fixed(cache):
             ask(generation_config)
-        cuts = model.hippocampus.returns_cache and is_plain_text(model_kwargs)
+        record = model.hippocampus
+        cuts = record.returns_cache and record.goes_on and is_plain_text(model_kwargs)
+        cuts = cuts and all(isinstance(u, MemoryLayer) or reads_in_pieces(u) for u in getattr(cache, "layers", ()))
         if chunk is None and cuts and not keeps_all:  # pieces would return the last one's
             generation_config.prefill_chunk_size = piece_for(model, batch_size * copies)
         return result

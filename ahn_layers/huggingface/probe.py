@@ -25,7 +25,7 @@ from .interface import refuse_unsupported
 from .native_layer import SHARING
 from .rotations import find_rotary
 from .split_model import find_splits, group_of, why_unsplit
-from .stepwise import cache_of_two_tokens, what_others_change
+from .stepwise import cache_of_two_tokens, goes_on, what_others_change
 from .trial import AttentionCall, MaskCall, Trial
 
 _CACHES = (
@@ -88,12 +88,14 @@ class Probed:
         masks: the masks that it made.
         around: models around the decoder, if that had to be run alone.
         returns_cache: whether the model returns the cache that it filled.
+        goes_on: whether its convolutions and recurrences go on from a cache with several tokens at once.
     """
 
     blocks: list[AttentionBlock]
     masks: list[MaskCall]
     around: list[nn.Module]
     returns_cache: bool
+    goes_on: bool
 
     @property
     def mask_makers(self) -> list[nn.Module]:
@@ -158,7 +160,8 @@ def probe_model(model: Any) -> Probed:
         if block.layer_idx in repeated and not block.reason:
             block.reason = f"several blocks share the cache index {block.layer_idx}"
     around = [u for u in model.modules() if isinstance(u, PreTrainedModel) and any(v is entry for v in u.modules())]
-    return Probed(blocks, near.masks, [u for u in around if u is not entry], cache is not None)
+    continues = cache is None or goes_on(model, entry, near, moves)
+    return Probed(blocks, near.masks, [u for u in around if u is not entry], cache is not None, continues)
 
 
 def _first_trial(model: Any) -> tuple[Trial, Any]:

@@ -24,7 +24,8 @@ def reconcile(cache: Any, mask: Any, rows: int, count: int) -> Bool[Tensor, "b t
         False at padding among the new tokens, None if there is none or the mask does not say.
 
     Raises:
-        ValueError: if the mask does not fit, or contradicts what cannot be changed any more.
+        ValueError: if the mask does not fit, holds other numbers than 0 and 1, or contradicts what cannot be changed
+            any more.
     """
     if not isinstance(mask, Tensor) or mask.ndim == 4:
         return None
@@ -35,12 +36,20 @@ def reconcile(cache: Any, mask: Any, rows: int, count: int) -> Bool[Tensor, "b t
             f"attention_mask has shape {tuple(mask.shape)}: expected {(rows, past + count)}, a column for each of "
             f"{held}."
         )
-    mask = mask.to(torch.bool)
+    given, mask = mask[:, past:], mask.to(torch.bool)
     layers = memory_layers(cache)
     if past and layers:
         _compare(layers, mask[:, :past], recurs=bool(recurring(getattr(cache, "layers", ()))))
     new = mask[:, past:]
-    return None if bool(new.all()) else new
+    is_odd = (given != new).any()  # neither 0 nor 1: transformers would take it for 1
+    odd, whole = torch.stack((is_odd, new.all())).tolist()
+    if odd:
+        raise ValueError(
+            f"attention_mask holds {given[given != new][:3].tolist()} among others: expected 1 at tokens and 0 at "
+            "padding. Pass mask == 0 if yours is added to scores; if it numbers packed texts, pass no mask, and "
+            "position_ids that begin again with each text."
+        )
+    return None if whole else new
 
 
 def note_padding(cache: Any, real: Bool[Tensor, "b t"] | None, count: int, *, taken_in: bool) -> None:

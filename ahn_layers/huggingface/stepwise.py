@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .cache import self_attention
 from .call import CACHE_NAMES
+from .linear_rows import STATES, of_fixed_size, recurring
 from .trial import AttentionCall, Trial
 
 _SAME_INPUT, _SAME = 0.05, 0.2
@@ -19,11 +20,47 @@ _SAME_INPUT, _SAME = 0.05, 0.2
 
 def cache_of_two_tokens(model: Any, entry: Any) -> Any:
     """What a decoder that read two tokens hands back of them; None if nothing, then it cannot read in pieces."""
+    return _cache_of(model, entry, (0, 2))
+
+
+def goes_on(model: Any, entry: Any, near: Trial, moves: bool) -> bool:
+    """Whether convolutions and recurrences go on from a cache when several tokens come at once.
+
+    Those of some models begin anew then, and do what is expected with single tokens only.
+
+    Args:
+        model: the model.
+        entry: what is called: the model, or a decoder in it.
+        near: three tokens, read at once.
+        moves: whether ``entry`` takes ``position_ids``.
+    """
+    first = _cache_of(model, entry, (0, 1))
+    if not recurring(getattr(first, "layers", ())):
+        return True
+    whole = _cache_of(model, entry, (0, 3), replayed=near)
+    after = _cache_of(model, entry, (1, 3), replayed=near, cache=first, start=1 if moves else 0)
+    if after is None or whole is None:
+        return after is not None
+    return all(
+        one.is_meta or bool((one - other).abs().max() <= _SAME * one.abs().max())
+        for one, other in zip(_states(whole), _states(after), strict=True)
+    )
+
+
+def _cache_of(model: Any, entry: Any, tokens: tuple[int, int], **options: Any) -> Any:
+    """The cache after some tokens, None if there is none."""
     try:
-        output = Trial(model, entry=entry, use_cache=True, tokens=(0, 2)).output
+        output = Trial(model, entry=entry, use_cache=True, tokens=tokens, **options).output
     except Exception:
         return None
     return next((getattr(output, name) for name in CACHE_NAMES if getattr(output, name, None) is not None), None)
+
+
+def _states(cache: Any) -> list[Tensor]:
+    """All states of convolutions and recurrences."""
+    places = [(layer, name, i) for layer in recurring(cache.layers) for name in STATES for i in getattr(layer, name)]
+    states = (of_fixed_size(layer, name, i) for layer, name, i in places)
+    return [u for u in states if u is not None]
 
 
 def what_others_change(model: Any, entry: Any, near: Trial, cache: Any, moves: bool) -> dict[nn.Module, str]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..compressors import GatedDeltaNet
 from ..eviction import Eviction
+from ..evictions.salient_slots import PRIORITY
 from ..memory import MemoryStore
 from ..state import MemoryState
-from ..tokens import Leaving, Tokens
+from ..tokens import Later, Leaving, Tokens
 from ..window import Window
 
 _B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
@@ -20,10 +21,10 @@ _B, _H, _G, _D, _N, _T = 2, 4, 2, 8, 12, 29
 def check_eviction(eviction: type[Eviction], **options: Any) -> None:
     """Run the contract of [`Eviction`][ahn_layers.Eviction] on a class, in float64 on the CPU.
 
-    Checked: after every arrival each token that left the window is either seen or folded, exactly once, and folded
-    tokens are as they came; what is carried has a fixed size and is never changed in place; key/value heads do not
-    depend on each other; through a store, any cutting of a sequence gives the same result, values and gradients,
-    padding changes nothing, and a state that was saved goes on as if it had not been.
+    Checked: after every arrival each token that left the window is either seen or folded, exactly once, and as it came;
+    what is carried has a fixed size and is never changed in place; key/value heads do not depend on each other;
+    ``contest``, if there is one, decides as ``push`` does; through a store, any cutting of a sequence gives the same
+    result, values and gradients, padding changes nothing, and a state that was saved goes on as if it had not been.
 
     Args:
         eviction: the class.
@@ -51,6 +52,7 @@ def check_eviction(eviction: type[Eviction], **options: Any) -> None:
         k, v = (torch.randn(_B, _G, _T, _D, dtype=torch.float64) for _ in range(2))
         _check_once(policy, k, v, x)
         _check_heads(policy, k, v, x)
+        _check_contest(policy, k, v, x)
         compressor = GatedDeltaNet(_N, _H, _D, num_kv_heads=_G).double()
         with torch.no_grad():
             for parameter in compressor.parameters():
@@ -94,6 +96,9 @@ def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
             )
         where = torch.ones(_B, _G, stop - start, dtype=torch.bool) if gone.where is None else gone.where
         names = (gone.tokens.v[..., 0] * where).long()
+        own = {"k": gone.tokens.k, "v": gone.tokens.v}
+        own |= {name: gone.tokens.gates[name].unsqueeze(3) for name in everything.tokens.gates}
+        _check_unchanged("folded", own, everything.tokens, where)
         for i in range(stop - start):
             folded.scatter_add_(2, names[:, :, i : i + 1], torch.ones_like(folded[:, :, :1]))
             held = torch.zeros_like(folded)
@@ -101,6 +106,7 @@ def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
                 shown = (seen.first <= i) & (i < seen.last)
                 held.scatter_add_(2, (seen.v[..., 0] * shown).long(), shown.long())
                 assert int(shown.sum(dim=2).max()) <= seen.most, f"more than most={seen.most} tokens are seen at once."
+                _check_unchanged("seen", {"k": seen.k, "v": seen.v}, everything.tokens, shown)
             total = (held + folded)[:, :, 1:]
             expected = (number <= start + i + 1).long()
             assert torch.equal(total, expected.expand_as(total)), (
@@ -110,18 +116,57 @@ def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
         kept = after
 
 
+def _check_unchanged(how: str, tensors: dict[str, Tensor], tokens: Tokens, where: Tensor) -> None:
+    """What is seen or folded of the tokens, which ``v`` names, is what arrived."""
+    index = (tensors["v"][..., :1].long() - 1).clamp(min=0)
+    for name, u in tensors.items():
+        whole = getattr(tokens, name) if name in ("k", "v") else tokens.gates[name].unsqueeze(3)
+        came = whole.gather(2, index.expand(*index.shape[:3], whole.shape[3]))
+        assert torch.equal(u[where], came[where].to(u)), (
+            f"{name} of tokens that are {how} differ from what arrived: pass them on as they came."
+        )
+
+
 def _check_heads(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
-    other = k.clone()
-    other[:, 1:] = torch.randn_like(other[:, 1:])
+    others = [torch.cat((u[:, :1], torch.randn_like(u[:, 1:])), dim=1) for u in (k, v)]
     found = []
-    for keys in (k, other):
-        leaving = _leaving(policy, keys, v, x)
+    for keys, values in ((k, v), others):
+        leaving = _leaving(policy, keys, values, x)
         _, gone, kept = policy.push(policy.init_kept(leaving.tokens), leaving)
         where = torch.ones(_B, _G, _T, dtype=torch.bool) if gone.where is None else gone.where
         found.append([(gone.tokens.v * where.unsqueeze(3))[:, 0], *(u[:, 0] for u in kept.values() if u.ndim > 1)])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True)), (
-        "what a key/value head keeps or passes on depends on the keys of another: heads must not mix."
+        "what a key/value head keeps or passes on depends on keys or values of another: heads must not mix."
     )
+
+
+def _check_contest(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
+    everything = _leaving(policy, k, v, x)
+    kept = policy.init_kept(everything.tokens)
+    for t in range(_T):
+        token = everything.tokens.columns(t, t + 1)
+        contest = policy.contest(Later(lambda token=token: token))  # type: ignore[misc]
+        if contest is None:
+            return
+        assert f"gates.{PRIORITY}" in kept, (
+            f"contest(), and no {PRIORITY!r} beside the kept tokens: keep each one's priority there, as SalientSlots "
+            "does, or return None."
+        )
+        score = contest.given if contest.score is None else token.gates[contest.score]
+        rate = contest.rate if contest.log_rate is None else contest.log_rate.exp().unsqueeze(1)
+        assert score is not None, "contest(): expected the score of the token, as given or as the name of a gate."
+        priority = torch.cat((kept[f"gates.{PRIORITY}"], (score + rate * t).to(k.dtype)), dim=2)
+        is_full = kept["filled"] == priority.shape[2] - 1
+        least = priority.sort(dim=2).values[..., :2]
+        plain = is_full & (least[..., 1:] - least[..., :1] > 1e-4).all(dim=2)  # the kernel computes in float32
+        _, gone, kept = policy.push(kept, Leaving.of(0, token, None, torch.tensor([t])))
+        lost = torch.ones_like(is_full) if gone.where is None else gone.where[..., 0]
+        is_new = (gone.tokens.k == token.k).all(dim=3)[..., 0]
+        loses = priority.argmin(dim=2) == priority.shape[2] - 1
+        assert torch.equal(lost, is_full) and torch.equal(is_new[plain], loses[plain]), (
+            "contest() decides otherwise than push: on a GPU the kernel of a decode step goes by contest(). Say the "
+            "same in both, or return None."
+        )
 
 
 def _call(

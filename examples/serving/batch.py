@@ -64,7 +64,7 @@ class Batch:
         row = self.users.index(user)
         assert self.cache is not None
         kept = self.cache.take(row) if keep else None
-        self.users[row] = None
+        self.users[row], self.positions[row] = None, 0
         active = self.active
         if not active:
             if not self.fixed:
@@ -84,7 +84,8 @@ class Batch:
             cache=self.cache,
             use_cache=True,
         )
-        self.positions = [position + 1 for position in self.positions]
+        used = (user is not None for user in self.users)
+        self.positions = [p + 1 if u else 0 for p, u in zip(self.positions, used, strict=True)]  # unused: never too far
         logits: Tensor = out.logits[:, -1]
         return logits
 

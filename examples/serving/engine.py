@@ -22,6 +22,13 @@ from .sampling import NO_TOKEN, choose
 log = logging.getLogger("serving")
 
 
+def _learned_positions(model: Any) -> int | None:
+    """How many positions a model has a vector for, None if it has none and rotates, say."""
+    most, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    tables = [u.num_embeddings for u in model.modules() if isinstance(u, torch.nn.Embedding) and u is not words]
+    return most if most is not None and any(0 <= size - most <= 2 for size in tables) else None
+
+
 class Engine:
     """Runs requests on a retrofitted model, many at a time, in a thread of its own.
 
@@ -53,7 +60,7 @@ class Engine:
         metrics: Metrics | None = None,
     ) -> None:
         self.model, self.rows, self.most_waiting, self.stepwise = model, rows, waiting, stepwise
-        self.metrics = metrics or Metrics()
+        self.metrics, self.positions = metrics or Metrics(), _learned_positions(model)
         self.prefixes = Prefixes(prefixes)
         self.batch = Batch(model, rows, fixed=fixed)
         self.waiting: deque[Request] = deque()
@@ -94,6 +101,10 @@ class Engine:
             if self._closing or len(self.waiting) >= self.most_waiting + max(0, free):
                 self.metrics.add("rejected_total")
                 raise BusyError(5 if self._closing else 1 + len(self.waiting) // self.rows, closing=self._closing)
+            if self.positions is not None:  # a step beyond the last one would fail for everybody
+                past = 0 if request.cache is None else int(request.cache.get_seq_length())
+                room = self.positions - past - len(request.ids) + 1
+                request.max_tokens = max(1, min(request.max_tokens, room))
             request.submitted = time.monotonic()
             self.waiting.append(request)
             self._changed.notify_all()

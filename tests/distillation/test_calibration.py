@@ -179,3 +179,11 @@ def test_wrong_budgets():
         calibrate(base(), IDS[:, :130], bytes=9999, **SMALL)
     with pytest.raises(ValueError, match="is retrofitted already"):
         calibrate(retrofit(base(), None, **SMALL), IDS, bytes=9999, **SMALL)
+
+
+def test_a_sliding_window_of_its_own_is_no_full_attention():
+    model = base("mistral_window", sliding_window=40)
+    before = model(IDS).logits
+    with pytest.raises(ValueError, match=r"sliding windows of their own, \{0: 40, 1: 40, 2: 40\}"):
+        calibrate(model, IDS, bytes=9999, **SMALL)
+    assert torch.equal(model(IDS).logits, before)

@@ -5,10 +5,10 @@ import signal
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from ahn_layers import adapter_parameters
-from ahn_layers.distillation import arm_losses, gap_closed
+from ahn_layers.distillation import DistillationTrainer, arm_losses, gap_closed
 
 from ..distilling import Texts, losses, small, text, trainer, weights
 
@@ -117,3 +117,20 @@ def test_what_says_nothing_is_left_alone(tmp_path):
     ids = text(1, 40)[0]
     more = {"attention_mask": torch.ones(40).long(), "labels": ids, "position_ids": torch.arange(40), "number": 3}
     assert trainer(tmp_path, small()).evaluate([{"input_ids": ids} | more] * 2)["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "option", [{"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0}, {"compute_loss_func": print}]
+)
+def test_what_the_distillation_has_no_use_for_is_refused(option, tmp_path):
+    (name,) = option
+    others = {} if name == "compute_loss_func" else option
+    args = TrainingArguments(str(tmp_path), report_to=[], **others)
+    with pytest.raises(ValueError, match=f"{name}=.*: the loss is the distance to full attention"):
+        DistillationTrainer(small(), args, **{k: v for k, v in option.items() if k not in others})
+
+
+def test_several_datasets_are_evaluated_by_name(tmp_path):
+    run, data = trainer(tmp_path, small()), [Texts()[i] for i in range(3)]
+    metrics = run.evaluate({"first": data[:2], "all": data})
+    assert metrics["eval_all_memory"] == run.evaluate(data)["eval_memory"] != metrics["eval_first_memory"]

@@ -162,3 +162,33 @@ def test_logits_that_are_no_numbers_fail_alone(monkeypatch):
         found = bad.end()
         assert isinstance(found, Failed) and "not finite" in str(found.error)
         assert good.end().reason == "length" and engine.is_healthy
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_row_that_nobody_uses_runs_into_no_end(fixed):
+    """Of learned positions, which are as many as there are."""
+    from serving.batch import Batch
+
+    model, caches = retrofitted("gpt2"), [HippocampalCache() for _ in range(3)]
+    with torch.no_grad():
+        for cache, length in zip(caches, (240, 20, 30), strict=True):
+            model(torch.tensor([ids(length, length)]), cache=cache, use_cache=True)
+        batch = Batch(model, 4, fixed=fixed)
+        for cache in caches:
+            batch.join(cache, cache, 1)
+        alone = caches[1].clone()
+        batch.leave(caches[0], keep=False)
+        for _ in range(40):
+            found = batch.step()[batch.users.index(caches[1])]
+            expected = model(torch.ones(1, 1, dtype=torch.long), cache=alone, use_cache=True).logits[0, -1]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+            batch.tokens = [1] * len(batch.tokens)
+    assert model.config.max_position_embeddings < 240 + 40
+
+
+def test_a_reply_ends_with_the_learned_positions():
+    """And nobody else's does."""
+    with running(retrofitted("gpt2")) as (engine, ask):
+        long, other = ask(ids(250, 1)), ask(ids(5, 2))
+        assert long.end().reason == other.end().reason == "length" and engine.is_healthy
+        assert len(long.reply) == 7 and len(other.reply) == 10, "256 positions: the last token is never read"

@@ -4,7 +4,15 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from ahn_layers import HippocampalCache, adapter_parameters, load_adapter, save_adapter, window_only
+from ahn_layers import (
+    AveragePooling,
+    HippocampalCache,
+    SalientSlots,
+    adapter_parameters,
+    load_adapter,
+    save_adapter,
+    window_only,
+)
 from ahn_layers.huggingface.decoder import CACHE
 
 from ..models import CAPACITY, base, retrofitted, tokens, train_memory
@@ -75,3 +83,24 @@ def test_training_steps_do_not_look_at_the_weights(monkeypatch):
         model(tokens(1, 20), use_cache=use_cache).logits.sum().backward()
     with torch.no_grad():
         model(tokens(1, 20), use_cache=False)
+
+
+POOLED = {"compressor": AveragePooling, "num_slots": 2}
+BY_VALUES = {"compressor": None, "eviction": SalientSlots(4, score="value_norm", rate=0.1)}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (POOLED | {"rate": 3}, POOLED | {"rate": 9}),
+        (BY_VALUES, BY_VALUES | {"eviction": SalientSlots(4, score="key_norm", rate=0.1)}),
+        (BY_VALUES, BY_VALUES | {"eviction": SalientSlots(4, score="value_norm", rate=0.2)}),
+    ],
+    ids=["rate of a compressor", "score", "rate of an eviction"],
+)
+def test_options_count_that_no_weight_shows(one, other):
+    cache = HippocampalCache()
+    call(retrofitted(**one), tokens(1, 3 * CAPACITY), cache)
+    assert call(retrofitted(**one), tokens(1, 1), cache).isfinite().all()
+    with pytest.raises(ValueError, match="filled with other memory weights"):
+        call(retrofitted(**other), tokens(1, 1), cache)

@@ -126,3 +126,19 @@ def test_a_block_that_changes_its_mask_is_refused():
     retrofitted(model=model)
     assert model.hippocampus.layers == [0, 2] and model.hippocampus.owned == "none"
     assert "changes the mask" in model.hippocampus.skipped["model.layers.1.self_attn"]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    "mask, held",
+    [
+        (torch.tensor([[float("-inf")] * 3 + [0.0] * 9]), "-inf, -inf"),
+        (torch.tensor([[1] * 5 + [2] * 4 + [3] * 3]), "2, 2, 2"),
+        (torch.tensor([[1.0] * 11 + [0.5]]), "0.5"),
+    ],
+    ids=["added to scores", "numbers of packed texts", "shares"],
+)
+def test_masks_hold_ones_and_zeros(mask, held, cached):
+    """Transformers takes everything but 0 for a token."""
+    with pytest.raises(ValueError, match=rf"attention_mask holds \[{held}.*among others"):
+        retrofitted()(tokens(1, 12), attention_mask=mask, use_cache=cached)

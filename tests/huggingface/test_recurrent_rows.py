@@ -147,6 +147,18 @@ def test_what_does_not_fit_changes_nothing(match):
     assert held(cache) == before and held(stranger) == its
 
 
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_emptied_cache_takes_another_number_of_rows(name, recording):
+    model, cache = retrofitted(name), read(retrofitted(name), 20, recording=recording)
+    cache.reset()
+    ids, fresh = tokens(3, 12, seed=1), HippocampalCache()
+    with torch.no_grad():
+        found, expected = (model(ids, use_cache=True, **{CACHE: u}).logits for u in (cache, fresh))
+    assert torch.equal(found, expected)
+    assert torch.equal(go_on(model, cache, tokens(3, 4)), go_on(model, fresh, tokens(3, 4)))
+
+
 def test_a_joined_cache_that_cannot_be_emptied_stays_as_it_is():
     cache = HippocampalCache.join([read(retrofitted("lfm2"), 5)], rows=2)
     before = held(cache)

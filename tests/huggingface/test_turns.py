@@ -101,3 +101,18 @@ def test_a_prompt_that_is_all_in_the_cache():
     assert cache.get_seq_length() == 30
     out = model.generate(torch.cat((ids, ids[:, :1]), 1), max_new_tokens=3, **QUIET, **{CACHE: cache})
     assert torch.equal(out, model.generate(torch.cat((ids, ids[:, :1]), 1), max_new_tokens=3, **QUIET))
+
+
+def test_no_turn_follows_a_beam_search():
+    """Its cache holds the beams that were left, and not the sequences that were returned."""
+    model, cache, ids = retrofitted(), HippocampalCache(), tokens(1, 20)
+    before = cache.clone()
+    found = model.generate(ids, num_beams=2, num_return_sequences=2, max_new_tokens=6, do_sample=False, cache=cache)
+    more = torch.cat((found, tokens(2, 3, seed=1)), dim=1)
+    for held in (cache, cache.clone()):
+        with pytest.raises(ValueError, match="used by a beam search"):
+            model.generate(more, max_new_tokens=2, cache=held)
+    expected = model.generate(more, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(more, max_new_tokens=4, do_sample=False, cache=before), expected)
+    cache.reset()
+    assert torch.equal(model.generate(more, max_new_tokens=4, do_sample=False, cache=cache), expected)

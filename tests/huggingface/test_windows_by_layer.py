@@ -18,7 +18,7 @@ from ahn_layers import (
     window_only,
 )
 from ahn_layers.cost import cost_report
-from ahn_layers.distillation import distillation_loss, freeze_base
+from ahn_layers.distillation import distillation_loss, freeze_base, use_window
 
 from ..models import base, logits, tokens, train_memory
 
@@ -135,3 +135,16 @@ def test_what_needs_one_window_says_so():
         _ = model.hippocampus.window
     with pytest.raises(ValueError, match=r"windows of the capacities \[6, 9\]: the formulas are for equal layers"):
         cost_report(model, [64])
+
+
+@pytest.mark.parametrize("name", ["mistral_window", "phimoe"])
+def test_no_window_is_larger_than_the_layers_own(name):
+    """Also one that is given after the retrofit."""
+    model, ids = retrofit(base(name), None, window_size=6, num_sinks=2), tokens(1, 30)
+    expected = logits(retrofit(base(name), None, window_size=8, num_sinks=1), ids)
+    with use_window(model, 8, 1):
+        assert torch.equal(logits(model, ids), expected)
+    with use_window(model, 9, 1), pytest.raises(ValueError, match="attends to 9 tokens by itself: expected at most 9"):
+        logits(model, ids)
+    with use_window(model, 9, 1), full_attention(model):
+        assert torch.equal(logits(model, ids), logits(base(name), ids))

@@ -98,6 +98,19 @@ def test_an_uncached_forward_is_one_graph(name, models):
     torch.testing.assert_close(out, models.logits(model, ids), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("of_pads", [0, 99])
+def test_padding_on_the_left_has_any_positions(of_pads, models):
+    model, ids = models.retrofitted(), models.tokens(2, 2 * models.CAPACITY)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, of_pads)}
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition")
+    with torch.no_grad():
+        one, other = (run(input_ids=ids, use_cache=False, **given).logits for run in (compiled, model))
+    torch.testing.assert_close(one[0, 5:], other[0, 5:], rtol=0, atol=1e-9)
+    torch.testing.assert_close(one[1], other[1], rtol=0, atol=1e-9)
+
+
 def test_gradients_of_a_compiled_model(models):
     ahn = sys.modules["ahn_layers"]
     model, ids = models.retrofitted(), models.tokens(2, 3 * models.CAPACITY)

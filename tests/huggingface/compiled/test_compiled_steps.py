@@ -88,8 +88,7 @@ def test_layers_with_other_slots_are_compiled_apart(models, steps):
     slots = {i: ahn.SalientSlots(12 if i in (1, 2, 6) else 3, score="value_norm", rate=0.01) for i in range(8)}
     model, graphs = models.retrofitted(model=models.base("llama", num_hidden_layers=8), eviction=slots), Graphs()
     steps(model, graphs.backend)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    with torch._dynamo.config.patch(recompile_limit=2):
         for ids in (models.tokens(2, 3), models.tokens(2, 40)):
             out = models.generate(model, ids, models.CAPACITY, **compiling("eager"))
             assert torch.equal(out, models.generate(model, ids, models.CAPACITY)) and graphs.count == 2

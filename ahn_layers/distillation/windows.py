@@ -1,5 +1,6 @@
 """Which window a training batch sees: drawn at random, so that the memory serves every one."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -124,6 +125,6 @@ def longer_windows(model: nn.Module) -> Iterator[None]:
     """Within this context, each window is longer by the mean number of slots: the window alone at equal capacity."""
     stores = [module.store for module in model.modules() if isinstance(module, HippocampalAttention)]
     more = [store.eviction.num_slots if isinstance(store.eviction, SalientSlots) else 0 for store in stores]
-    mean = round(sum(more) / max(1, len(more)))
+    mean = math.ceil(sum(more) / max(1, len(more)))
     with give_windows(stores, [replace(u.window, window_size=u.window.window_size + mean) for u in stores]):
         yield

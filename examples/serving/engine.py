@@ -101,7 +101,7 @@ class Engine:
             if self._closing or len(self.waiting) >= self.most_waiting + max(0, free):
                 self.metrics.add("rejected_total")
                 raise BusyError(5 if self._closing else 1 + len(self.waiting) // self.rows, closing=self._closing)
-            if self.positions is not None:  # a step beyond the last one would fail for everybody
+            if self.positions is not None:  # the model fails beyond the last one, for all rows
                 past = 0 if request.cache is None else int(request.cache.get_seq_length())
                 room = self.positions - past - len(request.ids) + 1
                 request.max_tokens = max(1, min(request.max_tokens, room))

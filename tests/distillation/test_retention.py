@@ -27,6 +27,7 @@ from ahn_layers.distillation import (
     settle_rates,
     soft_slots,
 )
+from ahn_layers.distillation.windows import longer_windows
 from ahn_layers.huggingface.decoder import CACHE
 from ahn_layers.ops.slots.soft_slots import soft_visibility
 
@@ -177,6 +178,15 @@ def test_layers_that_look_up_get_the_slots_of_the_others():
         assert [layer.state.kept["k"].shape[2] for layer in cache.layers] == [4, 13, 13]
     with pytest.raises(ValueError, match="expected 3 layers"):
         set_slots(model, heads[:2])
+
+
+def test_a_window_alone_is_longer_by_the_mean_of_the_slots():
+    model = made()
+    set_slots(model, torch.tensor([[0.1, 0.0], [0.8, 0.4], [0.2, 0.5]]), least=4)
+    stores = [block.store for block in model.modules() if isinstance(block, HippocampalAttention)]
+    with longer_windows(model):
+        assert [store.window.window_size for store in stores] == [WINDOW + 10] * 3
+    assert [store.window.window_size for store in stores] == [WINDOW] * 3
 
 
 def test_visibilities_trade_places():

@@ -1,5 +1,7 @@
 """The example that teaches a memory to recall."""
 
+# ruff: noqa: F811 - fixtures are imported
+
 import importlib
 import json
 from pathlib import Path
@@ -7,24 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from ahn_layers import DeltaNet, adapter_parameters, retrofit, save_adapter
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from .trying import workplace  # noqa: F401
 
 
 @pytest.fixture
-def lesson(monkeypatch, tmp_path):
+def lesson(workplace):
     """The example, a small model in a folder, and a text."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.chdir(tmp_path)
-    chat = importlib.import_module("_chat")
-    model, tokenizer = chat.random_model(LlamaConfig(**chat.SMALL, num_key_value_heads=2))
-    model.save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    words = " ".join(f"the {n} of {m} went home." for n in range(60) for m in range(40))
-    (tmp_path / "text.txt").write_text(words)
     small = ["--model", "model", "--text", "text.txt", "--window", "30", "--sinks", "2", "--slots", "20"]
     small += ["--length", "700", "--score-steps", "2", "--retrieval-steps", "1", "--steps", "2", "--questions", "1"]
     return importlib.import_module("learn_to_recall").main, [*small, "--test-length", "900"]

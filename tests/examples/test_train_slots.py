@@ -1,5 +1,7 @@
 """train.py with slots: the stages, what is taught, an interrupted stage that goes on."""
 
+# ruff: noqa: F811 - fixtures are imported
+
 import importlib
 import json
 import sys
@@ -8,27 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig
 
 from ahn_layers import SalientSlots, adapter_parameters, retrofit
 
 from ..models import base
+from .trying import workplace  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(workplace):
     """The script with a small model in a folder, and a text; returns its report and the weights it wrote."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.chdir(tmp_path)
-    chat = importlib.import_module("_chat")
-    torch.manual_seed(0)
-    model, tokenizer = chat.random_model(LlamaConfig(**chat.SMALL, num_key_value_heads=2))
-    model.save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    words = " ".join(f"the {n} of {m} went home." for n in range(60) for m in range(40))
-    (tmp_path / "text.txt").write_text(words)
     small = ["--model", "model", "--text", "text.txt", "--window", "30", "--sinks", "2", "--length", "620", "--batch"]
     small += ["2", "--steps", "2", "--save-every", "1"]
     main = importlib.import_module("train").main

@@ -1,5 +1,6 @@
 """Small models and a tokenizer to try the examples with."""
 
+import importlib
 import random
 import sys
 from pathlib import Path
@@ -41,6 +42,20 @@ def small(window_size=24, num_sinks=8, compressor=GatedDeltaNet, eviction=None):
         for _, parameter in adapter_parameters(model):
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture
+def workplace(monkeypatch, tmp_path):
+    """The current folder: a small model with its tokenizer in ``model``, and ``text.txt``; scripts can be imported."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    chat = importlib.import_module("_chat")
+    torch.manual_seed(0)
+    model, tokens = chat.random_model(LlamaConfig(**chat.SMALL, num_key_value_heads=2))
+    model.save_pretrained("model")
+    tokens.save_pretrained("model")
+    words = " ".join(f"the {n} of {m} went home." for n in range(60) for m in range(40))
+    (tmp_path / "text.txt").write_text(words)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ def find_rotary(
     tolerance = 8 * precision * float(near.abs().max())
     if torch.allclose(near, far, rtol=0, atol=tolerance):
         return None, ""  # no positions in this layer, so nothing is ever too far
+    near, far = near.double(), far.double()  # whose rotation no kernel has to be compiled for
     for inv_freq, kind in frequencies:
         if 2 * len(inv_freq) > near.shape[-1]:
             continue

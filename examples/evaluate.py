@@ -25,6 +25,7 @@ from evaluation_plots import plot
 from gap import SEGMENT
 from measures import Results, gaps, needles, sinks, sizes, spans, streaming
 from needle_tasks import TASKS
+from needle_wordings import WORDINGS
 from quickstart import load_text
 from smollm2 import load_causal_lm
 from torch import Tensor
@@ -149,7 +150,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, default=8 if gpu else 1, help="prompts side by side (default: 1, on a GPU 8)")
     add("--needle-length", type=positive, default=4096, help="tokens in each prompt")
     add("--scores", nargs="*", default=[], choices=UNTRAINED, help="further arms: slots by scores without training")
-    add("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=f"needle tasks (default: {', '.join(TASKS)})")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=[*TASKS, *WORDINGS],
+        metavar="TASK",
+        help=f"needle tasks (default: {', '.join(TASKS)}); in other wordings: {', '.join(WORDINGS)}",
+    )
     add("--sink-positions", nargs="*", default=[], choices=["trained", "streaming", "absolute"], help="ways to compare")
     add("--seed", type=count, default=0)
     add("--device", type=device, default="cuda" if gpu else "cpu")

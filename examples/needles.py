@@ -1,6 +1,6 @@
 """Needles: a fact at a known place of a long text, a question about it at the end, and whether a model answers it.
 
-``needle_tasks.py`` says what is hidden and asked.
+``needle_tasks.py`` and ``needle_wordings.py`` say what is hidden and asked.
 """
 
 import math
@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from needle_tasks import HAYSTACKS, IN_TURN, TASKS
+from needle_tasks import HAYSTACKS, IN_TURN
+from needle_tasks import TASKS as BENCHMARKS
+from needle_wordings import TASKS as WORDINGS
 from torch import Tensor
 from transformers import DynamicCache
 
+TASKS = BENCHMARKS | WORDINGS
+"""What can be hidden and asked, by name."""
 Encode = Callable[[str], list[int]]
 
 

@@ -34,7 +34,7 @@ def test_evaluate_writes_table_json_and_picture(folders, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()).keys() == results.keys()
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
     assert "bytes" not in results and "spans" not in results
-    assert set(results["gap"]) == {"24+8", "56+8"} and set(results["needles"]) == set(needles.TASKS)
+    assert set(results["gap"]) == {"24+8", "56+8"} and set(results["needles"]) == set(needles.BENCHMARKS)
     for cell in results["gap"].values():
         assert cell["another_text"] != cell["memory"] and len(cell["by_text"]["another_text"]) == len(
             cell["by_text"]["memory"]

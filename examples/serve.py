@@ -17,7 +17,8 @@ import torch
 import uvicorn
 from _chat import SMALL, random_model
 from _common import add_memory_options, count, device, find_adapter, give_memory, positive, user_errors
-from serving.app import Service, create_app
+from serving.answer import Service
+from serving.app import create_app
 from serving.conversations import Conversations
 from serving.engine import Engine
 from serving.prompts import Prompts

@@ -52,7 +52,8 @@ def model_and_tokenizer(path):
 @contextmanager
 def served(model_and_tokenizer, folder=None, **options):
     """A server in a thread; yields a client and the service."""
-    from serving.app import Service, create_app
+    from serving.answer import Service
+    from serving.app import create_app
     from serving.conversations import Conversations
     from serving.engine import Engine
     from serving.prompts import Prompts

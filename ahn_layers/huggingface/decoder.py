@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import Attend, HippocampalAttention
 from ..memory import MemoryStore
+from ..positions import Rotary
 from ..record import Mode, Retrofitted
 from ..split import refuse_gradients
 from .cache import memory_layer, self_attention
@@ -146,6 +147,22 @@ class DecoderAttention(HippocampalAttention):
             return out
 
         return run
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Move to another device or dtype, and note what the block's queries are now, and how they are rotated.
+
+        A model in another dtype has rounded frequencies: its queries are turned back by those.
+        """
+        super()._apply(fn, recurse)
+        if self.found.like is not None:
+            self.found.like = fn(self.found.like)
+        own = self.found.frequencies
+        if own is not None and not own.values.is_meta:  # which may come after this block
+            rounded = own.values.detach().to(fn(own.values.new_empty(0)).dtype)
+            for rotary in (u for u in self.memory.modules() if isinstance(u, Rotary)):
+                if not rotary.inv_freq.is_meta:
+                    rotary.inv_freq = rounded.to(rotary.inv_freq, copy=True)
+        return self
 
     def _check(self) -> None:
         base = base_name(getattr(self.block, self._config_name)._attn_implementation)

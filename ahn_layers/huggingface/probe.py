@@ -23,7 +23,7 @@ from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
 from .native_layer import SHARING
-from .rotations import find_rotary
+from .rotations import Frequencies, find_rotary
 from .split_model import find_splits, group_of, why_unsplit
 from .stepwise import cache_of_two_tokens, goes_on, what_others_change
 from .trial import AttentionCall, MaskCall, Trial
@@ -54,6 +54,7 @@ class AttentionBlock:
         sizes: hidden_size, num_heads, num_kv_heads, head_dim, value_dim.
         like: a tensor with the dtype and device of its queries.
         rotary: how its queries are rotated; None if they are not, or if ``fixed_positions`` says why it is unknown.
+        frequencies: of that rotation, where the model keeps them.
         fixed_positions: why queries cannot be turned back, empty if they can.
         trained_length: tokens that the model was trained on, None if its config does not say.
         on_meta: whether the model had no values yet, so that its rotation is not known.
@@ -71,6 +72,7 @@ class AttentionBlock:
     sizes: dict[str, int] = field(default_factory=dict)
     like: Tensor | None = None
     rotary: Rotary | None = None
+    frequencies: Frequencies | None = None
     fixed_positions: str = ""
     trained_length: int | None = None
     on_meta: bool = False
@@ -146,7 +148,7 @@ def probe_model(model: Any) -> Probed:
             if not block.reason:
                 near_q, far_q = calls[0].q, shifted[0].q if shifted else None
                 found = find_rotary(near_q, far_q, _SHIFT, block.trained_length, frequencies)
-                block.on_meta, (block.rotary, block.fixed_positions) = near_q.is_meta, found
+                block.on_meta, (block.rotary, block.frequencies, block.fixed_positions) = near_q.is_meta, found
             blocks.append(block)
     its_call = {call.module: call for call in near.calls}
     _find_sources(blocks, {module: call.k for module, call in its_call.items()})
@@ -260,15 +262,15 @@ def _describe(block: AttentionBlock, config: Any, calls: list[AttentionCall], tr
     block.like = call.q.new_empty(0)
 
 
-def _frequencies(model: nn.Module) -> list[tuple[Tensor, str]]:
+def _frequencies(model: nn.Module) -> list[Frequencies]:
     """Every vector of rotary frequencies in the model, with the kind of rotary embedding that it serves."""
-    found: list[tuple[Tensor, str]] = []
+    found: list[Frequencies] = []
     for module in model.modules():
         for name, u in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and "original" not in name and u.ndim == 1:
                 kind = getattr(module, "rope_type", "default")
                 if isinstance(kind, dict):
                     kind = kind.get(name.removesuffix("_inv_freq"), "default")
-                if not any(torch.equal(u, other) and kind == its for other, its in found if not u.is_meta):
-                    found.append((u, kind))
+                if not any(torch.equal(u, other.values) and kind == other.kind for other in found if not u.is_meta):
+                    found.append(Frequencies(module, name, kind))
     return found

@@ -1,6 +1,6 @@
 """How a model rotates its queries, and up to which length of the text it rotates them in the same way."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,25 @@ from ..positions import Rotary
 
 DEPENDENT = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies change once a text outgrows its trained length."""
+
+
+class Frequencies(NamedTuple):
+    """The frequencies of a rotary embedding.
+
+    Attributes:
+        module: the rotary embedding.
+        name: of its buffer.
+        kind: ``"default"``, ``"yarn"``, ...
+    """
+
+    module: nn.Module
+    name: str
+    kind: str
+
+    @property
+    def values(self) -> Tensor:
+        """As the model rotates with them now."""
+        return getattr(self.module, self.name)  # type: ignore[no-any-return]
 
 
 def longest_fixed_rotation(model: nn.Module) -> int | None:
@@ -33,8 +52,8 @@ def _limits(module: nn.Module) -> list[int]:
 
 
 def find_rotary(
-    near: Tensor, far: Tensor | None, shift: int, trained_length: int | None, frequencies: list[tuple[Tensor, str]]
-) -> tuple[Rotary | None, str]:
+    near: Tensor, far: Tensor | None, shift: int, trained_length: int | None, frequencies: list[Frequencies]
+) -> tuple[Rotary | None, Frequencies | None, str]:
     """Try every rotation that the model could use: its own takes the far queries to the near ones.
 
     Args:
@@ -42,20 +61,21 @@ def find_rotary(
         far: those of the same tokens, ``shift`` positions later; None if they are not known.
         shift: see there.
         trained_length: tokens that the model was trained on, None if its config does not say.
-        frequencies: the vectors of frequencies in the model, with their kinds.
+        frequencies: those in the model.
 
     Returns:
-        The rotation, None without one; and why it is not known or cannot be undone, else nothing.
+        The rotation and its frequencies, None without one; and why it is not known or cannot be undone, else nothing.
     """
     if far is None or near.is_meta:
-        return None, "its positions could not be probed"
+        return None, None, "its positions could not be probed"
     distance = torch.full((near.shape[2],), shift, device=near.device)
     precision = max(torch.finfo(near.dtype).eps, torch.finfo(torch.float32).eps)  # of the angles, float32 in any model
     tolerance = 8 * precision * float(near.abs().max())
     if torch.allclose(near, far, rtol=0, atol=tolerance):
-        return None, ""  # no positions in this layer, so nothing is ever too far
+        return None, None, ""  # no positions in this layer, so nothing is ever too far
     near, far = near.double(), far.double()  # whose rotation no kernel has to be compiled for
-    for inv_freq, kind in frequencies:
+    for own in frequencies:
+        inv_freq = own.values.to(torch.promote_types(own.values.dtype, torch.float32))
         if 2 * len(inv_freq) > near.shape[-1]:
             continue
         for interleaved in (False, True):
@@ -63,8 +83,8 @@ def find_rotary(
                 rotary = Rotary(inv_freq.to(near.device), trained_length or 1, interleaved=interleaved, start=start)
                 if torch.allclose(rotary.turn_back(far, distance), near, rtol=0, atol=tolerance):
                     if trained_length is None:
-                        return None, "the config has no max_position_embeddings"
-                    changes = kind in DEPENDENT
-                    reason = f"its rope_type {kind!r} changes its frequencies with the length" if changes else ""
-                    return (None if changes else rotary), reason
-    return None, "its position embedding is not a rotation known here"
+                        return None, None, "the config has no max_position_embeddings"
+                    if own.kind in DEPENDENT:
+                        return None, None, f"its rope_type {own.kind!r} changes its frequencies with the length"
+                    return rotary, own, ""
+    return None, None, "its position embedding is not a rotation known here"

@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 
+from ahn_layers import memory_report
+
 from ..models import CAPACITY, SINKS, WINDOW, base, logits, retrofitted, tokens
 from .retrofits import blocks
 
@@ -77,6 +79,23 @@ def test_the_rotation_outlives_the_meta_device():
         model.get_buffer(name).copy_(u)
     assert torch.equal(logits(model, ids), expected)
     assert model.bfloat16().model.layers[0].self_attn.memory.rotary.inv_freq.dtype == torch.float64
+
+
+@pytest.mark.parametrize("choice", ["absolute", "none"])
+@pytest.mark.parametrize("move", [lambda m: m.bfloat16(), lambda m: m.half().float()], ids=["once", "and back"])
+def test_a_model_in_another_dtype_is_turned_back_by_its_rounded_frequencies(move, choice):
+    """``model.to(dtype)`` rounds them in the base, before a retrofit and after it."""
+    ids, outs, reports = tokens(1, 60), [], []
+    for moved_first in (True, False):
+        model = base("llama", torch.float32, max_position_embeddings=CAPACITY, num_hidden_layers=1)
+        model = move(model) if moved_first else model
+        retrofitted(model=model, memory_positions=choice)
+        move(model)
+        reports.append(memory_report(model))
+        outs.append(logits(model.double(), ids))
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
+    assert reports[0] == reports[1]
+    torch.testing.assert_close(logits(model, ids, 7), outs[0], rtol=0, atol=1e-5)
 
 
 def test_a_memory_without_positions_needs_a_rotation():

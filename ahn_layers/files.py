@@ -39,6 +39,8 @@ def digest(named: Iterable[tuple[str, Tensor]], text: str = "") -> str:
             # one row of bytes, whatever the strides of a dimension of size 1 or 0
             u = u.reshape(-1, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
         except (ValueError, RuntimeError, NotImplementedError) as error:
+            if type(u) in (Tensor, torch.nn.Parameter) and u.layout == torch.strided and not u.is_meta:
+                raise  # memory has run out
             raise ValueError(
                 f"{name} is a {type(u).__name__}: expected a tensor whose bytes can be read. Weights of a memory are "
                 "not quantized: quantize the base model before retrofit(...), or leave out the modules under 'memory'."

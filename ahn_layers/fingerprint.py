@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .attention import HippocampalAttention
 from .eviction import FoldAll
@@ -56,10 +57,30 @@ class _Known(NamedTuple):
     weights: list[_Weight]
     evictions: list[tuple[MemoryStore, nn.Module]]
     identity: str
+    steps: int
 
     def holds(self) -> bool:
-        same = all(store.eviction is eviction for store, eviction in self.evictions)
+        same = self.steps == _optimizers.steps and all(store.eviction is known for store, known in self.evictions)
         return same and all(weight.is_as_it_was() for weight in self.weights)
+
+
+class _Optimizers:
+    """Counts the steps of all optimisers: fused ones change weights without changing their version counters."""
+
+    def __init__(self) -> None:
+        self.steps, self.watched = 0, False
+
+    def watch(self) -> None:
+        """Begin to count."""
+        if not self.watched:
+            self.watched = True
+            register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.steps += 1
+
+
+_optimizers = _Optimizers()
 
 
 _identities: "WeakKeyDictionary[Retrofitted, _Known]" = WeakKeyDictionary()
@@ -109,7 +130,8 @@ def memory_identity(model: nn.Module) -> str:
     """A text that is the same for the same memory weights: what a cache can only be continued with.
 
     It depends on values and dtypes, not on the device, the process or the window. It is computed anew after the weights
-    have changed; until then a call compares addresses and version counters only.
+    have changed or an optimiser has made a step; until then a call compares addresses and version counters only, to
+    which values that are written through ``parameter.data`` are no change.
 
     Args:
         model: a retrofitted model, or one that contains it.
@@ -130,6 +152,8 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
     known = _identities.get(record)
     if known is not None and known.holds():
         return known.identity
+    _optimizers.watch()
+    steps = _optimizers.steps
     stores = [block.store for block in module.modules() if isinstance(block, HippocampalAttention)]
     weights: list[_Weight] = []
     named: list[tuple[str, Tensor]] = []
@@ -147,7 +171,7 @@ def identity_of(module: nn.Module, record: Retrofitted) -> str:
         return ""
     dtype = weights[0].value.dtype if weights else None
     identity = f"{dtype} {digest(named, ', '.join(without))}" if named or without else ""
-    _identities[record] = _Known(weights, [(store, store.eviction) for store in stores], identity)
+    _identities[record] = _Known(weights, [(store, store.eviction) for store in stores], identity, steps)
     return identity
 
 

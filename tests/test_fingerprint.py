@@ -13,6 +13,7 @@ from ahn_layers.fingerprint import differences, memory_identity
 from ahn_layers.record import find_retrofitted
 
 from .adapters import SIZES, make, plain, same, weights
+from .hard.stores import Interrupt
 
 SIBLINGS = {
     "family": (
@@ -113,6 +114,12 @@ def test_bytes_that_cannot_be_read():
         digest([("w", torch.eye(3).to_sparse())])
 
 
+def test_memory_that_runs_out_is_not_taken_for_quantized_weights():
+    model, error = make(), torch.OutOfMemoryError("none left")
+    with pytest.raises(torch.OutOfMemoryError, match="none left"), Interrupt(1, error):
+        memory_identity(model)
+
+
 def test_memory_identity(tmp_path):
     model = make()
     found = memory_identity(model)
@@ -142,6 +149,19 @@ def test_memory_identity_follows_the_weights(change):
     with torch.no_grad():
         CHANGES[change](list(adapter_parameters(model))[-1][1])
     assert memory_identity(model) != found
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("way", ["fused", "foreach"])
+def test_memory_identity_follows_an_optimizer(optimizer, way):
+    """Fused ones, the default of ``Trainer``, change no version counter."""
+    model = make()
+    parameters = [parameter for _, parameter in adapter_parameters(model)]
+    found = memory_identity(model)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer(parameters, lr=0.1, **{way: True}).step()
+    assert memory_identity(model) == memory_identity(copy.deepcopy(model)) != found
 
 
 def test_memory_identity_of_other_parameters():

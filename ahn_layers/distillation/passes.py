@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..fingerprint import whole
+from ..layers import is_plain
+from ..peft import in_use
 from ..record import find_retrofitted
 from ..retrofit import adapter_parameters, full_attention, window_only
 from ..undo import hooked
@@ -258,7 +260,8 @@ def _collect(*modules: nn.Module) -> tuple[list[Tensor], AbstractContextManager[
 def output_head(model: nn.Module) -> Head:
     """The output layer as a function of the decoder's last hidden states, with everything that follows it.
 
-    A factor or a soft cap of the logits is read from the model's config; weights that are sharded are gathered.
+    A factor or a soft cap of the logits is read from the model's config; weights that are sharded are gathered. A layer
+    that is adapted (LoRA) or quantized is called as it is.
 
     Args:
         model: a retrofitted transformers model, bare or wrapped.
@@ -270,12 +273,15 @@ def output_head(model: nn.Module) -> Head:
     layer: nn.Module = inner.get_output_embeddings()  # type: ignore[operator]
     held = (getattr(layer, name, None) for name in ("weight", "bias"))
     weight, bias = (None if u is None else whole(u.detach()) for u in held)
+    own = in_use(layer)
+    adapted = not (is_plain(own) or hasattr(own.weight, "full_tensor"))
     config = inner.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     cap = getattr(config, "final_logit_softcapping", None)
     factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     def head(hidden: Tensor) -> Tensor:
-        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)  # type: ignore[union-attr,arg-type]
+        hidden = hidden.to(weight.dtype) if weight.is_floating_point() else hidden  # type: ignore[union-attr]
+        logits = layer(hidden) if adapted else nn.functional.linear(hidden, weight, bias)  # type: ignore[arg-type]
         logits = logits if factor == 1.0 else logits * factor
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -313,3 +313,17 @@ def test_unknown_changes_of_the_logits_are_refused(monkeypatch):
     monkeypatch.setattr(model.lm_head, "forward", lambda u: 3 * forward(model.lm_head, u))
     with pytest.raises(ValueError, match="does more to its logits"):
         distillation_loss(model, text())
+
+
+def test_an_adapted_output_layer_is_called_as_it_is():
+    """The losses of a LoRA on it, however small it is, and not those of the layer below."""
+    peft = pytest.importorskip("peft")
+    model, ids = small(), text()
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1e-2)
+        found, logits = arm_losses(lora, ids)["memory"], lora(input_ids=ids).logits[:, CAPACITY:-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, CAPACITY + 1 :].flatten(), reduction="none")
+    torch.testing.assert_close(found.flatten(), expected, rtol=0, atol=1e-6)

@@ -201,3 +201,12 @@ def bound_options(evictions: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         own = {"eviction": one["eviction"]} | {k: v for k, v in one["options"].items() if k not in free}
         bound |= dict.fromkeys(one["layers"], own)
     return bound
+
+
+def take_free_options(inner: nn.Module, description: dict[str, Any]) -> None:
+    """Give the policies of a model those options of a description that may differ between the two."""
+    memories = memories_of(inner)
+    for one in description.get("evictions", ()):
+        for policy in (memories[layer].eviction for layer in one["layers"]):
+            for name in policy.free_options:
+                setattr(policy, name, one["options"][name])

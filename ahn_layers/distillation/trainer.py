@@ -16,6 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..adapter import load_adapter, save_adapter
+from ..adapter_files import read
+from ..description import take_free_options
 from ..huggingface.call import PACKED
 from ..record import find_retrofitted
 from .passes import arm_losses, distillation_loss, freeze_base, gap_closed, least_capacity
@@ -31,7 +33,8 @@ class DistillationTrainer(Trainer):
 
     Everything but the memory is frozen. Every step draws its own window; evaluation uses the model's. Checkpoints hold
     the memory's weights (an adapter), the optimiser and the position in the data; ``train(resume_from_checkpoint=...)``
-    goes on exactly where they were written. Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns.
+    goes on exactly where they were written, with the slots that each layer had there. Ctrl-C or SIGTERM finishes the
+    step, writes a checkpoint and returns.
 
     ``evaluate`` reports the loss of three arms on the tokens beyond the window (and the slots, if there are any):
     ``eval_full``, ``eval_window``, with as many tokens as window and slots together, ``eval_memory``; and
@@ -175,7 +178,11 @@ class DistillationTrainer(Trainer):
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        model = self.model if model is None else model
+        load_adapter(model, resume_from_checkpoint)
+        description = read(resume_from_checkpoint).description
+        assert description is not None  # save_model has written it
+        take_free_options(find_retrofitted(model)[0], description)
 
     def _load_best_model(self) -> None:
         load_adapter(self.model, self.state.best_model_checkpoint or "")

@@ -5,6 +5,7 @@
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ahn_layers import SalientSlots, adapter_parameters, retrofit
+from ahn_layers.distillation import set_slots
 
 from ..models import base
 from .trying import workplace  # noqa: F401
@@ -135,3 +137,17 @@ def test_options_that_do_not_fit(run, options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(*options)
     assert message in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_slots_by_layer_outlive_an_interruption(run, monkeypatch):
+    """A run that is resumed goes on with the slots of its checkpoint."""
+
+    def slots():
+        described = json.loads(Path("out/adapter.json").read_text())["evictions"]
+        return sorted((layer, one["options"]["num_slots"]) for one in described for layer in one["layers"])
+
+    monkeypatch.setattr(importlib.import_module("train"), "set_slots", partial(set_slots, coverage=0.01))
+    run(*STAGES, "--slots-by-layer")
+    before = slots()
+    run(*STAGES, "--slots-by-layer", "--resume", "--steps", "3")
+    assert slots() == before and len({count for _, count in before}) == 2

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import compressor_names, count, device, find_adapter, number, positive, user_errors
+from _common import find_adapter, user_errors
 from arms import slots_of
 from looks import look
 from matplotlib.figure import Figure
 from needles import Example, make, score
 from planting import PlantedCrops
 from quickstart import load_text
+from recall_options import check_lengths, parse
 from smollm2 import load_causal_lm
 from stages import answer_groups, find_heads, learn_attention, mean, steps
 from texts import read_texts, tokenize
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     Returns:
         ``recall``: right answers by arm and task; ``of``: questions of each task; ``adapter``: where it is.
     """
-    options = parse(arguments)
+    options = parse(arguments, __doc__)
     random.seed(options.seed)
     torch.manual_seed(options.seed)
     with user_errors("learn_to_recall"):
@@ -83,9 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             give_slots(model, options)
         else:
             load_adapter(model, ask)
-            (options.window, options.sinks, options.slots) = sizes_of(model)
+            use_sizes(model, options)
         documents = tokenize(tokenizer, texts, "texts")
         train, held_out = split(documents, options.held_out)
+        held_out = long_enough(held_out, options)
     print(memory_report(model).splitlines()[-1])
     freeze_base(model)
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
@@ -147,14 +149,37 @@ def weights_of(model: Any, adapter: str, option: str, sizes: dict[str, Any]) -> 
     return {name: parameter.detach() for name, parameter in adapter_parameters(model)}, slots_of(model)
 
 
-def sizes_of(model: Any) -> tuple[int, int, int]:
-    """Window, sinks and slots (the mean of all layers) of a model.
+def use_sizes(model: Any, options: argparse.Namespace) -> None:
+    """Ask with the window, sinks and slots (the mean of all layers) that a memory has.
 
     Raises:
-        ValueError: if it has no slots.
+        ValueError: if it has no slots, or other sizes than were asked for.
     """
     salient_slots(model)
-    return model.hippocampus.window.window_size, model.hippocampus.window.num_sinks, slots_of(model)
+    window = model.hippocampus.window
+    sizes = {"window": window.window_size, "sinks": window.num_sinks, "slots": slots_of(model)}
+    for name, size in sizes.items():
+        if name in options.given and getattr(options, name) != size:
+            raise ValueError(
+                f"--{name} {getattr(options, name)}: the memory of --ask {options.ask} has {size}. Leave --{name} out."
+            )
+        setattr(options, name, size)
+    check_lengths(options)
+
+
+def long_enough(documents: list[Tensor], options: argparse.Namespace) -> list[Tensor]:
+    """The texts in which a question fits.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found = [u for u in documents if len(u) >= options.test_length]
+    if not found:
+        raise ValueError(
+            f"--test-length {options.test_length}: the longest text has {max(map(len, documents), default=0)} tokens "
+            f"at its end that judge (--held-out {options.held_out:g}). Give longer texts, or choose another of the two."
+        )
+    return found
 
 
 def split(documents: list[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -281,62 +306,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
     else:
         right.set_axis_off()
     figure.savefig(path, dpi=120)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="folder, hub id or gemma3; default: SmolLM2-135M-Instruct")
-    add("--text", type=Path, nargs="+", default=[], help="files or folders; default: the reference of Python")
-    add("--held-out", type=number(0.9), default=0.3, help="share at the end of each text that judges (default: 0.3)")
-    add("--window", type=positive, default=128, help="most recent tokens kept (default: 128)")
-    add("--sinks", type=count, default=32, help="first tokens kept (default: 32)")
-    add("--slots", type=positive, default=352, help="evicted tokens kept in each key/value head (default: 352)")
-    add("--ask", help="an adapter with slots: ask the questions with it, and learn nothing")
-    add("--compressor", choices=compressor_names(), help="takes what is not kept; default: none, it is lost")
-    add("--start-from", help="an adapter without slots, whose compressor takes what is not kept")
-    add("--scores-from", help="an adapter with slots, whose scores and rates to begin with")
-    add("--ce", type=float, default=0.0, help="weight of the loss on the text itself in the third stage (default: 0)")
-    add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
-    add("--batch", type=positive, default=1, help="texts a step (default: 1)")
-    add(
-        "--facts",
-        type=positive,
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        help="facts hidden in each text, asked for one to three times each; default, which has been tried: 6 14 (about "
-        "16 questions) in texts of up to 2,048 tokens, 2 6 (about 10) in longer ones",
-    )
-    add("--score-steps", type=count, default=120, help="steps of the first stage (default: 120)")
-    add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
-    add("--steps", type=count, default=20, help="steps of the third stage (default: 20)")
-    add("--slot-steps", type=count, default=0, help="batches of a fourth: the layers that look up get more slots (0)")
-    add(
-        "--coverage",
-        type=number(1.0),
-        default=0.9,
-        help="share of all looking up that is done by the heads that keep for good at first (default: 0.9)",
-    )
-    add("--questions", type=positive, default=6, help="of each task (default: 6)")
-    add("--test-length", type=positive, default=2048, help="tokens in each text of a question (default: 2048)")
-    add("--workers", type=count, default=0, help="processes that make training texts (default: 0)")
-    add("--seed", type=count, default=0)
-    add("--device", type=device, default="cuda" if gpu else "cpu")
-    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
-    add("--output", type=Path, default=Path("recall"), help="folder for adapter, figures and picture (default: recall)")
-    options = parser.parse_args(arguments)
-    capacity = options.window + options.sinks + options.slots
-    if options.test_length <= 1.1 * capacity + 200:
-        parser.error(f"--test-length {options.test_length}: expected more than the {capacity} tokens kept, and 200")
-    options.facts = options.facts or ((6, 14) if options.length <= 2048 else (2, 6))
-    if options.facts[0] > options.facts[1]:
-        parser.error(f"--facts {options.facts[0]} {options.facts[1]}: expected the smaller number first")
-    least = max(options.window + options.sinks + 357, 528)  # attention beyond 256 tokens is learned; facts need room
-    if options.length < least:
-        parser.error(f"--length {options.length}: expected at least {least}")
-    return options
 
 
 if __name__ == "__main__":

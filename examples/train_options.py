@@ -36,6 +36,8 @@ def check_slots(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error(f"--facts {options.facts[0]} {options.facts[1]}: expected the smaller number first")
     if options.temperature == 0:
         parser.error("--temperature 0: expected a positive number")
+    if options.coverage == 0:
+        parser.error("--coverage 0: expected a share above 0")
     if options.slots_by_layer and not options.retrieval_steps:
         parser.error("--slots-by-layer: which layers look up has to be measured. Give --retrieval-steps.")
     if options.slots and options.compile:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ahn_layers import DeltaNet, adapter_parameters, retrofit, save_adapter
+from ahn_layers import DeltaNet, SalientSlots, adapter_parameters, retrofit, save_adapter
 
 from .trying import workplace  # noqa: F401
 
@@ -78,9 +78,29 @@ def test_the_lesson_refuses(lesson, capsys):
     for wrong, message in (
         (["--test-length", "200"], "--test-length 200: expected more than the 52 tokens kept"),
         (["--length", "300"], "--length 300: expected at least 528"),
+        (["--coverage", "0"], "--coverage 0: expected a share above 0"),
+        (["--ce", "-1"], "expected a number from 0 to 1000"),
+        (["--start-from", "a", "--compressor", "GLA"], "--compressor: the adapter of --start-from has its own"),
+        (["--ask", "a", "--scores-from", "b"], "--scores-from: the adapter of --ask has its own"),
     ):
         with pytest.raises(SystemExit):
             main([*small, *wrong])
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="learn_to_recall: --ask nowhere"):
         main([*small, "--ask", "nowhere"])
+
+
+def test_questions_are_about_what_a_memory_has_lost(lesson):
+    """Sizes are those of the adapter, and texts that are too short for it, or for a question, are refused."""
+    main, small = lesson
+    model = retrofit(
+        AutoModelForCausalLM.from_pretrained("model"), None, window_size=700, eviction=SalientSlots(20, score_size=4)
+    )
+    save_adapter(model, "large")
+    for given, message in (
+        (small, "--window 30: the memory of --ask large has 700"),
+        ([*small[:4], "--test-length", "900"], "--test-length 900: expected more than the 720 tokens kept"),
+        ([*small[:4], "--test-length", "99000"], "--test-length 99000: the longest text has"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*given, "--ask", "large", "--output", "out"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import add_memory_options, device, find_adapter, give_memory, positive, user_errors
+from _common import add_memory_options, device, find_adapter, give_memory, positive, refuse_model, user_errors
 from smollm2 import load_causal_lm
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -124,7 +124,12 @@ def main(argv: Sequence[str] | None, *, description: str, config: PretrainedConf
     with user_errors(Path(sys.argv[0]).stem or "chat"):
         document = f"{args.document.read_text(encoding='utf-8')}\n\n" if args.document else ""
         adapter = find_adapter(args.adapter)
-        model, tokenizer = random_model(config) if args.random_weights else _load(args)
+        if args.random_weights:
+            refuse_model(None if args.model == default else args.model)
+            model, tokenizer = random_model(config)
+            model = model.to(args.device, getattr(torch, args.dtype))
+        else:
+            model, tokenizer = _load(args)
         give_memory(model, adapter, window=args.window, sinks=args.sinks, compressor=args.compressor)
     if not args.adapter:
         print("No --adapter: the memory is untrained and adds nothing. What has left the window is forgotten.")

@@ -88,6 +88,12 @@ def number(most: float) -> Callable[[str], float]:
     return convert
 
 
+def refuse_model(model: str | None) -> None:
+    """Raise a ValueError if a model is named beside ``--random-weights``."""
+    if model is not None:
+        raise ValueError(f"--model {model}: --random-weights makes a model of its own. Leave one of them out.")
+
+
 def find_adapter(adapter: str | Path | None, option: str = "--adapter") -> Path | None:
     """Where an adapter lies on this machine; a hub repository is downloaded. None for None.
 

@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 from _chat import SMALL, random_model
-from _common import compressor_names, count, describes_itself, find_adapter, give_memory, positive, user_errors
+from _common import (
+    compressor_names,
+    count,
+    describes_itself,
+    find_adapter,
+    give_memory,
+    positive,
+    refuse_model,
+    user_errors,
+)
 from arms import arms_of, positioned, use_arm
 from protocols import PAPER, PROTOCOLS, Protocol, find
 from smollm2 import load_causal_lm
@@ -63,6 +72,8 @@ def check(options: argparse.Namespace) -> dict[str, Protocol]:
         raise ImportError("lm-evaluation-harness is not installed. Install the extra: pip install '.[paper]'.")
     if options.output.exists() and not options.output.is_dir():
         raise ValueError(f"--output {options.output}: expected a folder, and this is a file.")
+    if options.random_weights:
+        refuse_model(options.model)
     if options.random_weights and any(u.folder == "ruler" for u in tasks.values()):
         raise ValueError("--random-weights: RULER needs a tokenizer in a folder or on the hub. Name a --model.")
     if options.data is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import uvicorn
 from _chat import SMALL, random_model
-from _common import add_memory_options, count, device, find_adapter, give_memory, positive, user_errors
+from _common import add_memory_options, count, device, find_adapter, give_memory, positive, refuse_model, user_errors
 from serving.answer import Service
 from serving.app import create_app
 from serving.conversations import Conversations
@@ -82,6 +82,7 @@ def build(args: argparse.Namespace) -> Service:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     dtype = getattr(torch, args.dtype)
     if args.random_weights:
+        refuse_model(args.model)
         model, tokenizer = random_model(LlamaConfig(**SMALL, num_key_value_heads=2))
         return model.to(args.device, dtype), tokenizer
     model, tokenizer = load_causal_lm(args.model, dtype, args.device)

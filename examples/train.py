@@ -196,6 +196,10 @@ def check_stages(options: argparse.Namespace) -> None:
     """Raise if there is a stage that this memory does not have."""
     if options.align_steps and options.slots:
         raise ValueError("--align-steps: not for memories with slots. Use --score-steps.")
+    unused = options.without_slots if options.slots else options.for_slots
+    if unused:
+        kind = "with slots, which is trained on its own window" if options.slots else "without slots"
+        raise ValueError(f"{', '.join(unused)}: not for a memory {kind}. Leave it out.")
     if (options.score_steps or options.retrieval_steps or options.teach != "both") and not options.slots:
         raise ValueError("--score-steps, --retrieval-steps, --teach: this memory has no slots. Give some by --slots.")
 

@@ -44,6 +44,11 @@ def check_slots(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error("--compile: not with --slots")
 
 
+def given(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the options that are not as they are by default."""
+    return [f"--{u.replace('_', '-')}" for u in names if getattr(options, u) != parser.get_default(u)]
+
+
 def check_dev_length(options: argparse.Namespace, capacity: int) -> None:
     """Raise unless the texts of ``--dev`` go on beyond the window."""
     if options.dev and options.dev_length < capacity + 2:
@@ -102,6 +107,8 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     if options.eval_every and not options.dev:
         parser.error("--eval-every: give texts to measure on, by --dev")
     check_slots(parser, options)
+    options.for_slots = given(parser, options, ("coverage", "facts", "temperature"))
+    options.without_slots = given(parser, options, ("shortest", "draw_sinks", "copies"))
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output {options.output}: a file, expected a folder")
     try:

@@ -47,7 +47,10 @@ WRONG = {
     "nanogpt": [(["--text", "nothing.txt"], "nothing.txt"), (["--temperature", "0"], "expected a positive number")],
     "new_compressor": [(["--tokens", "0"], "expected a whole number of at least 1")],
     "new_eviction": [(["--slots", "x"], "expected a whole number of at least 1")],
-    "paper": [(["--window", "0"], "expected a whole number of at least 1")],
+    "paper": [
+        (["--window", "0"], "expected a whole number of at least 1"),
+        (["--random-weights", "--model", "a", "--tasks", "lv_eval", *OUTPUT], "--model a: --random-weights makes"),
+    ],
     "planting": [(["--tokens", "x"], "expected a whole number of at least 1")],
     "quickstart": [
         (["--text", "nothing.txt"], "nothing.txt"),
@@ -55,7 +58,11 @@ WRONG = {
         (["--model", "nothing"], "--model nothing: no such folder, and no hub model"),
         (["--chunk", "-1"], "expected a whole number of at least 1"),
     ],
-    "serve": [(["--adapter", "nowhere"], "--adapter nowhere: no such file"), (["--rows", "0"], "at least 1")],
+    "serve": [
+        (["--adapter", "nowhere"], "--adapter nowhere: no such file"),
+        (["--random-weights", "--model", "a"], "--model a: --random-weights makes a model of its own"),
+        (["--rows", "0"], "at least 1"),
+    ],
     "serve_ray": [(["--adapter", "nowhere"], "--adapter nowhere: no such file"), (["--replicas", "x"], "at least 1")],
     "sessions": [(["--model", "nothing"], "nothing"), (["--tokens", "0"], "at least 1")],
     "tensor_parallel": [
@@ -77,6 +84,7 @@ for chat in CHATS:
         (["--document", "nothing.txt"], "nothing.txt"),
         (["--adapter", "nowhere"], "--adapter nowhere: no such file or folder"),
         (["--model", "nothing", "--prompt", "Hello"], "--model nothing: no such folder, and no hub model"),
+        (["--random-weights", "--model", "a"], "--model a: --random-weights makes a model of its own"),
         (["--window", "0"], "expected a whole number of at least 1"),
     ]
 CASES = [(name, given, says) for name in SCRIPTS for given, says in [*WRONG[name], (["--no-such"], "unrecognized")]]

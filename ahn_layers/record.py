@@ -28,6 +28,7 @@ class Retrofitted:
         mode: what all retrofitted layers do at present, in every thread.
         returns_cache: whether the model returns the cache that it filled.
         goes_on: whether its convolutions and recurrences go on from a cache with several tokens at once.
+        recurs: whether it has any.
     """
 
     windows: dict[int, Window]
@@ -39,6 +40,7 @@ class Retrofitted:
     mode: Mode = "memory"
     returns_cache: bool = True
     goes_on: bool = True
+    recurs: bool = False
     _switches: list[list[Mode]] = field(default_factory=list, init=False, repr=False)
 
     @contextmanager

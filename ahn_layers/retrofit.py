@@ -104,6 +104,7 @@ def retrofit(
         found.owned(chosen),
         returns_cache=found.returns_cache,
         goes_on=found.goes_on,
+        recurs=found.recurs,
     )
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)

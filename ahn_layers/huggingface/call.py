@@ -208,6 +208,12 @@ class ForwardHook:
                 "seq_idx) cannot be continued as one. Pass use_cache=False, or one text a row."
             )
         kwargs["use_cache"] = False  # a cache would hold texts that must not be mixed
+        if self.owner.recurs and kwargs.get("seq_idx") is None:
+            raise ValueError(
+                "packed texts in a model with convolutions or recurrences, which go on from one text into the next, "
+                "also without a retrofit: position_ids and cu_seq_lens alone do not stop them. Pass seq_idx too "
+                "(DataCollatorWithFlattening(return_seq_idx=True)), or one text a row."
+            )
         if self.owner.skipped and call.real is not None:
             raise ValueError(
                 "packed texts with padding, in a model of which some attention layers are not retrofitted: these would "

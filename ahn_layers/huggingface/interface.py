@@ -25,6 +25,7 @@ from ..attention import Attend
 from .blocks import shown_by
 from .call import is_running, texts_of_call
 from .config_view import PREFIX
+from .packing import mixes
 from .weights import Weights, are_wanted
 
 BASES = ("sdpa", "eager")
@@ -112,10 +113,11 @@ def mask(*, base: str, owned: str, **kwargs: Any) -> Tensor | None:
     if kind not in owned.split("+") or not ours:
         native = ALL_MASK_ATTENTION_FUNCTIONS[base](**kwargs)
         if texts is not None:
-            if native is None:
+            if native is None or mixes(native, texts):
                 raise ValueError(
                     "packed texts in a model of which some attention layers are not retrofitted: transformers would "
-                    "mix them there. Pass position_ids that begin again with every text, and no attention_mask."
+                    "mix them there. Pass position_ids that begin again with every text, and no attention_mask; if you "
+                    "do, the masks of this model do not honour them: pass one text a row."
                 )
             native.texts = texts  # type: ignore[attr-defined]  # so that retrofitted layers may read it
         elif native is not None:

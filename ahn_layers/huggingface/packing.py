@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -84,6 +84,13 @@ def attend_each(
             out = out.new_zeros(*out.shape[:2], len(numbers), out.shape[3]).index_copy(2, index, out)
         rows.append(out)
     return torch.cat(rows, dim=0)
+
+
+def mixes(mask: Shaped[Tensor, "b 1 t t"], texts: Int[Tensor, "b t"]) -> bool:
+    """Whether a mask, boolean or added to the scores, shows a token of one text to another text."""
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    apart = texts[:, None, :, None] != texts[:, None, None, :]
+    return bool((shown & apart).any())
 
 
 def positions_of(texts: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:

@@ -35,7 +35,7 @@ class PrepareCache(ModelMethod):
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
-        mode: Any,
+        generation_mode: Any,
         batch_size: int,
         *args: Any,
         **kwargs: Any,
@@ -43,6 +43,7 @@ class PrepareCache(ModelMethod):
         """Make the cache as the model would, then put our layers in."""
         model: Any = self.model
         prepare = partial(type(model)._prepare_cache_for_generation, model)
+        mode = generation_mode  # some models pass it by its name
         args = (mode, batch_size, *args)
         blocks = [module for module in model.modules() if isinstance(module, DecoderAttention)]
         if are_off(blocks):

@@ -22,6 +22,7 @@ from .attended import how_it_differs
 from .call import CACHE_NAMES
 from .config_view import configs_of, original
 from .interface import refuse_unsupported
+from .linear_rows import recurring
 from .native_layer import SHARING
 from .rotations import Frequencies, find_rotary
 from .split_model import find_splits, group_of, why_unsplit
@@ -91,6 +92,7 @@ class Probed:
         around: models around the decoder, if that had to be run alone.
         returns_cache: whether the model returns the cache that it filled.
         goes_on: whether its convolutions and recurrences go on from a cache with several tokens at once.
+        recurs: whether it has any.
     """
 
     blocks: list[AttentionBlock]
@@ -98,6 +100,7 @@ class Probed:
     around: list[nn.Module]
     returns_cache: bool
     goes_on: bool
+    recurs: bool
 
     @property
     def mask_makers(self) -> list[nn.Module]:
@@ -163,7 +166,8 @@ def probe_model(model: Any) -> Probed:
             block.reason = f"several blocks share the cache index {block.layer_idx}"
     around = [u for u in model.modules() if isinstance(u, PreTrainedModel) and any(v is entry for v in u.modules())]
     continues = cache is None or goes_on(model, entry, near, moves)
-    return Probed(blocks, near.masks, [u for u in around if u is not entry], cache is not None, continues)
+    recurs = bool(recurring([*layers, *getattr(cache, "layers", ())]))
+    return Probed(blocks, near.masks, [u for u in around if u is not entry], cache is not None, continues, recurs)
 
 
 def _first_trial(model: Any) -> tuple[Trial, Any]:

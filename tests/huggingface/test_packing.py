@@ -89,6 +89,23 @@ def test_gradient_checkpointing_keeps_texts_apart():
     assert all(torch.allclose(*pair, rtol=0, atol=1e-12) for pair in zip(*losses, strict=True))
 
 
+@pytest.mark.parametrize("family, message", [
+    ("gpt_oss", "masks of this model do not honour them: pass one text a row"),
+    ("lfm2", "packed texts in a model with convolutions or recurrences, .* Pass seq_idx too"),
+    ("falcon_h1", "packed texts in a model with convolutions or recurrences"),
+])  # fmt: skip
+@pytest.mark.parametrize("how", ["positions", "a mask of ones", "cu_seq_lens"])
+def test_texts_that_other_layers_would_mix_are_refused(family, message, how):
+    """Sliding layers whose masks the model makes without positions, convolutions, recurrences."""
+    _, row, positions = packed()
+    options, alone = ways()[how] | {"position_ids": positions}, tokens(1, 1)
+    with torch.no_grad():
+        plain = base(family)
+        assert (plain(row, **options).logits[:, -1] - plain(alone, use_cache=False).logits[:, -1]).abs().max() > 0.01
+        with pytest.raises(ValueError, match=message):
+            retrofitted(family)(row, **options)
+
+
 @pytest.mark.parametrize("flash", [False, True])
 def test_the_collator_of_transformers(flash):
     model, (texts, row, _) = retrofitted(), packed()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..attention import HippocampalAttention
 from ..retrofit import full_attention, memory_attention
 from ..undo import hooked
+from .loss import check_ids
 from .passes import least_capacity, relative_error
 
 
@@ -31,6 +32,7 @@ def align_layers(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
         ValueError: if the model is not retrofitted, or the text is not longer.
     """
     start = least_capacity(model)
+    check_ids(input_ids)
     if input_ids.shape[1] <= start:
         raise ValueError(f"sequences of {input_ids.shape[1]} tokens, window of {start}: expected longer sequences.")
     errors: list[Tensor] = []

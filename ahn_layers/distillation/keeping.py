@@ -120,4 +120,10 @@ def _scores_of(model: nn.Module, retrieval: Tensor) -> list[LearnedScore]:
         raise ValueError(
             f"retrieval has shape {tuple(retrieval.shape)}: expected {len(sizes)} layers of {sizes} heads."
         )
+    if not bool(((retrieval >= 0) & retrieval.isfinite()).all()):
+        raise ValueError(
+            f"retrieval holds values from {float(retrieval.min())} to {float(retrieval.max())}: expected what heads "
+            "look up, finite and not negative. Pass what retrieval_heads returned; if that is not a number, run the "
+            "model in bfloat16 or float32."
+        )
     return scores

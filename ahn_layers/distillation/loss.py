@@ -61,8 +61,7 @@ def sliced_loss(
 
 def _check_tokens(student: Tensor, teacher: Tensor | None, labels: Tensor | None, slice_size: int) -> None:
     """Raise for what would be compared with other tokens, or with none."""
-    if slice_size < 1:
-        raise ValueError(f"slice_size={slice_size}: expected at least one token at a time.")
+    check_slice(slice_size)
     for name, u, shape in (("teacher", teacher, student.shape), ("labels", labels, student.shape[:1])):
         if u is not None and u.shape != shape:
             raise ValueError(f"{name} has shape {tuple(u.shape)}: expected {tuple(shape)}, one for each token.")
@@ -70,6 +69,21 @@ def _check_tokens(student: Tensor, teacher: Tensor | None, labels: Tensor | None
         raise ValueError(
             f"labels go down to {int(labels.min())}: expected token ids. Leave tokens that do not count (-100) out of "
             "student, teacher and labels, for instance with a boolean mask."
+        )
+
+
+def check_slice(slice_size: int) -> None:
+    """Raise a ValueError for what is no number of tokens."""
+    if not isinstance(slice_size, int) or slice_size < 1:
+        raise ValueError(f"slice_size={slice_size}: expected at least one token at a time.")
+
+
+def check_ids(input_ids: Tensor) -> None:
+    """Raise a ValueError for what are no token ids of texts of one length."""
+    if input_ids.ndim != 2 or len(input_ids) == 0 or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, {input_ids.dtype}: expected token ids (texts, tokens). "
+            "Pass input_ids[None] for a single text."
         )
 
 
@@ -99,7 +113,8 @@ class _SlicedLoss(torch.autograd.Function):
                 gradients.append(gradient)
             parts += torch.stack((divergence, entropy)) / count
         if wants_gradient:
-            ctx.save_for_backward(torch.cat(gradients))
+            # nothing is compared where both weights are 0: the error of the layers may be all that counts
+            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(student))
         ctx.mark_non_differentiable(divergence := parts[0].clone(), entropy := parts[1].clone())
         return kl_weight * divergence + ce_weight * entropy, divergence, entropy
 

@@ -14,9 +14,9 @@ from ..fingerprint import whole
 from ..layers import is_plain
 from ..peft import in_use
 from ..record import find_retrofitted
-from ..retrofit import adapter_parameters, full_attention, window_only
+from ..retrofit import adapter_parameters, full_attention, memory_attention, window_only
 from ..undo import hooked
-from .loss import Head, sliced_loss
+from .loss import Head, check_ids, check_slice, sliced_loss
 from .noise import evaluating, still
 
 
@@ -98,6 +98,7 @@ def distillation_loss(
             tokens.
     """
     start = least_capacity(model)
+    check_ids(input_ids)
     if input_ids.shape[1] <= start:
         raise ValueError(
             f"sequences of {input_ids.shape[1]} tokens and a window that holds {start}: expected longer ones, there is "
@@ -112,7 +113,8 @@ def distillation_loss(
     recomputed = still(model)
     with torch.no_grad(), full_attention(model), evaluating(recomputed):
         teacher, goals = run_hidden(model, input_ids, with_layers=layer_weight != 0)
-    student, outputs = run_hidden(model, input_ids, with_layers=layer_weight != 0)
+    with memory_attention(model):
+        student, outputs = run_hidden(model, input_ids, with_layers=layer_weight != 0)
     last = -1 if ce_weight else None  # the last token has no successor to predict
     labels = input_ids[:, start + 1 :].flatten() if ce_weight else None
     loss, divergence, cross_entropy = sliced_loss(
@@ -163,7 +165,9 @@ def arm_losses(
         ValueError: if the model is not retrofitted, or the text does not reach to ``start``.
     """
     start = least_capacity(model) if start is None else start
-    if input_ids.shape[1] <= start:
+    check_ids(input_ids)
+    check_slice(slice_size)
+    if not 0 <= start < input_ids.shape[1]:
         raise ValueError(
             f"sequences of {input_ids.shape[1]} tokens, start={start}: expected longer ones, start has to be a token."
         )
@@ -172,7 +176,7 @@ def arm_losses(
     modes: dict[str, Callable[[], Any]] = {
         "full": lambda: full_attention(model),
         "window": lambda: window_only(model),
-        "memory": nullcontext,
+        "memory": lambda: memory_attention(model),
     }
     losses = {}
     for arm in arms:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..attention import HippocampalAttention
 from ..evictions import SalientSlots
+from .loss import check_ids
 from .watching import Attended, watch_full_attention
 
 _BLOCK = 512
@@ -72,6 +73,7 @@ def learn_scores(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
         ValueError: if there is no learned score, or the text is too short.
     """
     salient_slots(model)
+    check_ids(input_ids)
     windows = [block.store.window for block in model.modules() if isinstance(block, HippocampalAttention)]
     least, count = max(window.capacity for window in windows) + _YOUNG, input_ids.shape[1]
     if count <= least:
@@ -127,6 +129,7 @@ def retrieval_heads(
     Raises:
         ValueError: if nothing is asked, there is no memory, or a fact does not come before its answer in its row.
     """
+    check_ids(input_ids)
     if not any(len(row) for row in asked):
         raise ValueError("asked has no answers: expected pairs ((first, end) of a fact, (first, end) of its answer).")
     if len(asked) != len(input_ids):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..attention import HippocampalAttention
 from ..memory import MemoryStore
 from ..ops.attention.attend import SoftmaxAttention
+from ..retrofit import memory_attention
 from ..undo import hooked
 from .noise import evaluating, still
 from .passes import run_hidden
@@ -72,5 +73,5 @@ def watch_full_attention(model: nn.Module, input_ids: Int[Tensor, "b t"], look: 
 
     hooks = hooked(store.register_forward_pre_hook(hook(i), with_kwargs=True) for i, store in enumerate(stores))
     eager = torch.compiler.set_stance("force_eager")
-    with use_window(model, input_ids.shape[1]), hooks, evaluating(recomputed), eager:
+    with memory_attention(model), use_window(model, input_ids.shape[1]), hooks, evaluating(recomputed), eager:
         run_hidden(model, input_ids)

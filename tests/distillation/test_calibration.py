@@ -128,8 +128,7 @@ def test_answers_count_apart_and_say_which_heads_look_up():
     plain = calibrate(base(), IDS, bytes=full_bytes(3) // 2, **SMALL)
     budgets = calibrate(base(), IDS, bytes=full_bytes(3) // 2, asked=asked, **SMALL)
     model = retrofit(base(), None, **SMALL)
-    with full_attention(model):
-        losses = arm_losses(model, IDS, start=8, arms=["memory"])["memory"]
+    losses = arm_losses(model, IDS, start=8, arms=["full"])["full"]
     assert budgets.full_loss == pytest.approx(float(losses.mean() + losses[0, 200 - 9 : 204 - 9].mean()), abs=1e-6)
     assert budgets.retrieval.shape == (3, 2) and not torch.allclose(budgets.retrieval, plain.retrieval)
     keeping = torch.tensor([[rate < 1e-3 for rate in rates] for rates in budgets.rates.values()])

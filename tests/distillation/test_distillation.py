@@ -315,6 +315,24 @@ def test_unknown_changes_of_the_logits_are_refused(monkeypatch):
         distillation_loss(model, text())
 
 
+@pytest.mark.parametrize("switch", [full_attention, window_only])
+def test_the_student_has_its_memory_whatever_is_around(switch):
+    model, ids = small(), text()
+    expected, losses = distillation_loss(model, ids), arm_losses(model, ids)
+    with switch(model):
+        found, arms = distillation_loss(model, ids), arm_losses(model, ids)
+    assert torch.equal(found.loss, expected.loss) and found.loss > 0 and found.loss.requires_grad
+    assert all(torch.equal(arms[arm], losses[arm]) for arm in losses)
+
+
+def test_the_error_of_the_layers_alone():
+    model = small()
+    found = distillation_loss(model, text(), kl_weight=0.0, layer_weight=2.0)
+    assert found.loss == 2 * found.layers > 0 == found.divergence
+    found.loss.backward()
+    assert all(gradient.any() for gradient in gradients(model).values())
+
+
 def test_an_adapted_output_layer_is_called_as_it_is():
     """The losses of a LoRA on it, however small it is, and not those of the layer below."""
     peft = pytest.importorskip("peft")

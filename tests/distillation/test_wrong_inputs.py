@@ -5,8 +5,11 @@ import torch
 
 from ahn_layers import SalientSlots
 from ahn_layers.distillation import (
+    align_layers,
     arm_losses,
     calibrate,
+    distillation_loss,
+    learn_scores,
     retrieval_heads,
     salient_slots,
     set_rates,
@@ -42,6 +45,18 @@ def test_losses_of_a_text_inside_the_window():
     assert arm_losses(retrofitted(), tokens(1, CAPACITY + 2))["memory"].shape == (1, 1)
 
 
+@pytest.mark.parametrize(
+    "ids", [tokens(40), tokens(1, 2, 40), tokens(0, 40), tokens(1, 40).float()], ids=lambda u: u.shape
+)
+def test_texts(ids):
+    model = retrofitted(eviction=SalientSlots(3))
+    for function in (distillation_loss, arm_losses, align_layers, learn_scores):
+        with refused(ValueError, f"input_ids has shape {tuple(ids.shape)}", "(texts, tokens)", "input_ids[None]"):
+            function(model, ids)
+    with refused(ValueError, "start=-1", "start has to be a token"):
+        arm_losses(model, tokens(1, 40), start=-1)
+
+
 SPANS = {
     "an answer before its fact": ((20, 22), (1, 3)),
     "no answer": ((1, 3), (20, 20)),
@@ -68,6 +83,14 @@ def test_rates(options, part):
     model = retrofitted(eviction=SalientSlots(3))
     with refused(ValueError, part, "expected a"):
         set_rates(model, torch.rand(3, 2), **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
+@pytest.mark.parametrize("function", [set_rates, set_slots])
+def test_what_was_not_measured(function, value):
+    model = retrofitted(eviction=SalientSlots(10))
+    with refused(ValueError, f"retrieval holds values from {value}", "expected", "Pass what retrieval_heads returned"):
+        function(model, torch.full((3, 2), value))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How a model rotates its queries, and up to which length of the text it rotates them in the same way."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,12 @@ class Frequencies(NamedTuple):
     def values(self) -> Tensor:
         """As the model rotates with them now."""
         return getattr(self.module, self.name)  # type: ignore[no-any-return]
+
+    @property
+    def are_read(self) -> bool:
+        """Whether the rotary embedding reads its buffer, and does not compute frequencies anew in every call."""
+        forward = inspect.unwrap(type(self.module).forward)
+        return "rope_init_fn" not in getattr(forward, "__code__", forward).co_names
 
 
 def longest_fixed_rotation(model: nn.Module) -> int | None:
@@ -86,5 +93,5 @@ def find_rotary(
                         return None, None, "the config has no max_position_embeddings"
                     if own.kind in DEPENDENT:
                         return None, None, f"its rope_type {own.kind!r} changes its frequencies with the length"
-                    return rotary, own, ""
+                    return rotary, own if own.are_read else None, ""
     return None, None, "its position embedding is not a rotation known here"

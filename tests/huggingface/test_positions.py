@@ -98,6 +98,15 @@ def test_a_model_in_another_dtype_is_turned_back_by_its_rounded_frequencies(move
     torch.testing.assert_close(logits(model, ids, 7), outs[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, rounded", [("llama", True), ("phimoe", False), ("gemma3", True), ("gpt_neox", True)])
+def test_frequencies_that_are_computed_in_every_call_are_not_rounded(name, rounded):
+    model = retrofitted(name, torch.float32)
+    kept = [block.memory.rotary.inv_freq.clone() for block in blocks(model)]
+    model.bfloat16()
+    for block, before in zip(blocks(model), kept, strict=True):
+        assert torch.equal(block.memory.rotary.inv_freq, before.bfloat16().float() if rounded else before)
+
+
 def test_a_memory_without_positions_needs_a_rotation():
     with pytest.raises(ValueError, match=r"memory_positions='none': .* cannot have its rotation undone, since its"):
         retrofitted(model=base("gpt2"), memory_positions="none")

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .padding import Padding
 from .reconcile import length_of, memory_layers
+from .whole_call import positions_were_given
 
 
 def align_rows(cache: Any, kwargs: dict[str, Any], tokens: Tensor, module: nn.Module) -> Any:
@@ -18,13 +19,19 @@ def align_rows(cache: Any, kwargs: dict[str, Any], tokens: Tensor, module: nn.Mo
         The mask of the call.
 
     Raises:
-        ValueError: if the model does not take positions.
+        ValueError: if the model does not take positions, or a model around it has made its own, the same in every row.
     """
     mask = kwargs.get("attention_mask")
     padding = _joined(cache)
     if padding is None:
         return mask
     past, count = length_of(cache), tokens.shape[1]
+    if kwargs.get("position_ids") is not None and not positions_were_given():
+        raise ValueError(
+            f"the rows of the cache have different lengths ({_lengths(padding, past)}), and the model around "
+            f"{type(module).__name__} counts their positions by itself, alike in every row: pass position_ids, each "
+            "row's own."
+        )
     if kwargs.get("position_ids") is None:
         if "position_ids" not in inspect.signature(type(module).forward).parameters:
             raise ValueError(

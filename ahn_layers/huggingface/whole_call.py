@@ -4,6 +4,7 @@ Logits are often the largest tensor of a call, so memory runs out there. PyTorch
 last layer it leaves the tokens in the cache.
 """
 
+import inspect
 import threading
 from typing import Any
 
@@ -17,8 +18,10 @@ from .transaction import Snapshot
 class _Whole:
     """A running call of a whole model."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.module = module
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.positioned = (dict(zip(names, args, strict=False)) | kwargs).get("position_ids") is not None
         self.done: tuple[Cache, Snapshot] | None = None
 
 
@@ -38,21 +41,26 @@ def hand_over(cache: Cache, snapshot: Snapshot | None) -> None:
         _RUNNING.stack[-1].done = (cache, snapshot)
 
 
+def positions_were_given() -> bool:
+    """Whether the positions that a decoder is given are the caller's, and not made by the model around it."""
+    return not _RUNNING.stack or _RUNNING.stack[-1].positioned
+
+
 class WholeCallHook:
     """Hooks of a retrofitted model whose decoder is a part of it."""
 
     def register(self, model: nn.Module) -> None:
         """Hook into the calls of a model."""
-        model.register_forward_pre_hook(self.enter)
+        model.register_forward_pre_hook(self.enter, with_kwargs=True)
         model.register_forward_hook(self.leave, always_call=True)
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called. A call of it that is still here was interrupted."""
         if torch.compiler.is_compiling():
             return
         stack = _RUNNING.stack
         still_here = [i for i, call in enumerate(stack) if call.module is module]
-        _RUNNING.stack = (*(stack[: still_here[0]] if still_here else stack), _Whole(module))
+        _RUNNING.stack = (*(stack[: still_here[0]] if still_here else stack), _Whole(module, args, kwargs))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """The call is over, or failed: without an output."""

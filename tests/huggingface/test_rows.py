@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from ahn_layers import HippocampalCache, SalientSlots, full_attention
+from ahn_layers import HippocampalCache, SalientSlots, full_attention, retrofit
 from ahn_layers.huggingface import rows as rows_module
 from ahn_layers.huggingface.layer_values import tensors_of
 from ahn_layers.huggingface.padding import Padding, Row
 
+from ..families.cases import build
 from ..methods import COMPRESSORS
 from ..models import CAPACITY, FAMILIES, generate, logits, retrofitted, tokens
 
@@ -295,3 +296,17 @@ def test_rows_of_a_layer_that_holds_keys_and_a_recurrence_are_refused():
     one, two = read(model, 5, 9)
     for act in (lambda: one.take(0), lambda: HippocampalCache.join([one, two]), lambda: one.put(0, two)):
         refused("LinearAttentionAndFullAttentionLayer cannot be taken out, put in or joined", act)
+
+
+@pytest.mark.parametrize("name", ["fuyu", "image/qwen2_vl"])
+def test_a_model_around_the_decoder_that_counts_positions_by_itself(name):
+    """It counts them alike in every row: without position_ids that would be wrong for all but the longest."""
+    model = retrofit(build(name).model, None, window_size=CAPACITY)
+    ids, cache = tokens(2, 1) % 20 + 3, HippocampalCache.join(read(model, 5, 9))
+    before = cache.clone()
+    refused(r"different lengths \(5, 9\).* alike in every row: pass position_ids", lambda: logits(model, ids, 1, cache))
+    assert same(cache, before)
+    given = torch.tensor([[5], [9]])
+    together = logits(model, ids, 1, cache, position_ids=given if name == "fuyu" else given.expand(3, 2, 1))
+    for i, alone in enumerate(read(model, 5, 9)):
+        close(together[i : i + 1], logits(model, ids[i : i + 1], 1, alone, position_ids=given[i : i + 1]), 1e-6)

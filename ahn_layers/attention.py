@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .calls import BlockCall
+from .checks import check_kinds
 from .memory import MemoryStore
 from .ops.attention.attend import SoftmaxAttention
 from .peft import running
@@ -27,6 +28,7 @@ class HippocampalAttention(nn.Module):
         store: the memory.
 
     Raises:
+        TypeError: if ``block`` is no module, or ``store`` no ``MemoryStore``.
         ValueError: if the block is wrapped already, or has a child called ``memory``.
 
     Examples:
@@ -52,6 +54,7 @@ class HippocampalAttention(nn.Module):
     __call__: BlockCall
 
     def __init__(self, block: nn.Module, store: MemoryStore) -> None:
+        check_kinds({"block": (block, nn.Module), "store": (store, MemoryStore)})
         if isinstance(block, HippocampalAttention):
             raise ValueError(f"{type(block.block).__name__} is a HippocampalAttention already: wrap the block once.")
         if "memory" in block._modules or "memory" in block._parameters or "memory" in block._buffers:

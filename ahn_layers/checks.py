@@ -1,5 +1,6 @@
 """Checks of a store's arguments, before anything has changed."""
 
+from collections.abc import Mapping
 from itertools import permutations
 from typing import NoReturn
 from weakref import WeakKeyDictionary
@@ -14,6 +15,13 @@ from .tokens import Tokens
 from .window import Window
 
 LAYOUT = ("batch", "heads", "tokens", "size")
+
+
+def check_kinds(parts: Mapping[str, tuple[object, type]]) -> None:
+    """Raise a TypeError for a part that is not of its kind, by name."""
+    for name, (part, kind) in parts.items():
+        if not isinstance(part, kind):
+            raise TypeError(f"{name}={part!r}: expected an object of {kind.__name__} or of a subclass.")
 
 
 def check_inputs(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .arrivals import Arrivals
 from .autocast import outside_autocast
 from .calls import StoreCall
-from .checks import check_inputs, check_state, check_whole
+from .checks import check_inputs, check_kinds, check_state, check_whole
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
 from .ops.attention.attend import SoftmaxAttention
@@ -52,6 +52,7 @@ class MemoryStore(nn.Module):
             memory knows contents only and no distance. Use a memory as it was trained.
 
     Raises:
+        TypeError: if a part is of another kind, a class in place of an object for instance.
         ValueError: if ``memory_positions`` is unknown, or ``"none"`` without ``rotary``.
 
     Examples:
@@ -76,6 +77,9 @@ class MemoryStore(nn.Module):
         memory_positions: MemoryPositions = "absolute",
     ) -> None:
         super().__init__()
+        check_kinds({"window": (window, Window)})
+        parts = {"compressor": (compressor, Compressor), "rotary": (rotary, Rotary), "eviction": (eviction, Eviction)}
+        check_kinds({name: found for name, found in parts.items() if found[0] is not None})
         if memory_positions not in get_args(MemoryPositions):
             raise ValueError(f"memory_positions={memory_positions!r}: expected one of {get_args(MemoryPositions)}.")
         if memory_positions == "none" and rotary is None:

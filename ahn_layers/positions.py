@@ -28,7 +28,8 @@ class Rotary(nn.Module):
         start: first rotated channel.
 
     Raises:
-        ValueError: if ``trained_length`` is not positive or ``inv_freq`` is not a vector.
+        ValueError: if ``trained_length`` is not positive, ``start`` is negative, or ``inv_freq`` is no vector of
+            floating-point numbers.
 
     Examples:
         >>> import torch
@@ -45,8 +46,12 @@ class Rotary(nn.Module):
         super().__init__()
         if inv_freq.ndim != 1:
             raise ValueError(f"inv_freq has shape {tuple(inv_freq.shape)}: expected one frequency per rotated pair.")
-        if trained_length < 1:
+        if not inv_freq.is_floating_point():
+            raise ValueError(f"inv_freq is {inv_freq.dtype}: expected angular frequencies, floating-point numbers.")
+        if not isinstance(trained_length, int) or trained_length < 1:
             raise ValueError(f"trained_length={trained_length}: expected a positive number of tokens.")
+        if not isinstance(start, int) or start < 0:
+            raise ValueError(f"start={start}: expected the number of the first rotated channel, from 0.")
         self.trained_length = trained_length
         self.interleaved = interleaved
         self.start = start

@@ -1,5 +1,6 @@
 """Retrofit a loaded model with a memory, remove the memory, and switch between the two."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -120,7 +121,10 @@ def _windows(
     """The window of each layer, each of them checked, and the layers that are asked for."""
     given = {"window_size": window_size, "num_sinks": num_sinks}
     by_layer = {name: dict(size) for name, size in given.items() if isinstance(size, Mapping)}
-    asked = None if layers is None else list(layers)
+    try:
+        asked = None if layers is None else [operator.index(layer) for layer in layers]
+    except TypeError:
+        raise TypeError(f"layers={layers!r}: expected a list of whole numbers, the indices of layers.") from None
     for name, sizes in by_layer.items():
         asked = sorted(sizes) if asked is None else asked
         if set(sizes) != set(asked):

@@ -21,6 +21,7 @@ from ahn_layers import (
     MemoryState,
     MemoryStore,
     Rotary,
+    SalientSlots,
     Window,
     full_attention,
     load_adapter,
@@ -99,6 +100,33 @@ MAKING = {
     ),
     "frequencies": (lambda: Rotary(torch.ones(2, 2), 8), ValueError, "(2, 2)", "one frequency per rotated pair"),
     "trained length": (lambda: Rotary(torch.ones(2), 0), ValueError, "trained_length=0", "a positive number of tokens"),
+    "whole frequencies": (
+        lambda: Rotary(torch.arange(4), 8), ValueError, "inv_freq is torch.int64", "expected angular frequencies",
+    ),
+    "a part of a token": (lambda: Rotary(torch.ones(2), 8.5), ValueError, "trained_length=8.5", "a positive number"),
+    "rotated from the end": (lambda: Rotary(torch.ones(2), 8, start=-2), ValueError, "start=-2", "from 0"),
+    "a class of compressors": (
+        lambda: MemoryStore(Window(4), GatedDeltaNet), TypeError, "compressor=<class", "an object of Compressor",
+    ),
+    "a class of evictions": (
+        lambda: MemoryStore(Window(4), eviction=SalientSlots), TypeError, "eviction=<class", "an object of Eviction",
+    ),
+    "a number for a window": (lambda: MemoryStore(4), TypeError, "window=4", "expected an object of Window"),
+    "frequencies for a rotation": (
+        lambda: MemoryStore(Window(4), None, torch.ones(2)), TypeError, "rotary=tensor", "expected an object of Rotary",
+    ),
+    "a window for a store": (
+        lambda: HippocampalAttention(block(), Window(4)), TypeError, "store=Window", "an object of MemoryStore",
+    ),
+    "a class of blocks": (
+        lambda: HippocampalAttention(nn.Linear, MemoryStore(Window(4))), TypeError, "block=<class", "object of Module",
+    ),
+    "layers by name": (
+        lambda: retrofit(base(), None, window_size=4, layers="all"), TypeError, "layers='all'", "a list of whole",
+    ),
+    "one layer": (
+        lambda: retrofit(base(), None, window_size=4, layers=1), TypeError, "layers=1", "a list of whole numbers",
+    ),
     "a rule with momentum": (
         lambda: StepRule(strength="b", delta=True, momentum="m"), ValueError, "momentum and several writes",
         "expected neither",

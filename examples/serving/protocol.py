@@ -103,6 +103,16 @@ class ChatRequest(BaseModel):
             raise ValueError("expected at most 4 stop sequences")
         return stop
 
+    @field_validator("messages")
+    @classmethod
+    def _are_text(cls, value: list[ChatMessage]) -> list[ChatMessage]:
+        for i, message in enumerate(value):
+            try:
+                message.plain()["content"].encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"message {i}: expected text, found half a character ({error.reason})") from None
+        return value
+
     @model_validator(mode="after")
     def _is_a_stream(self) -> "ChatRequest":
         if self.stream_options is not None and not self.stream:

@@ -94,3 +94,17 @@ def metrics(address, name):
     texts = [httpx.get(f"{address}/metrics").text for _ in range(30)]
     found = {line for text in texts for line in text.splitlines() if line.startswith(name)}
     return [float(line.rpartition(" ")[2]) for line in found]
+
+
+def test_half_a_character_is_no_text(monkeypatch):
+    """JSON can hold one, tokenizers cannot."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    protocol = pytest.importorskip("serving.protocol")
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "whole"}, {"role": "user", "content": "\ud83d half"}],
+    }
+    with pytest.raises(ValueError, match="message 1: expected text, found half a character"):
+        protocol.ChatRequest.model_validate(body)
+    body["messages"][1]["content"] = "\U0001f600"
+    assert protocol.ChatRequest.model_validate(body).messages[1].plain()["content"] == "\U0001f600"

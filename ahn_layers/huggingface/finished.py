@@ -54,11 +54,14 @@ class StoppingCriteria(ModelMethod):
     """Stands in for ``model._get_stopping_criteria``: notes rows that finish, if the cache outlives ``generate``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        """The model's own criteria, in a list that takes notes if ``watch`` asked for it."""
+        """The model's own criteria, in a list that takes notes if ``watch`` asked for it.
+
+        Without an end token ``generate`` pads nothing: rows that other criteria have stopped go on until all stop.
+        """
         model: Any = self.model
         criteria: StoppingCriteriaList = type(model)._get_stopping_criteria(model, *args, **kwargs)
         rows = getattr(kwargs.get("generation_config", args[0] if args else None), _ROWS, None)
-        if rows is None:
+        if rows is None or not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
             return criteria
         rows.extend(criteria)
         return rows  # type: ignore[no-any-return]

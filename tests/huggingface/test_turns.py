@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from ahn_layers import HippocampalCache
 from ahn_layers.huggingface.decoder import CACHE
@@ -67,6 +67,36 @@ def test_every_turn_of_every_row_is_that_of_the_row_alone(left, window_size, cac
             assert torch.equal(text[row, before : before + len(alone)], alone)
             finished_early += not seen[row, -1]
     assert finished_early
+
+
+@pytest.mark.parametrize("window_size", [6, 100])
+@pytest.mark.parametrize("kept", [{}, WHOLE, {CACHE: HippocampalCache}], ids=["no cache", "returned", "kept"])
+def test_rows_that_stop_without_an_end_token_go_on_with_the_others(kept, window_size):
+    """As in the base model, which pads nothing then: what they have said stays visible to them."""
+    model, ids = retrofitted(window_size=window_size), tokens(3, 8)
+    stops = StoppingCriteriaList([StopAt(9)])
+    options = {"max_new_tokens": 14, "stopping_criteria": stops, **QUIET}
+    kept = {name: make() if name == CACHE else make for name, make in kept.items()}
+    out = model.generate(ids, **options, **kept)
+    out = out.sequences if kept == WHOLE else out
+    ended = (out[:, 8:-1] % 9 == 0).any(dim=1)
+    assert ended.any() and not ended.all()
+    assert torch.equal(out, model.generate(ids, max_new_tokens=14, use_cache=False, **QUIET))
+    more = torch.cat((out, tokens(3, 2, seed=1)), dim=1)
+    if CACHE in kept:
+        assert torch.equal(
+            model.generate(more, max_new_tokens=3, **QUIET, **kept), model.generate(more, max_new_tokens=3, **QUIET)
+        )
+
+
+class StopAt(StoppingCriteria):
+    """Stops at multiples of a number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % self.number == 0
 
 
 def test_rows_of_several_samples_keep_no_pads():

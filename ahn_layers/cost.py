@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .attention import HippocampalAttention
-from .compressor import Compressor
+from .compressor import Compressor, check_size
+from .eviction import FoldAll
 from .flops import Sizes, cache_ratio, memory_parameters, mixing_flops, model_flops, num_gates
 from .record import find_retrofitted
 from .retrofit import full_attention
@@ -109,7 +110,7 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
     """What a retrofitted model costs per sequence: the paper's figures, and what is really allocated.
 
     Args:
-        model: a retrofitted transformers model with a memory, all of whose layers are alike.
+        model: a retrofitted transformers model with a memory, all of whose layers are alike and without slots.
         lengths: numbers of tokens.
         measure: also run each length once, on the model's device, with full attention and with the memory: seconds,
             and on a GPU the peak of allocated memory.
@@ -118,10 +119,12 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
         The report: ``print`` it, read its ``rows``, or ``plot`` it.
 
     Raises:
-        ValueError: if the model is not retrofitted, has no memory, its layers differ in their window, or its config
-            lacks a size.
+        ValueError: if the model is not retrofitted, has no memory, its layers differ in their window or keep tokens in
+            slots, its config lacks a size, or a length is not a positive whole number.
     """
     inner, _ = find_retrofitted(model)
+    for length in lengths:
+        check_size("length", length)
     blocks = [m for m in inner.modules() if isinstance(m, HippocampalAttention)]
     compressor = blocks[0].memory.compressor
     if compressor is None:
@@ -131,6 +134,12 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
         raise ValueError(
             f"windows of the capacities {sorted(capacities)}: the formulas are for equal layers. memory_report "
             "has the bytes of each layer."
+        )
+    keeping = next((u for u in (b.memory.eviction for b in blocks) if not isinstance(u, FoldAll)), None)
+    if keeping is not None:
+        raise ValueError(
+            f"{keeping} keeps tokens beside the window: the formulas are for sinks and window, and would not count "
+            "them. memory_report has the bytes of each layer."
         )
     sizes, capacity = Sizes.of(inner.config), capacities.pop()
     gates, numbers = num_gates(compressor), sum(u.numel() for u in _empty(compressor))

@@ -103,6 +103,13 @@ def test_a_window_alone_has_no_memory_to_report_on():
         cost_report(model, [8])
 
 
+def test_what_the_formulas_do_not_count_is_refused():
+    with pytest.raises(ValueError, match=r"8 slots .* keeps tokens beside the window: the formulas are for sinks"):
+        cost_report(small(eviction=SalientSlots(8)), [64])
+    with pytest.raises(ValueError, match="length=0: expected a positive whole number"):
+        cost_report(small(), [64, 0])
+
+
 def test_a_report_needs_no_weights():
     """Bytes of a model that is too large to be made here."""
     options = {"eviction": SalientSlots(8)}

@@ -190,7 +190,8 @@ class DistillationTrainer(Trainer):
 
 def _refuse_ignored(args: TrainingArguments, others: Mapping[str, Any]) -> None:
     """Raise a ValueError for what ``Trainer`` knows and the distillation has no use for."""
-    asked = {name: getattr(args, name, None) for name in ("label_smoothing_factor", "neftune_noise_alpha")}
+    options = ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval")
+    asked = {name: getattr(args, name, None) for name in options}
     functions = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
     asked |= {name: others.get(name) for name in functions}
     for name, value in asked.items():

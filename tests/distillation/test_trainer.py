@@ -120,12 +120,18 @@ def test_what_says_nothing_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [{"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0}, {"compute_loss_func": print}]
+    "option",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"neftune_noise_alpha": 5.0},
+        {"compute_loss_func": print},
+        {"bf16_full_eval": True},
+    ],
 )
 def test_what_the_distillation_has_no_use_for_is_refused(option, tmp_path):
     (name,) = option
     others = {} if name == "compute_loss_func" else option
-    args = TrainingArguments(str(tmp_path), report_to=[], **others)
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **others)
     with pytest.raises(ValueError, match=f"{name}=.*: the loss is the distance to full attention"):
         DistillationTrainer(small(), args, **{k: v for k, v in option.items() if k not in others})
 

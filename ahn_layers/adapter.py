@@ -121,7 +121,7 @@ def load_checked(
         memories = memories_of(inner)
         if description is None:  # released files know compressors alone
             memories = {index: memory._replace(eviction=FoldAll()) for index, memory in memories.items()}
-        updates = _match(memories, files.weights, source)
+        updates = _match(memories, files.weights, source, keep_dtype)
         files.check_hash()
         _write_parameters(updates, keep_dtype)
     return model
@@ -168,7 +168,9 @@ def _check_memory(inner: nn.Module, record: Retrofitted, description: dict[str, 
             raise ValueError(f"{source}: the adapter has {name}={found!r}, the model has {ours!r}.")
 
 
-def _match(memories: dict[int, Memory], weights: Weights, source: str | Path) -> list[tuple[Tensor, Tensor]]:
+def _match(
+    memories: dict[int, Memory], weights: Weights, source: str | Path, keep_dtype: bool
+) -> list[tuple[Tensor, Tensor]]:
     """Each parameter with its new value, every one of them checked."""
     with_weights = {index for index, memory in memories.items() if memory.weights()}
     if with_weights != weights.keys():
@@ -196,6 +198,11 @@ def _match(memories: dict[int, Memory], weights: Weights, source: str | Path) ->
                 )
             if not torch.isfinite(value).all():
                 raise ValueError(f"{source}: layer {index} {name!r} holds values that are not finite.")
+            if not (keep_dtype or torch.isfinite(value.to(parameter.dtype)).all()):
+                raise ValueError(
+                    f"{source}: layer {index} {name!r} holds values up to {float(value.abs().max()):.0f}, too large "
+                    f"for {parameter.dtype}, which the model has: load the model in bfloat16 or float32."
+                )
             updates.append((parameter, value if split is None else split.part(name, value)))
     return updates
 

@@ -10,6 +10,7 @@ from ahn_layers import (
     HippocampalAttention,
     Mamba2,
     SalientSlots,
+    adapter_parameters,
     load_adapter,
     memory_report,
     outer,
@@ -183,3 +184,16 @@ def test_options_that_are_no_json_values(tmp_path):
     save_adapter(model, tmp_path)
     assert same(weights(load_adapter(make(Picky, choice=(1, 2)), tmp_path)), weights(model))
     assert same(weights(load_adapter(plain(), tmp_path)), weights(model))
+
+
+def test_weights_that_are_too_large_for_the_model_are_refused(tmp_path):
+    model = make()
+    with torch.no_grad():
+        next(parameter for _, parameter in adapter_parameters(model)).fill_(1e5)
+    save_adapter(model, tmp_path)
+    half = plain(dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"layer 0 .* values up to 100000, too large for torch.float16.*bfloat16"):
+        load_adapter(half, tmp_path)
+    assert not hasattr(half, "hippocampus")
+    for dtype in (torch.bfloat16, torch.float32):
+        assert all(u.isfinite().all() for u in weights(load_adapter(plain(dtype=dtype), tmp_path)).values())

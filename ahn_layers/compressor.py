@@ -72,12 +72,16 @@ class Compressor(nn.Module, ABC):
     o_norm: Scale
     first_state: int = 0
     """The number of the first state in its layer; above 0 where other processes hold the ones before it."""
+    turns_freely: ClassVar[bool] = False
+    """Whether what is read stays the same if all keys and queries are rotated alike, as rotary positions that begin
+    later do. Each subclass says it for itself; where it is not so, padded rows get positions as if they were alone."""
     rule_holds: ClassVar[bool] = False
     """Whether there is a ``rule``, and no subclass has changed what it describes."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         register(Compressor.by_name, cls, "compressor")
+        cls.turns_freely = vars(cls).get("turns_freely", False)
         cls.rule_holds = cls.rule is not Compressor.rule and _is_latest(cls, "rule", ("fold", "read", "scan", "output"))
 
     def __init__(

@@ -29,6 +29,7 @@ class Retrofitted:
         returns_cache: whether the model returns the cache that it filled.
         goes_on: whether its convolutions and recurrences go on from a cache with several tokens at once.
         recurs: whether it has any.
+        tells_positions: whether a rotation of all keys and queries alike changes what a memory reads.
     """
 
     windows: dict[int, Window]
@@ -41,6 +42,7 @@ class Retrofitted:
     returns_cache: bool = True
     goes_on: bool = True
     recurs: bool = False
+    tells_positions: bool = False
     _switches: list[list[Mode]] = field(default_factory=list, init=False, repr=False)
 
     @contextmanager

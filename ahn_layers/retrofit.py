@@ -106,6 +106,9 @@ def retrofit(
         returns_cache=found.returns_cache,
         goes_on=found.goes_on,
         recurs=found.recurs,
+        tells_positions=compressor is not None
+        and not compressor.turns_freely
+        and any(block.rotary is not None for block in chosen),
     )
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)

@@ -26,6 +26,8 @@ class DeltaNet(Recurrent):
         torch.Size([1, 4, 3])
     """
 
+    turns_freely = True
+
     def build(self) -> None:
         """Write gate, read gate, norm."""
         self.b_proj = nn.Linear(self.hidden_size, self.num_states, bias=False)

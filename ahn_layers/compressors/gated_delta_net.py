@@ -29,6 +29,8 @@ class GatedDeltaNet(Recurrent):
         ['beta', 'g']
     """
 
+    turns_freely = True
+
     unused_parameters = ("D",)
 
     def build(self) -> None:

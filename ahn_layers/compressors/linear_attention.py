@@ -19,6 +19,8 @@ class LinearAttention(Recurrent):
         tensor(0.2500)
     """
 
+    turns_freely = True
+
     def recurrence(self) -> Recurrence:
         """Add ``k' v^T``."""
         return Recurrence()

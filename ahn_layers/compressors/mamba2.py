@@ -29,6 +29,8 @@ class Mamba2(Recurrent):
         ['A_log', 'dt_bias', 'o_proj.weight']
     """
 
+    turns_freely = True
+
     def build(self) -> None:
         """Decay, time step, read gate, norm."""
         self.A_log, self.dt_bias = decay_parameters(self.num_states)

@@ -40,6 +40,8 @@ class AveragePooling(Compressor):
         torch.Size([1, 4, 8, 16])
     """
 
+    turns_freely = True
+
     pool: ClassVar[Pool] = "mean"
 
     def __init__(

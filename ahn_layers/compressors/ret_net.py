@@ -28,6 +28,8 @@ class RetNet(Recurrent):
         tensor([-0.0317, -0.0157, -0.0078, -0.0039])
     """
 
+    turns_freely = True
+
     def build(self) -> None:
         """Read gate, norm."""
         self.g_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)

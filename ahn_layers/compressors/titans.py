@@ -36,6 +36,8 @@ class Titans(Recurrent):
         {'memory': (1, 4, 16, 16), 'momentum': (1, 4, 16, 16)}
     """
 
+    turns_freely = True
+
     def build(self) -> None:
         """Decay, step size, momentum, read gate, norm."""
         _, self.dt_bias = decay_parameters(self.num_states)

@@ -21,7 +21,7 @@ from ..fingerprint import identity_of
 from .all_layers import refuse_uneven
 from .cache import HippocampalCache, fill, self_attention
 from .config_view import naming
-from .joined import align_rows, refuse_unaligned
+from .joined import align_rows, count_from_first, refuse_unaligned
 from .linear_padding import Resting, resting_rows
 from .linear_rows import refuse_several
 from .packing import find_texts, positions_of
@@ -184,6 +184,8 @@ class ForwardHook:
         call.count = tokens.shape[1] if mask is None or call.mask is not None else 0
         call.real = reconcile(cache, call.mask, *tokens.shape[:2])
         call.texts = self._find_texts(call, kwargs, tokens)
+        if self.owner.tells_positions and self.owner.mode == "memory" and call.texts is None:
+            count_from_first(cache, call.real, kwargs, tokens, module)
         if isinstance(cache, Cache):
             call.resting = resting_rows(cache, call.real)
             begin(cache, tokens.shape[1])

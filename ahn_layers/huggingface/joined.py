@@ -46,6 +46,28 @@ def align_rows(cache: Any, kwargs: dict[str, Any], tokens: Tensor, module: nn.Mo
     return mask
 
 
+def count_from_first(
+    cache: Any, real: Tensor | None, kwargs: dict[str, Any], tokens: Tensor, module: nn.Module
+) -> None:
+    """Give rows that are padded on the left the positions that they would have alone, if the caller gives none.
+
+    Attention does not tell them from the columns, by which the base model counts then; some memories do.
+    """
+    if (
+        kwargs.get("position_ids") is not None
+        or "position_ids" not in inspect.signature(type(module).forward).parameters
+    ):
+        return
+    layers, (rows, count) = memory_layers(cache), tokens.shape[:2]
+    padding, past = layers[0].padding if layers else None, length_of(cache)
+    if real is None and (padding is None or not padding.any):
+        return
+    before = (padding or Padding.none(rows)).real(past, tokens.device)
+    new = torch.ones(rows, count, dtype=torch.bool, device=tokens.device) if real is None else real.to(tokens.device)
+    leading = (torch.cat((before, new), dim=1).cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    kwargs["position_ids"] = (torch.arange(past, past + count, device=tokens.device) - leading).clamp(min=0)
+
+
 def refuse_unaligned(kwargs: dict[str, Any]) -> None:
     """Raise a ValueError if compiled code would not know where the rows of a joined cache go on."""
     for name in ("cache", "past_key_values"):

@@ -11,6 +11,7 @@ from ahn_layers.huggingface.decoder import CACHE
 from ahn_layers.huggingface.padding import Padding
 from ahn_layers.without import without
 
+from ..methods import COMPRESSORS, OPTIONS
 from ..models import CAPACITY, FAMILIES, base, retrofitted, tokens
 
 LONG = 3 * CAPACITY
@@ -178,3 +179,22 @@ def test_the_base_model_answers_the_same_within_the_window():
         call(one, held, cache)
         outs.append(call(one, new, cache, mask))
     assert torch.allclose(*outs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("choice", ["absolute", "none"])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_padded_row_without_position_ids_is_the_row_alone(compressor, choice):
+    """The base model then counts columns, which its attention does not notice; memories with channels apart do."""
+    options = {"memory_positions": choice, **OPTIONS.get(compressor, {})}
+    model, mask = retrofitted(compressor=compressor, **options), torch.ones(2, LONG, dtype=torch.long)
+    ids, mask[0, :5] = tokens(2, LONG), 0
+    for cuts in ([LONG], [3, LONG - 3], [7, 1, 1, LONG - 9]):
+        cache, outs, end = HippocampalCache(), [], 0
+        for piece in ids.split(cuts, dim=1):
+            end += piece.shape[1]
+            with torch.no_grad():
+                given = {} if len(cuts) == 1 else {"use_cache": True, CACHE: cache}
+                outs.append(model(piece, attention_mask=mask[:, :end], **given).logits)
+        out = torch.cat(outs, dim=1)
+        assert torch.allclose(out[:1, 5:], alone(model, ids[:1, 5:]), rtol=0, atol=1e-4)
+        assert torch.allclose(out[1:], alone(model, ids[1:]), rtol=0, atol=1e-9)

@@ -32,6 +32,7 @@ class Kind:
         quoted: share of the facts whose value is in quotation marks.
         code: wordings are lines of their own.
         seconds: how the second step of a chain is stated; ``{p}`` stands for a person, who links both.
+        weight: how often it is chosen, others once.
     """
 
     key: Make
@@ -43,6 +44,7 @@ class Kind:
     quoted: float = 0.0
     code: bool = False
     seconds: tuple[str, ...] = ()
+    weight: int = 1
 
     @classmethod
     def of(cls, described: dict[str, Any]) -> "Kind":
@@ -66,6 +68,8 @@ LISTED = Kind.of(DATA["listed"])
 """Questions about the pairs of a list."""
 NAMES = (*KINDS, "list")
 """All kinds of facts."""
+DRAWN = (*(name for name, kind in KINDS.items() for _ in range(kind.weight)), "list")
+"""The same, each as often as it is to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,10 @@ def _fact(
 
 
 def _question(kind: Kind, wording: str, rng: random.Random) -> str:
-    """A sentence to complete, a question with its answer, or a statement again."""
+    """A sentence to complete, a question with its answer or a whole sentence, or a statement again."""
+    if rng.random() < 0.2:
+        again = kind.sentences if kind.seconds else [text for text in kind.statements if _key_first(text)]
+        return "\n" * (rng.random() < 0.5) + f"{rng.choice(kind.asks)} {rng.choice(again)}"
     form = rng.random()
     if form < 0.4:
         return rng.choice(FRAMES).replace("{q}", rng.choice(kind.asks))

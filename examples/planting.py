@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from _common import count, positive, user_errors
-from facts import MARK, NAMES, invent
+from facts import DRAWN, MARK, invent
 from quickstart import load_text
 from smollm2 import load_tokenizer
 from texts import Crops
@@ -165,7 +165,7 @@ def _groups(wanted: int, budget: int, encode: Encode, rng: random.Random) -> lis
         if asked >= wanted:
             break
         new = []
-        for fact in invent(rng.choice(NAMES), rng, used):
+        for fact in invent(rng.choice(DRAWN), rng, used):
             stated = [_encode(text, encode) for text in fact.statements]
             new.append((stated, [(which, _encode(text, encode)) for which, text in fact.questions]))
         if _cost(new) > budget:  # ask less, without the distractors

@@ -108,7 +108,7 @@ def retrofit(
         recurs=found.recurs,
         tells_positions=compressor is not None
         and not compressor.turns_freely
-        and any(block.rotary is not None for block in chosen),
+        and any(block.rotary is not None or block.frequencies is not None for block in chosen),
     )
     with unchanged_on_failure(model):
         install.replace_blocks(model, found, chosen, stores, record)

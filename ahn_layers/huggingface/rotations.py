@@ -92,6 +92,6 @@ def find_rotary(
                     if trained_length is None:
                         return None, None, "the config has no max_position_embeddings"
                     if own.kind in DEPENDENT:
-                        return None, None, f"its rope_type {own.kind!r} changes its frequencies with the length"
+                        return None, own, f"its rope_type {own.kind!r} changes its frequencies with the length"
                     return rotary, own if own.are_read else None, ""
     return None, None, "its position embedding is not a rotation known here"

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from ahn_layers import GatedDeltaNet, HippocampalCache, MemoryStore, Window
+from ahn_layers import KDA, GatedDeltaNet, HippocampalCache, MemoryStore, Window
 from ahn_layers.huggingface.decoder import CACHE
 from ahn_layers.huggingface.padding import Padding
 from ahn_layers.without import without
 
 from ..methods import COMPRESSORS, OPTIONS
 from ..models import CAPACITY, FAMILIES, base, retrofitted, tokens
+from .test_positions import Frozen
 
 LONG = 3 * CAPACITY
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -198,3 +199,15 @@ def test_a_padded_row_without_position_ids_is_the_row_alone(compressor, choice):
         out = torch.cat(outs, dim=1)
         assert torch.allclose(out[:1, 5:], alone(model, ids[:1, 5:]), rtol=0, atol=1e-4)
         assert torch.allclose(out[1:], alone(model, ids[1:]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_so_it_is_where_the_rotation_cannot_be_undone(kind):
+    scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 512}
+    scaling |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    model = retrofitted(model=base(rope_parameters=Frozen(scaling), max_position_embeddings=512), compressor=KDA)
+    ids, mask = tokens(2, LONG), torch.ones(2, LONG, dtype=torch.long)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask).logits
+    assert torch.allclose(out[:1, 5:], alone(model, ids[:1, 5:]), rtol=0, atol=1e-4)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .compressor import Compressor, State
 from .eviction import Eviction, FoldAll, first_kept
+from .positions import Rotary
 from .state import MemoryState
 from .tokens import Tokens
 from .window import Window
@@ -22,6 +23,18 @@ def check_kinds(parts: Mapping[str, tuple[object, type]]) -> None:
     for name, (part, kind) in parts.items():
         if not isinstance(part, kind):
             raise TypeError(f"{name}={part!r}: expected an object of {kind.__name__} or of a subclass.")
+
+
+def check_rotation(rotary: Rotary | None, q: Tensor) -> None:
+    """Whether queries have the channels that are said to be rotated."""
+    if rotary is None:
+        return
+    pairs, size = rotary.inv_freq.shape[0], q.shape[3]
+    if rotary.start + 2 * pairs > size:
+        raise ValueError(
+            f"Rotary turns {2 * pairs} channels from channel {rotary.start} on, two for each of the {pairs} of "
+            f"inv_freq, q has {size}: expected one frequency for each pair of rotated channels."
+        )
 
 
 def check_inputs(

@@ -90,13 +90,16 @@ class Eviction(nn.Module, ABC):
                 "as an attribute of the same name, a number, a text or a list; or override options()."
             ) from error
 
+    def extra_repr(self) -> str:
+        """The options, for ``print(model)``."""
+        try:
+            return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        except ValueError:
+            return "..."
+
     def __str__(self) -> str:
         """The class with its options, in one line."""
-        try:
-            options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
-        except ValueError:
-            options = "..."
-        return f"{type(self).__name__}({options})"
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def for_layer(self, **sizes: int) -> "Eviction":
         """This policy for one layer of a model: ``retrofit`` calls it for each. Default: a copy.

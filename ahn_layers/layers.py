@@ -67,6 +67,10 @@ class HeadwiseLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_heads, size, size))
 
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(model)``."""
+        return "num_heads={}, size={}".format(*self.weight.shape)
+
     def forward(self, u: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h t e"]:
         """``out_h = u_h W_h``, in the narrower of the dtypes of ``u`` and the weight."""
         u, weight = narrower(u, self.weight)
@@ -79,6 +83,10 @@ class Scale(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+
+    def extra_repr(self) -> str:
+        """The size, for ``print(model)``."""
+        return f"size={len(self.weight)}"
 
     def forward(self, u: Float[Tensor, "*h e"]) -> Float[Tensor, "*h e"]:
         """``u * weight``, in the dtype of ``u``."""

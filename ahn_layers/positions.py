@@ -28,6 +28,7 @@ class Rotary(nn.Module):
         start: first rotated channel.
 
     Raises:
+        TypeError: if ``inv_freq`` is not a tensor.
         ValueError: if ``trained_length`` is not positive, ``start`` is negative, or ``inv_freq`` is no vector of
             floating-point numbers.
 
@@ -44,6 +45,10 @@ class Rotary(nn.Module):
         self, inv_freq: Float[Tensor, " r"], trained_length: int, *, interleaved: bool = False, start: int = 0
     ) -> None:
         super().__init__()
+        if not isinstance(inv_freq, Tensor):
+            raise TypeError(
+                f"inv_freq is of type {type(inv_freq).__name__}: expected a tensor. Pass torch.tensor(...)."
+            )
         if inv_freq.ndim != 1:
             raise ValueError(f"inv_freq has shape {tuple(inv_freq.shape)}: expected one frequency per rotated pair.")
         if not inv_freq.is_floating_point():

@@ -1,6 +1,6 @@
 """What a memory store carries between calls: a value that belongs to the caller."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .tokens import Later, Tokens
 from .window import Window
 
 
-@dataclass
+@dataclass(repr=False)
 class MemoryState:
     """The resident tokens of every row, and the state that holds those that left.
 
@@ -49,7 +49,7 @@ class MemoryState:
     def __getattr__(self, name: str) -> Any:
         """The slots, made when they are first asked for: with gradients, wherever that is."""
         if name != "slots" or "_slots" not in self.__dict__:
-            raise AttributeError(name)
+            return object.__getattribute__(self, name)  # raises the usual error
         with torch.enable_grad():
             self.slots = self.__dict__.pop("_slots")()
         return self.slots
@@ -57,6 +57,10 @@ class MemoryState:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, with the slots."""
         return {"slots": self.slots} | {name: u for name, u in self.__dict__.items() if name != "_slots"}
+
+    def __repr__(self) -> str:
+        """What it belongs to; its tensors fill pages."""
+        return f"MemoryState({self.batch_size} rows, length={self.length}, {self.window})"
 
     @property
     def batch_size(self) -> int:
@@ -135,13 +139,14 @@ class MemoryState:
         place = as_device(device)
         return self._map(lambda u: u.to(place, copy=True))
 
-    def reorder(self, index: Int[Tensor, " rows"]) -> "MemoryState":
+    def reorder(self, index: Int[Tensor, " rows"] | Sequence[int]) -> "MemoryState":
         """The rows at ``index``, in that order, repeated where it repeats: beams, forks, finished rows dropped.
 
         Raises:
             IndexError: if an index is not a row.
         """
-        return self._map(lambda u: u.index_select(0, index.to(u.device)))
+        rows = torch.as_tensor(index)
+        return self._map(lambda u: u.index_select(0, rows.to(u.device)))
 
     def copy_(self, other: "MemoryState") -> None:
         """Take over another state's values, keeping this one's tensors where they are (static addresses).

@@ -103,6 +103,11 @@ MAKING = {
     "whole frequencies": (
         lambda: Rotary(torch.arange(4), 8), ValueError, "inv_freq is torch.int64", "expected angular frequencies",
     ),
+    "frequencies in a list": (lambda: Rotary([1.0, 0.1], 8), TypeError, "inv_freq is of type list", "torch.tensor"),
+    "more rotated channels than there are": (
+        lambda: MemoryStore(Window(4), None, Rotary(torch.ones(4), 8, start=2))(*torch.ones(3, 1, 1, 2, 8)),
+        ValueError, "8 channels from channel 2 on", "q has 8", "one frequency for each pair",
+    ),
     "a part of a token": (lambda: Rotary(torch.ones(2), 8.5), ValueError, "trained_length=8.5", "a positive number"),
     "rotated from the end": (lambda: Rotary(torch.ones(2), 8, start=-2), ValueError, "start=-2", "from 0"),
     "a class of compressors": (

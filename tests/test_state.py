@@ -189,3 +189,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_is_printed_in_one_line_and_its_rows_are_chosen_by_any_numbers(filled):
+    _, state, _ = filled
+    assert repr(state) == f"MemoryState(3 rows, length=13, {state.window})"
+    chosen = state.reorder([2, 0, 2])
+    assert all(torch.equal(u, state.tensors()[name][[2, 0, 2]]) for name, u in chosen.tensors().items())
+    with pytest.raises(AttributeError, match="'MemoryState' object has no attribute 'detach'"):
+        state.detach()

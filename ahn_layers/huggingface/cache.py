@@ -121,10 +121,10 @@ class HippocampalCache(DynamicCache):
         """
         return self._rebuilt(lambda held: {n: u.detach().to(as_device(device), copy=True) for n, u in held.items()})
 
-    def reorder(self, index: Tensor) -> "HippocampalCache":
+    def reorder(self, index: Tensor | Sequence[int]) -> "HippocampalCache":
         """A copy with the rows at ``index``, in that order."""
         copy = self.clone()
-        copy.reorder_cache(index)
+        copy.reorder_cache(torch.as_tensor(index))
         return copy
 
     @classmethod

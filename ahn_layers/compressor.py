@@ -14,6 +14,9 @@ from .layers import HeadwiseLinear, Scale, project
 from .ops.decode.rule import StepRule
 from .ops.pointwise.normalize import gated_rms_norm, rms_normalize
 
+_UNROLLED = 16
+"""Tokens that a compiler may see one by one: it repeats the code of ``fold`` and ``read`` for each of them."""
+
 State = Tensor | dict[str, Tensor]
 """What a compressor carries: one tensor, or several by name, each with the batch as its first dimension."""
 
@@ -179,6 +182,10 @@ class Compressor(nn.Module, ABC):
         Returns:
             The readings, in the dtype of the state or of ``k``, and the state after the last token.
         """
+        if torch.compiler.is_compiling() and q.shape[2] > _UNROLLED:
+            from .uncompiled import uncompiled
+
+            return uncompiled(Compressor.scan, self, state, q, k, v, gates, mask)  # type: ignore[no-any-return]
         dtype = state_dtype(q)
         k, v = (u.repeat_interleave(self.num_states // u.shape[1], dim=1) for u in (k, v))
         folds = None if mask is None else self.per_state(mask)

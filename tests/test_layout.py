@@ -13,7 +13,18 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 # from the bottom up: a module imports what stands above it in this list, types included; a package is all its modules
 ORDER = [
     *("version", "files", "hub", "staging", "by_name", "undo", "missing", "autocast", "ops", "layers", "peft"),
-    *("tokens", "ring", "window", "positions", "arrivals", "compressor", "recurrent", "rank_one", "compressors"),
+    *(
+        "tokens",
+        "ring",
+        "window",
+        "positions",
+        "arrivals",
+        "uncompiled",
+        "compressor",
+        "recurrent",
+        "rank_one",
+        "compressors",
+    ),
     *("flops", "eviction", "evictions", "recall", "split", "consistency", "kinds", "state", "calls", "without", "rows"),
     *("checks", "padded", "step", "memory", "attention", "record"),
     *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "card", "adapter"),

@@ -87,6 +87,37 @@ def test_a_custom_block_is_one_graph(models):
     same_states(state, expected_state)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_tokens_that_are_folded_one_by_one_are_left_to_python(training, models):
+    """Compiled code does not grow with the text: the compiler would repeat fold and read for each token."""
+    ahn, sizes = sys.modules["ahn_layers"], []
+
+    class Fading(ahn.Compressor):
+        def fold(self, state, k, v):
+            return 0.9 * state + ahn.outer(k, v)
+
+    layer = ahn.HippocampalAttention(Block(), ahn.MemoryStore(ahn.Window(5), Fading(16, HEADS, SIZE))).double()
+    nn.init.normal_(layer.memory.compressor.o_proj.weight)
+
+    def count(graph, _):
+        sizes[-1] += len(graph.graph.nodes)
+        return graph.forward
+
+    for length in (30, 60):
+        torch._dynamo.reset()
+        sizes.append(0)
+        x = torch.randn(2, length, 16, dtype=torch.float64)
+        compiled = torch.compile(layer, dynamic=False, backend=count)
+        with torch.set_grad_enabled(training):
+            (out, state), (expected, expected_state) = compiled(x), layer(x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        same_states(state, expected_state)
+        if training:
+            grads = [torch.autograd.grad(u.square().sum(), list(layer.parameters())) for u in (out, expected)]
+            torch.testing.assert_close(*grads, rtol=0, atol=1e-9)
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_an_uncached_forward_is_one_graph(name, models):
     model, ids = models.retrofitted(name), models.tokens(2, 3 * models.CAPACITY)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .arguments import check_arguments
 from .attention import HippocampalAttention
 from .compressor import Compressor
 from .eviction import Eviction, FoldAll
@@ -70,16 +71,7 @@ def retrofit(
         torch.Size([1, 43])
     """
     window_of, layers = _windows(window_size, num_sinks, sink_positions, layers)
-    if compressor is not None and not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
-        raise TypeError(
-            f"compressor={compressor!r}: expected a subclass of Compressor (the class, not an object), or None."
-        )
-    if compressor is None and compressor_options:
-        raise TypeError(
-            f"{', '.join(f'{name}={value!r}' for name, value in compressor_options.items())}: retrofit knows no such "
-            "argument, and compressor=None has no options. Leave it out, or pass a compressor that takes it."
-        )
-    _check_evictions(eviction)
+    check_arguments(compressor, compressor_options, eviction)
     try:
         from .huggingface import install, probe
     except ImportError as error:
@@ -143,16 +135,6 @@ def _windows(
     for layer in (0,) if asked is None else asked:
         window_of(layer)
     return window_of, asked
-
-
-def _check_evictions(eviction: Any) -> None:
-    """Raise unless it is a policy, several by layer, or None."""
-    for one in eviction.values() if isinstance(eviction, Mapping) else (eviction,):
-        if one is not None and not isinstance(one, Eviction):
-            raise TypeError(
-                f"eviction={one!r}: expected an object of a subclass of Eviction, SalientSlots(384) for instance; a "
-                "mapping from layer indices to such objects; or None."
-            )
 
 
 def _by_layer(eviction: Eviction | Mapping[int, Eviction] | None, layers: list[int]) -> dict[int, Eviction | None]:

@@ -90,7 +90,11 @@ MAKING = {
     ),
     "options of no compressor": (
         lambda: retrofit(base(), None, window_size=4, num_sink=2), TypeError, "num_sink=2", "knows no such argument",
-        "Leave it out",
+        "leave it out",
+    ),
+    "an option that the compressor has not": (
+        lambda: retrofit(base(), GatedDeltaNet, window_size=4, num_sink=2), TypeError, "num_sink=2",
+        "knows no such argument", "compressor=GatedDeltaNet has no such option",
     ),
     "no layers": (lambda: retrofit(base(), None, window_size={}), ValueError, "no suitable attention layer", "asked"),
     "no heads": (lambda: GatedDeltaNet(32, 0, 8), ValueError, "num_heads=0", "expected a positive whole number"),
@@ -191,7 +195,7 @@ RETROFITTING = {
     ),
     "another attention": (lambda: put(flex()), ValueError, "'flex_attention'", "('sdpa', 'eager')", "Load the model"),
     "an object for a class": (
-        lambda: put(base(), GatedDeltaNet(32, 4, 8)), TypeError, "GatedDeltaNet(", "the class, not an object",
+        lambda: put(base(), GatedDeltaNet(32, 4, 8)), TypeError, "<GatedDeltaNet object>", "the class, not an object",
     ),
     "another class": (lambda: put(base(), nn.Linear), TypeError, "Linear", "expected a subclass of Compressor"),
     "no such layer": (lambda: put(base(), layers=[0, 3]), ValueError, "no attention layer 3", "[0, 1, 2]"),

@@ -27,7 +27,8 @@ ORDER = [
     ),
     *("flops", "eviction", "evictions", "recall", "split", "consistency", "kinds", "state", "calls", "without", "rows"),
     *("checks", "padded", "step", "memory", "attention", "record"),
-    *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "retrofit", "description", "card", "adapter"),
+    *("fingerprint", "adapter_schema", "adapter_files", "huggingface", "arguments", "retrofit", "description"),
+    *("card", "adapter"),
     *("publishing", "cost", "huggingface/saved_model", "huggingface/saving", "distillation"),
     *("registration", "testing"),
 ]

@@ -43,7 +43,8 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
     """
     if not isinstance(compressor, type):
         raise TypeError(
-            f"compressor={compressor!r}: expected the class; pass the options of its constructor beside it."
+            f"compressor=<{type(compressor).__name__} object>: expected the class; pass the options of its "
+            "constructor beside it."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

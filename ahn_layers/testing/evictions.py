@@ -39,7 +39,10 @@ def check_eviction(eviction: type[Eviction], **options: Any) -> None:
         >>> check_eviction(FoldAll)
     """
     if not isinstance(eviction, type):
-        raise TypeError(f"eviction={eviction!r}: expected the class; pass the arguments of its constructor beside it.")
+        raise TypeError(
+            f"eviction=<{type(eviction).__name__} object>: expected the class; pass the arguments of its "
+            "constructor beside it."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = {"hidden_size": _N, "num_heads": _H, "num_kv_heads": _G, "head_dim": _D, "value_dim": _D}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import add_memory_options, device, find_adapter, give_memory, positive, refuse_model, user_errors
+from _common import Help, add_memory_options, device, find_adapter, give_memory, positive, refuse_model, user_errors
 from smollm2 import load_causal_lm
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None, *, description: str, config: PretrainedConf
 
 def _parse(argv: Sequence[str] | None, description: str, default: str | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     parser.add_argument(
         "--model", default=default, help=f"folder or hub id (default: {default or 'SmolLM2-135M-Instruct'})"
     )
@@ -152,12 +152,19 @@ def _parse(argv: Sequence[str] | None, description: str, default: str | None) ->
     add_memory_options(parser)
     parser.add_argument("--document", type=Path, help="text file that stands before the first message")
     parser.add_argument("--prompt", action="append", help="message, may be repeated (default: type them)")
-    parser.add_argument("--max-new-tokens", type=positive, default=256)
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="tokens of a reply, at most")
     parser.add_argument(
         "--piece", type=positive, help="tokens of a document read at a time (default: as generate does)"
     )
-    parser.add_argument("--device", type=device, default="cuda" if gpu else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16" if gpu else "float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="precision of the model",
+    )
     return parser.parse_args(argv)
 
 

@@ -26,6 +26,17 @@ class Refused(SystemExit):
         print(message, file=sys.stderr)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows descriptions as they are written, and the default of each option that its help does not name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if "default" in text or default in (None, [], argparse.SUPPRESS) or isinstance(default, bool):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{text} (default: {shown})".replace("%", "%%")
+
+
 @contextmanager
 def user_errors(program: str) -> Iterator[None]:
     """Within this context, an error that a user can put right ends the script, without a traceback."""

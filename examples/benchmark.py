@@ -17,7 +17,7 @@ from datetime import date
 from typing import Any
 
 import torch
-from _common import count, positive
+from _common import Help, count, positive
 from peak_memory import PeakMemory
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -165,7 +165,7 @@ def decoding(window: int, sinks: int, repeats: int, layers: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the scans and the attention, or a decode step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--length", type=positive, default=4096, help="tokens for the scans")
     parser.add_argument(
         "--lengths", type=positive, nargs="+", default=[8192, 16384, 32768], help="tokens for the attention"
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sinks", type=count, default=128, help="of the decode step")
     parser.add_argument("--repeats", type=positive, default=50, help="tokens to decode")
     parser.add_argument("--layers", type=positive, default=30, help="layers of the model that decodes")
-    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--threads", type=positive, default=1, help="of PyTorch")
     parser.add_argument("--peak", type=positive, help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import openai
-from _common import Refused, count, number, positive
+from _common import Help, Refused, count, number, positive
 
 QUESTIONS = (
     "Tell me about the history of bridges.",
@@ -65,9 +65,9 @@ def converse(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Ask; returns the sums."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--clients", type=positive, default=16)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="where the server answers")
+    parser.add_argument("--clients", type=positive, default=16, help="conversations at the same time")
     parser.add_argument("--requests", type=positive, default=2, help="of each client, in one conversation (default: 2)")
     parser.add_argument("--max-tokens", type=count, default=64, help="of each reply (default: 64)")
     parser.add_argument("--temperature", type=number(2), default=0, help="0 takes the best token (default: 0)")

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from _common import compressor_names, count, device, number, positive, user_errors
+from _common import Help, compressor_names, count, device, number, positive, user_errors
 from comparison import Comparison
 from comparison_table import plot, rows_of, title_of
 from gap import SEGMENT
@@ -110,14 +110,14 @@ def one_configuration() -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
     add("--text", type=Path, nargs="*", default=[], help="texts to train on (default: the Python reference)")
     add("--dev", type=Path, nargs="*", default=[], help="held-out texts, with --text")
     add("--compressors", nargs="+", default=list(COMPRESSORS), metavar="NAME", help="default: those of the library")
     add("--module", nargs="*", default=[], help="Python modules that define further compressors")
-    add("--device", type=device, default="cpu")
+    add("--device", type=device, default="cpu", help="where it runs: cpu, cuda, cuda:1, ...")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     add("--steps", type=positive, help="default: 48 on a GPU, 12 on a CPU")
     add("--batch", type=positive, help="sequences a step (default: 8; 2 on a CPU)")
@@ -125,14 +125,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=positive, help="tokens in each sequence (default: 4,096; 1,024 on a CPU)")
     add("--window", type=positive, help="default: 480; 112 on a CPU")
     add("--sinks", type=count, help="default: 32; 16 on a CPU")
-    add("--lr", type=number(10.0), default=2e-3)
+    add("--lr", type=number(10.0), default=2e-3, help="learning rate at its highest")
     add("--stretches", type=positive, help="held-out texts to measure on, an even number (default: 32; 8 on a CPU)")
     add("--spans", type=count, help="repeated spans (default: 32; 4 on a CPU)")
     add("--needles", type=count, help="prompts of each needle task (default: 8; 1 on a CPU)")
     add("--decode", type=count, default=32, help="tokens to time, 8 or more, 0 for none")
     add("--compiled-decode", action="store_true", help="time the compiled step, which takes a while to compile")
     add("--autotune", action="store_true", help="let kernels find their fastest form: minutes at their first call")
-    add("--seed", type=count, default=0)
+    add("--seed", type=count, default=0, help="of the random numbers")
     add("--output", type=Path, required=True, help="folder for results.json, results.txt and results.png")
     options = parser.parse_args(arguments)
     if bool(options.text) != bool(options.dev):

@@ -13,7 +13,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from _common import compressor_names, count, positive
+from _common import Help, compressor_names, count, positive
 
 # isort: split
 # --8<-- [start:imports]
@@ -153,10 +153,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     Returns:
         Accuracies by decoder: ``before``, ``after``, ``long`` (after training, with the longest noise).
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--steps", type=positive, default=800, help="training steps of each decoder (default: 800)")
-    parser.add_argument("--compressor", default="GatedDeltaNet", choices=compressor_names())
-    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument(
+        "--compressor", default="GatedDeltaNet", choices=compressor_names(), help="the memory's recurrence"
+    )
+    parser.add_argument("--seed", type=count, default=0, help="of the random numbers")
     args = parser.parse_args(argv)
 
     results, seconds = {}, time.perf_counter()

@@ -2,10 +2,11 @@
 
     python examples/evaluate.py --adapter examples/adapters/smollm2-135m-instruct-gdn --text novel.txt --output results
 
-Five parts, each switched off by giving it 0: loss while a text streams by (``--tokens``), the share of the gap between
-window and full attention that the memory closes at several capacities (``--stretches``), loss on spans that come again
-after they were evicted (``--spans``), needle tasks scored by where the needle lies (``--needles``), and the ways to
-position the sinks (``--sink-positions``). Writes a table, a JSON file and a picture.
+Three parts run unless they are given 0: loss while a text streams by (``--tokens``), the share of the gap between
+window and full attention that the memory closes at several capacities (``--stretches``), and needle tasks scored by
+where the needle lies (``--needles``). Two run if they are given: loss on spans that come again after they were
+evicted (``--spans``), and the ways to position the sinks (``--sink-positions``). Writes a table, a JSON file and a
+picture.
 
 A memory that has slots is compared at equal capacity (``arms.py``): the window holds as many tokens as window and slots
 together. If it has a compressor as well, each of the two is also measured alone. ``--scores`` fills the slots by scores
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import compressor_names, count, device, find_adapter, give_memory, number, positive, user_errors
+from _common import Help, compressor_names, count, device, find_adapter, give_memory, number, positive, user_errors
 from arms import arms_of, equal_window, own_window, set_rate, set_slots, slots_of
 from evaluation_plots import plot
 from gap import SEGMENT
@@ -130,7 +131,7 @@ def capacity(text: str) -> tuple[int, int]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder, hub id or gemma3; default: SmolLM2-135M-Instruct")
     add("--adapter", required=True, help="trained memory: folder, file or hub id")
@@ -142,7 +143,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--slots", type=positive, help="evicted tokens kept in each head; default: the adapter's own")
     add("--rate", type=number(1.0), help="of aging, in all heads of learned slots; default: the adapter's own, by head")
     add("--stretches", type=count, default=8, help="stretches of text to measure the gap on")
-    add("--length", type=positive, default=8192, help="tokens in each")
+    add("--length", type=positive, default=8192, help="tokens in each stretch")
     add("--start", type=count, default=512, help="positions before this are never counted")
     add("--spans", type=count, default=0, help="texts of --length tokens at whose end an evicted span comes again")
     add("--needles", type=count, default=8, help="prompts for each needle task")
@@ -158,9 +159,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"needle tasks (default: {', '.join(TASKS)}); in other wordings: {', '.join(WORDINGS)}",
     )
     add("--sink-positions", nargs="*", default=[], choices=["trained", "streaming", "absolute"], help="ways to compare")
-    add("--seed", type=count, default=0)
-    add("--device", type=device, default="cuda" if gpu else "cpu")
-    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    add("--seed", type=count, default=0, help="of the random numbers")
+    add("--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
+    add(
+        "--dtype",
+        default="bfloat16" if gpu else "float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="precision of the model",
+    )
     add("--output", type=Path, required=True, help="folder for results.json, results.txt, results.png")
     return parser.parse_args(arguments)
 

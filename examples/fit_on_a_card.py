@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from _common import compressor_names, count, device, number, positive, user_errors
+from _common import Help, compressor_names, count, device, number, positive, user_errors
 from gpu_measurements import SHAPES
 from peak_memory import PeakMemory
 from torch import nn
@@ -166,19 +166,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--shape", default="qwen2.5-3b", choices=sorted(SHAPES))
+    add("--shape", default="qwen2.5-3b", choices=sorted(SHAPES), help="sizes of the model")
     add("--tokens", type=positive, default=200_000, help="length of the text (default: 200,000)")
     add("--card", type=number(1000), default=24, help="GB that may be used, of 10^9 bytes (default: 24)")
     add("--bits", type=int, default=16, choices=[16, 4], help="of the base model's linear layers (default: 16)")
-    add("--compressor", default="GatedDeltaNet", choices=compressor_names())
-    add("--window", type=positive, default=32_640)
-    add("--sinks", type=count, default=128)
+    add("--compressor", default="GatedDeltaNet", choices=compressor_names(), help="the memory's recurrence")
+    add("--window", type=positive, default=32_640, help="last tokens, kept without loss")
+    add("--sinks", type=count, default=128, help="first tokens, always kept")
     add("--piece", type=positive, default=8192, help="tokens read at a time (default: 8,192)")
     add("--measure", action="store_true", help="run it with random weights")
     add("--full", action="store_true", help="with --measure: full attention too")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs: cpu, cuda, cuda:1, ...",
+    )
     return parser.parse_args(argv)
 
 

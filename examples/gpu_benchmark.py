@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from _common import compressor_names, count, device, positive
+from _common import Help, compressor_names, count, device, positive
 from gpu_measurements import PARTS, SHAPES, Results
 from gpu_prompts import batches
 from gpu_turns import kept
@@ -81,22 +81,33 @@ def plot(results: Results, path: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--shape", default="qwen2.5-3b", choices=sorted(SHAPES))
+    add("--shape", default="qwen2.5-3b", choices=sorted(SHAPES), help="sizes of the model")
     add("--layers", type=count, default=0, help="fewer layers than the shape has")
-    add("--compressor", default=GatedDeltaNet.__name__, choices=compressor_names())
-    add("--window", type=positive, default=32_640)
-    add("--sinks", type=count, default=128)
+    add("--compressor", default=GatedDeltaNet.__name__, choices=compressor_names(), help="the memory's recurrence")
+    add("--window", type=positive, default=32_640, help="last tokens, kept without loss")
+    add("--sinks", type=count, default=128, help="first tokens, always kept")
     add("--length", type=positive, default=131_072, help="tokens of the prompt")
     add("--lengths", type=positive, nargs="*", default=[1_048_576], help="further lengths, with the memory only")
     add("--batches", type=positive, nargs="*", default=[8, 32], help="batch sizes to read and to decode")
-    add("--new-tokens", type=positive, default=128)
-    add("--train-length", type=positive, default=8192)
-    add("--train-batch", type=positive, default=1)
-    add("--parts", nargs="+", default=[name for name in MEASURED if name != "first"], choices=MEASURED)
-    add("--device", type=device, default="cuda" if gpu else "cpu")
-    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    add("--new-tokens", type=positive, default=128, help="tokens to decode")
+    add("--train-length", type=positive, default=8192, help="tokens of a training sequence")
+    add("--train-batch", type=positive, default=1, help="sequences of a training step")
+    add(
+        "--parts",
+        nargs="+",
+        default=[name for name in MEASURED if name != "first"],
+        choices=MEASURED,
+        help="what is measured",
+    )
+    add("--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
+    add(
+        "--dtype",
+        default="bfloat16" if gpu else "float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="precision of the model",
+    )
     add("--output", type=Path, help="folder for results.json and results.png")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from _common import compressor_names, count, number, positive, user_errors
+from _common import Help, compressor_names, count, number, positive, user_errors
 from quickstart import load_text
 
 # isort: split
@@ -216,15 +216,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--text", type=Path, help="UTF-8 text file (default: the reference of the Python language)")
     add("--steps", type=positive, default=1000, help="training steps of each model (default: 1000)")
     add("--length", type=positive, default=128, help="characters of a training text (default: 128)")
     add("--tokens", type=positive, default=600, help="characters to write (default: 600)")
     add("--temperature", type=number(10.0), default=0.8, help="of the writing (default: 0.8)")
-    add("--compressor", default="GatedDeltaNet", choices=compressor_names())
-    add("--seed", type=count, default=0)
+    add("--compressor", default="GatedDeltaNet", choices=compressor_names(), help="the memory's recurrence")
+    add("--seed", type=count, default=0, help="of the random numbers")
     args = parser.parse_args(argv)
     if args.temperature == 0:
         parser.error("--temperature 0: expected a positive number")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from _common import positive
+from _common import Help, positive
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # --8<-- [start:eviction]
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     Returns:
         ``cache``: the cache after generation; ``gap``: how much the policy changed the logits.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--tokens", type=positive, default=400, help="length of the prompt (default: 400)")
     parser.add_argument("--new-tokens", type=positive, default=40, help="tokens to generate (default: 40)")
     parser.add_argument("--slots", type=positive, default=8, help="tokens kept in each key/value head (default: 8)")

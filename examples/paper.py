@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from _chat import SMALL, random_model
 from _common import (
+    Help,
     compressor_names,
     count,
     describes_itself,
@@ -192,7 +193,7 @@ def _cell(found: Results | None) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
     add("--random-weights", action="store_true", help="a tiny model with random weights: a rehearsal, no scores")
@@ -212,8 +213,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=positive, help="prompts of each task (default: all)")
     add("--data", type=Path, help="folder with lv_eval/, infinite_bench/, longbench/ (default: the hub)")
     add("--ruler-length", type=int, default=131_072, choices=RULER_LENGTHS, help="of its prompts (default: 131072)")
-    add("--device", default="cuda" if gpu else "cpu")
-    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16", "float16"])
+    add("--device", default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
+    add(
+        "--dtype",
+        default="bfloat16" if gpu else "float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="precision of the model",
+    )
     add("--output", type=Path, required=True, help="folder for results.md, results.json, answers")
     options = parser.parse_args(arguments)
     options.tasks_given, options.tasks = options.tasks is not None, options.tasks or list(PAPER)

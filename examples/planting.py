@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import count, positive, user_errors
+from _common import Help, count, positive, user_errors
 from facts import DRAWN, MARK, invent
 from quickstart import load_text
 from smollm2 import load_tokenizer
@@ -310,9 +310,9 @@ def _between(tokens: list[int], edges: list[tuple[int, int, str]], decode: Calla
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print an example."""
-    parser = argparse.ArgumentParser(description="Print a text with facts to recall.")
+    parser = argparse.ArgumentParser(description="Print a text with facts to recall.", formatter_class=Help)
     parser.add_argument("--tokens", type=positive, default=600, help="length of the text")
-    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--seed", type=count, default=0, help="of the random numbers")
     options = parser.parse_args(arguments)
     tokenizer = load_tokenizer(None)
 

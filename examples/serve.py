@@ -16,7 +16,17 @@ from typing import Any
 import torch
 import uvicorn
 from _chat import SMALL, random_model
-from _common import add_memory_options, count, device, find_adapter, give_memory, positive, refuse_model, user_errors
+from _common import (
+    Help,
+    add_memory_options,
+    count,
+    device,
+    find_adapter,
+    give_memory,
+    positive,
+    refuse_model,
+    user_errors,
+)
 from serving.answer import Service
 from serving.app import create_app
 from serving.conversations import Conversations
@@ -29,20 +39,20 @@ from transformers import LlamaConfig
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     gpu = torch.cuda.is_available()
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = made.add_argument
     add("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
     add("--random-weights", action="store_true", help="a tiny model with random weights: no network")
     add("--adapter", help="trained memory: folder, file or hub id (default: none)")
     add_memory_options(made)
     add("--name", help="what the API calls the model (default: the last part of --model)")
-    add("--host", default="127.0.0.1")
-    add("--port", type=count, default=8000)
+    add("--host", default="127.0.0.1", help="address to listen at")
+    add("--port", type=count, default=8000, help="port to listen at")
     add("--rows", type=positive, default=16, help="requests that are answered at the same time (default: 16)")
     add("--waiting", type=count, default=64, help="requests that may wait for a row; others get 429 (default: 64)")
     add("--piece", type=positive, default=2048 if gpu else 256, help="tokens of a prompt read between two steps")
-    add("--stepwise", type=count, default=0, help="a prompt of which so many tokens are left, or fewer, goes on in the "
-        "steps, one token in each (default: 0)")  # fmt: skip
+    add("--stepwise", type=count, default=0, help="when at most so many tokens of a prompt are left, read them in "
+        "the steps of the batch, one in each, and not in a call of their own (default: 0, never)")  # fmt: skip
     add("--fixed-rows", action=argparse.BooleanOptionalAction, default=gpu,
         help="always compute all rows, at fixed addresses: for CUDA graphs; no bit of a reply then depends on other "
         "requests (default: on a GPU)")  # fmt: skip
@@ -53,8 +63,13 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=positive, default=1024, help="tokens of a reply, at most and by default (default: 1024)")
     add("--max-prompt", type=positive, default=1_000_000, help="tokens of a prompt at most (default: 1000000)")
     add("--grace", type=count, default=20, help="seconds that replies have to finish at the end (default: 20)")
-    add("--device", type=device, default="cuda" if gpu else "cpu")
-    add("--dtype", default="bfloat16" if gpu else "float32", choices=["float64", "float32", "bfloat16", "float16"])
+    add("--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
+    add(
+        "--dtype",
+        default="bfloat16" if gpu else "float32",
+        choices=["float64", "float32", "bfloat16", "float16"],
+        help="precision of the model",
+    )
     return made
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import find_adapter, number, positive, user_errors
+from _common import Help, find_adapter, number, positive, user_errors
 from serve import build
 from serve import parser as options_of_a_server
 from serving.app import create_app
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line: the options of a server, and how many there are."""
     made = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         parents=[options_of_a_server()],
         conflict_handler="resolve",
     )

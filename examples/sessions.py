@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import positive, user_errors
+from _common import Help, positive, user_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, bool]:
     Returns:
         ``forked``: the prefix was untouched by its forks; ``resumed``: the other process agrees in every bit.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", help="folder or hub id (default: a small random model)")
     parser.add_argument("--tokens", type=positive, default=1000, help="length of the prefix (default: 1000)")
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import find_adapter, positive, user_errors
+from _common import Help, find_adapter, positive, user_errors
 from smollm2 import load_tokenizer, smollm2_folder
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -35,13 +35,11 @@ def load(name: str | None, adapter: str | Path, processes: int) -> tuple[Any, An
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Load, report and generate; every process does the same."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Help)
     parser.add_argument("--model", help="folder or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--adapter", default=TRAINED, help="trained memory: folder, file or hub id")
     parser.add_argument("--repeat", type=positive, default=500, help="how often the prompt says the same sentence")
-    parser.add_argument("--max-new-tokens", type=positive, default=30)
+    parser.add_argument("--max-new-tokens", type=positive, default=30, help="tokens to generate")
     args = parser.parse_args(argv)
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))

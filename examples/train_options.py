@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from _common import add_memory_options, count, number, positive
+from _common import Help, add_memory_options, count, number, positive
 
 WINDOW, SINKS = 480, 32
 """The window of the adapter. Each training step draws its own, unless there are slots."""
@@ -59,7 +59,7 @@ def check_dev_length(options: argparse.Namespace, capacity: int) -> None:
 
 def parse(arguments: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """The command line of ``train.py``."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder or hub id; default: SmolLM2-135M-Instruct")
     add("--text", type=Path, nargs="+", default=[], help="files (.txt, .md, .jsonl) or folders of them, to train on")
@@ -69,34 +69,49 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     add("--column", default="text", help="column of the dataset, or field of .jsonl files, that holds the text")
     add("--streaming", action="store_true", help="read no more of the dataset than the steps need")
     add("--dev", type=Path, nargs="+", default=[], help="files or folders, as for --text, to measure on")
-    add("--dev-length", type=positive, default=8192)
+    add("--dev-length", type=positive, default=8192, help="tokens in each stretch of --dev")
     add("--dev-count", type=positive, default=8, help="stretches to measure on")
     add_memory_options(parser, WINDOW, SINKS)
     add_slot_options(parser)
-    add("--shared-state", action="store_true", help="one state per key/value head")
+    add("--shared-state", action="store_true", help="one state per key/value head, not per query head")
     add("--memory-positions", choices=["absolute", "none"], help="rotated keys in the memory (default), or not")
     add("--start-from", help="adapter to go on from, with a new schedule, instead of an empty memory")
-    add("--steps", type=positive, default=200)
+    add("--steps", type=positive, default=200, help="training steps")
     add("--align-steps", type=count, default=0, help="steps of the cheap first stage, layer by layer")
     add("--length", type=positive, default=4096, help="tokens in each training sequence")
-    add("--batch", type=positive, default=8, help="sequences a step and process")
-    add("--accumulate", type=positive, default=1, help="batches a step")
-    add("--lr", type=number(10.0), default=2e-3)
-    add("--ce", type=number(1000.0), default=0.0, help="weight of the cross-entropy")
+    add("--batch", type=positive, default=8, help="sequences in each batch of each process")
+    add("--accumulate", type=positive, default=1, help="batches whose gradients make one step")
+    add("--lr", type=number(10.0), default=2e-3, help="learning rate at its highest")
+    add("--ce", type=number(1000.0), default=0.0, help="weight of the cross-entropy, beside the divergence")
     add("--layer-loss", type=number(1000.0), default=0.0, help="weight of the error of each layer's attention output")
-    add("--shortest", type=number(0.99), default=0.0, help="smallest capacity drawn, as a share of the length")
-    add("--draw-sinks", type=count, nargs="+", default=[4, 16, 32, 64, 128], help="numbers of sinks to draw from")
+    add(
+        "--shortest",
+        type=number(0.99),
+        default=0.0,
+        help="smallest window, sinks included, drawn for a step, as a share of the length",
+    )
+    add(
+        "--draw-sinks",
+        type=count,
+        nargs="+",
+        default=[4, 16, 32, 64, 128],
+        help="numbers of sinks to draw from for a step",
+    )
     add("--copies", type=number(1.0), default=0.5, help="share of sequences with repeated spans")
-    add("--gradient-checkpointing", action="store_true")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, more time: the backward pass runs layers again",
+    )
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="compile the layers; default: in half precision on a GPU",
     )
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--eval-every", type=count, default=0)
-    add("--save-every", type=positive, default=100)
-    add("--seed", type=count, default=0)
+    add("--eval-every", type=count, default=0, help="steps between measurements on --dev; 0 measures at the end only")
+    add("--save-every", type=positive, default=100, help="steps between checkpoints")
+    add("--seed", type=count, default=0, help="of the random numbers")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--output", type=Path, required=True, help="folder for the adapter and its checkpoints")
     options = parser.parse_args(arguments)

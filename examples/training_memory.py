@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from _common import compressor_names, device, positive, user_errors
+from _common import Help, compressor_names, device, positive, user_errors
 from gpu_measurements import SHAPES
 from peak_memory import PeakMemory
 from torch import Tensor
@@ -163,12 +163,18 @@ def main(argv: Sequence[str] | None = None) -> dict[tuple[str, int, int], tuple[
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--shape", nargs="+", default=[u for u in MODELS if u.startswith("llama")], choices=sorted(MODELS))
+    add(
+        "--shape",
+        nargs="+",
+        default=[u for u in MODELS if u.startswith("llama")],
+        choices=sorted(MODELS),
+        help="sizes of the model",
+    )
     add("--lengths", type=positive, nargs="+", default=[2048, 8192], help="tokens of a sequence (default: 2048 8192)")
     add("--batches", type=positive, nargs="+", default=[1, 4], help="sequences of a step (default: 1 4)")
-    add("--compressor", default="GatedDeltaNet", choices=compressor_names())
+    add("--compressor", default="GatedDeltaNet", choices=compressor_names(), help="the memory's recurrence")
     add("--measure", action="store_true", help="also run steps, compiled on a GPU, without gradient checkpointing")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="for --measure")
     return parser.parse_args(argv)

@@ -109,6 +109,25 @@ def parse(run, monkeypatch):
     return only_parse
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_help_of_a_script_explains_every_option_and_shows_its_default(path, run, monkeypatch):
+    def parse_args(self, args=None, namespace=None):
+        raise Parsed(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    try:
+        run(str(path), [])
+    except Parsed as parsed:
+        made = parsed.args[0]
+    formatter, lacking = made._get_formatter(), []
+    for action in made._actions:
+        text = formatter._expand_help(action) if action.help else ""
+        shows = action.default in (None, [], argparse.SUPPRESS) or isinstance(action.default, bool) or "default" in text
+        if action.help != argparse.SUPPRESS and not (text and shows):
+            lacking.append((action.dest, text))
+    assert not lacking
+
+
 @cache
 def requirements():
     """The extras of the project, and all requirements of theirs."""

@@ -218,6 +218,9 @@ def keep_best(
 
     Returns:
         What ``Eviction.push`` returns.
+
+    Raises:
+        ValueError: if ``priority`` returns another shape.
     """
     slots, filled, arriving = Tokens.from_named(kept), kept["filled"], leaving.tokens
     count, size, compact = len(arriving), len(slots), "refused" in kept

@@ -191,7 +191,13 @@ def arm_losses(
 
 
 def gap_closed(full: float, window: float, memory: float) -> float:
-    """Which share of what the window loses against full attention the memory wins back: 1 is all, NaN if no gap."""
+    """Which share of what the window loses against full attention the memory wins back: 1 is all, NaN if no gap.
+
+    Args:
+        full: mean loss of full attention, as ``arm_losses`` finds it, in nats a token.
+        window: that of the window alone.
+        memory: that of the memory.
+    """
     return (window - memory) / (window - full) if window != full else float("nan")
 
 

@@ -35,7 +35,7 @@ class HippocampalCache(DynamicCache):
     """The cache of a retrofitted model, as ``generate`` makes it: a transformers cache that can be forked and saved.
 
     Make one yourself to keep it over several calls: ``generate(..., cache=HippocampalCache())``. Before transformers
-    5.24 a model that is not retrofitted calls this argument ``past_key_values``.
+    5.24 a model that is not retrofitted calls this argument ``past_key_values``. It needs no arguments; ``offloading`` is refused when a model takes the cache.
 
     Examples:
         >>> cache = HippocampalCache()

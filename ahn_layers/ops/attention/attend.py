@@ -69,7 +69,6 @@ class SoftmaxAttention:
             logits (arXiv 2508.10925, section 2.2), ``weights = exp(l_j) / (exp(null) + sum_i exp(l_i))``.
         dense: the base model's own causal attention ``(q, k, v, valid) -> out``, called instead of ours as long as no
             token has left the window, for bit-identical results. With padding (``valid``) only for the first tokens.
-
         ahead: the last of the new tokens that the query of each sees, as a column of the call, for images whose tokens
             see each other: never less than its own column, and never less than that of the token before. None for
             causal attention.

@@ -34,8 +34,8 @@ from .transaction import length_before, settle, settle_for_use
 class HippocampalCache(DynamicCache):
     """The cache of a retrofitted model, as ``generate`` makes it: a transformers cache that can be forked and saved.
 
-    Make one yourself to keep it over several calls: ``generate(..., cache=HippocampalCache())``. Before transformers
-    5.24 a model that is not retrofitted calls this argument ``past_key_values``. It needs no arguments; ``offloading`` is refused when a model takes the cache.
+    Make one yourself to keep it over several calls: ``generate(..., cache=HippocampalCache())``. It needs no arguments.
+    Before transformers 5.24 a model that is not retrofitted calls that of ``generate`` ``past_key_values``.
 
     Examples:
         >>> cache = HippocampalCache()

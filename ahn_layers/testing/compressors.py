@@ -46,6 +46,7 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
             f"compressor=<{type(compressor).__name__} object>: expected the class; pass the options of its "
             "constructor beside it."
         )
+    _check_constructor(compressor, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         memory = compressor(_N, _H, _D, num_kv_heads=_G, **options).double()
@@ -65,8 +66,20 @@ def check_compressor(compressor: type[Compressor], **options: Any) -> None:
         _check_gradients(memory, q, k, v, x)
 
 
+def _check_constructor(compressor: type[Compressor], options: dict[str, Any]) -> None:
+    sizes = dict.fromkeys(("hidden_size", "num_heads", "head_dim", "num_kv_heads", "value_dim"))
+    try:
+        inspect.signature(compressor).bind(**sizes, **options)
+    except TypeError as error:
+        raise AssertionError(
+            f"{compressor.__name__}(...) cannot be made with all sizes by name ({error}): take them and hand them on, "
+            "def __init__(self, *sizes, decay=0.9, **others): super().__init__(*sizes, **others)."
+        ) from error
+
+
 def _check_gates(memory: Compressor, x: Tensor) -> None:
     gates = memory.gates(x)
+    assert isinstance(gates, dict), f"gates(x) is of type {type(gates).__name__}, expected tensors by name in a dict."
     where, taken = "fold", list(inspect.signature(memory.fold).parameters)[3:]
     if isinstance(memory, Recurrent) and memory.declared:
         where, taken = "recurrence", memory.recurrence().gates
@@ -85,6 +98,9 @@ def _check_gates(memory: Compressor, x: Tensor) -> None:
 
 def _check_fold(memory: Compressor, k: Tensor, v: Tensor, x: Tensor) -> None:
     state = memory.init_state(_B, k.new_zeros(()))
+    assert isinstance(state, Tensor | dict), (
+        f"init_state is of type {type(state).__name__}, expected a tensor, or several by name in a dict."
+    )
     for name, u in _named(state):
         assert u.dim() >= 1 and u.shape[0] == _B, (
             f"init_state{name} has shape {tuple(u.shape)}, expected batch {_B} first."

@@ -11,6 +11,7 @@ from ..compressors import GatedDeltaNet
 from ..eviction import Eviction
 from ..evictions.salient_slots import PRIORITY
 from ..memory import MemoryStore
+from ..ops.attention.between import Between
 from ..state import MemoryState
 from ..tokens import Later, Leaving, Tokens
 from ..window import Window
@@ -85,7 +86,13 @@ def _check_once(policy: Eviction, k: Tensor, v: Tensor, x: Tensor) -> None:
     for start, stop in ((0, 1), (1, 9), (9, _T)):
         before = {name: u.clone() for name, u in kept.items()}
         tokens = everything.tokens.columns(start, stop)
-        seen, gone, after = policy.push(kept, Leaving.of(0, tokens, None, torch.arange(start, stop)))
+        pushed = policy.push(kept, Leaving.of(0, tokens, None, torch.arange(start, stop)))
+        parts, kinds = pushed if isinstance(pushed, tuple) else (pushed,), (Between | None, Leaving, dict)
+        assert len(parts) == 3 and all(map(isinstance, parts, kinds)), (
+            f"push returned {', '.join(type(u).__name__ for u in parts)}: expected what queries see (Between, or "
+            "None), what is folded (Leaving, as it was given or from Leaving.of) and what is carried (dict)."
+        )
+        seen, gone, after = pushed
         assert all(torch.equal(u, before[name]) for name, u in kept.items()), (
             "push changed what it was given: return new tensors, no in-place ops."
         )
@@ -199,7 +206,10 @@ def _check_cutting(store: MemoryStore, *tensors: Tensor) -> None:
         results.append((out, state.memory, *gradients))
         for one, whole in zip(results[-1], results[0], strict=True):
             error = float((one - whole).abs().max().detach())  # type: ignore[operator]
-            assert error < 1e-8, f"cut into {cuts} outputs, state or gradients differ by {error:.2g} from one pass."
+            assert error < 1e-8, (
+                f"cut into {cuts} outputs, state or gradients differ by {error:.2g} from one pass: a priority must "
+                "depend on its token alone, and push on nothing but what it is given and what it carried."
+            )
 
 
 def _check_rows(store: MemoryStore, *tensors: Tensor) -> None:

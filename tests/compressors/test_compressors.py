@@ -72,7 +72,25 @@ class UnusedParameter(Mean):
         self.forgotten = torch.nn.Parameter(torch.ones(3))
 
 
+class WithoutSizes(Mean):
+    def __init__(self, hidden_size, num_heads, head_dim):
+        super().__init__(hidden_size, num_heads, head_dim)
+
+
+class StateInATuple(Mean):
+    def init_state(self, batch_size, like):
+        return (super().init_state(batch_size, like),)
+
+
+class GateInATensor(Mean):
+    def gates(self, x):
+        return x.mean(-1)[:, None].expand(-1, self.num_states, -1)
+
+
 BROKEN = {
+    WithoutSizes: "got an unexpected keyword argument 'num_kv_heads'.*hand them on",
+    StateInATuple: "init_state is of type tuple, expected a tensor, or several by name",
+    GateInATensor: r"gates\(x\) is of type Tensor, expected tensors by name",
     WritesInPlace: "fold changed the state",
     Growing: "a memory has a fixed size",
     Loud: "a fresh memory changes the output",

@@ -14,6 +14,9 @@ from .state import MemoryState
 def join_rows(states: Sequence[MemoryState]) -> MemoryState:
     """One state with the rows of all, in that order; they may have seen different numbers of tokens.
 
+    Args:
+        states: of stores of one window, with one compressor and eviction.
+
     Returns:
         A state that shares nothing with them, detached from any graph.
 
@@ -47,6 +50,11 @@ def join_rows(states: Sequence[MemoryState]) -> MemoryState:
 @torch.no_grad()
 def put_rows(state: MemoryState, rows: Int[Tensor, " r"], other: MemoryState) -> None:
     """Replace rows of a state by those of another one. Tensors stay where they are, unless the others hold more tokens.
+
+    Args:
+        state: is changed.
+        rows: the numbers of its rows that are replaced.
+        other: has as many rows.
 
     Raises:
         ValueError: if the states do not fit together. Nothing has changed.

@@ -113,7 +113,12 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     add("--save-every", type=positive, default=100, help="steps between checkpoints")
     add("--seed", type=count, default=0, help="of the random numbers")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--output", type=Path, required=True, help="folder for the adapter and its checkpoints")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for the adapter and its checkpoints; earlier ones are replaced",
+    )
     options = parser.parse_args(arguments)
     if bool(options.text) == bool(options.dataset):
         parser.error("give one of --text and --dataset")

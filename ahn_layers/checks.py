@@ -25,18 +25,6 @@ def check_kinds(parts: Mapping[str, tuple[object, type]]) -> None:
             raise TypeError(f"{name}={part!r}: expected an object of {kind.__name__} or of a subclass.")
 
 
-def check_rotation(rotary: Rotary | None, q: Tensor) -> None:
-    """Whether queries have the channels that are said to be rotated."""
-    if rotary is None:
-        return
-    pairs, size = rotary.inv_freq.shape[0], q.shape[3]
-    if rotary.start + 2 * pairs > size:
-        raise ValueError(
-            f"Rotary turns {2 * pairs} channels from channel {rotary.start} on, two for each of the {pairs} of "
-            f"inv_freq, q has {size}: expected one frequency for each pair of rotated channels."
-        )
-
-
 def check_inputs(
     q: Tensor,
     k: Tensor,
@@ -45,8 +33,9 @@ def check_inputs(
     valid: Tensor | None,
     compressor: Compressor | None,
     eviction: Eviction,
+    rotary: Rotary | None,
 ) -> None:
-    """Shapes, devices and dtypes of one call among themselves and against the compressor."""
+    """Shapes, devices and dtypes of one call among themselves, and against the parts of the store."""
     for name, u in (("q", q), ("k", k), ("v", v)):
         if u.ndim != 4 or not u.is_floating_point():
             raise ValueError(
@@ -80,6 +69,8 @@ def check_inputs(
         )
     if valid is not None:
         _check_valid(valid, batch, count)
+    if rotary is not None:
+        _check_rotation(rotary, q)
     if compressor is not None:
         _check_compressor(compressor, q, k, v, x)
     elif eviction.reads_hidden:
@@ -87,6 +78,16 @@ def check_inputs(
             name = type(eviction).__name__
             raise ValueError(f"x=None: {name} needs the hidden states that enter the attention block.")
         _check_hidden(x, q, x.shape[-1] if x.ndim else 0)
+
+
+def _check_rotation(rotary: Rotary, q: Tensor) -> None:
+    """Whether queries have the channels that are said to be rotated."""
+    pairs, size = rotary.inv_freq.shape[0], q.shape[3]
+    if rotary.start + 2 * pairs > size:
+        raise ValueError(
+            f"Rotary turns {2 * pairs} channels from channel {rotary.start} on, two for each of the {pairs} of "
+            f"inv_freq, q has {size}: expected one frequency for each pair of rotated channels."
+        )
 
 
 def _check_order(compressor: Compressor | None, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None) -> None:

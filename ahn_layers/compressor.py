@@ -183,9 +183,7 @@ class Compressor(nn.Module, ABC):
             The readings, in the dtype of the state or of ``k``, and the state after the last token.
         """
         if torch.compiler.is_compiling() and q.shape[2] > _UNROLLED:
-            from .uncompiled import uncompiled
-
-            return uncompiled(Compressor.scan, self, state, q, k, v, gates, mask)  # type: ignore[no-any-return]
+            return _scan_uncompiled(self, state, q, k, v, gates, mask)
         dtype = state_dtype(q)
         k, v = (u.repeat_interleave(self.num_states // u.shape[1], dim=1) for u in (k, v))
         folds = None if mask is None else self.per_state(mask)
@@ -230,6 +228,13 @@ class Compressor(nn.Module, ABC):
         """
         gate = self.read_gate(x)
         return self.o_proj(rms_normalize(r) if gate is None else gated_rms_norm(r, self.o_norm.weight, gate))
+
+
+def _scan_uncompiled(compressor: Compressor, *args: Any) -> tuple[Tensor, State]:
+    """``Compressor.scan`` in the middle of compiled code, by Python."""
+    from .uncompiled import uncompiled
+
+    return uncompiled(Compressor.scan, compressor, *args)  # type: ignore[no-any-return]
 
 
 def _is_latest(cls: type, method: str, others: tuple[str, ...]) -> bool:

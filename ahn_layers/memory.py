@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .arrivals import Arrivals
 from .autocast import outside_autocast
 from .calls import StoreCall
-from .checks import check_inputs, check_kinds, check_rotation, check_state, check_whole
+from .checks import check_inputs, check_kinds, check_state, check_whole
 from .compressor import Compressor, state_dtype
 from .eviction import RIDES, Eviction, FoldAll, evict, first_kept
 from .ops.attention.attend import SoftmaxAttention
@@ -191,8 +191,7 @@ class MemoryStore(nn.Module):
             ValueError: if shapes, devices or dtypes do not fit together or do not fit the state. Nothing has changed.
         """
         compressor, eviction, positions = self.recalling, self.eviction, self.positions
-        check_inputs(q, k, v, x, valid, compressor, eviction)
-        check_rotation(self.rotary, q)
+        check_inputs(q, k, v, x, valid, compressor, eviction, self.rotary)
         tokens, outs = self.arrive(k, v, x), []
         state = self.init_state(tokens) if state is None else state
         check_state(state, tokens, self.window, compressor, eviction)

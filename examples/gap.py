@@ -140,8 +140,9 @@ def measure_spans(losses: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 def _losses(model: Any, arm: str, ids: Tensor, start: int, window: tuple[int, int] | None) -> Tensor:
     """Losses of the first row."""
+    mode = arm if arm in ("full", "window") else "memory"
     with use_arm(model, arm, window):
-        return arm_losses(model, ids, start=start, arms=["memory"])["memory"][0].double().cpu()
+        return arm_losses(model, ids, start=start, arms=[mode])[mode][0].double().cpu()
 
 
 def measure(losses: list[dict[str, Tensor]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import GenerationMixin
 
 from . import speedups
 from .config_view import base_name, original
@@ -26,6 +27,10 @@ SHORTEST_CHUNK = 256
 """Tokens of each row that are read at a time at least, however many rows there are."""
 
 
+CUTS_BEHIND_A_CACHE = "prefill_ids" in GenerationMixin._prefill.__code__.co_varnames
+"""Whether transformers cuts what a cache does not hold yet, and not the whole text again (5.17 to 5.20, at least)."""
+
+
 class ChosenSize(int):
     """A size of pieces that the caller has not asked for."""
 
@@ -39,8 +44,8 @@ def piece_for(model: Any, rows: int) -> ChosenSize:
 class Prefill(ModelMethod):
     """Stands in for ``model._prefill``: the prompt is read without compiling the model, whatever the cache.
 
-    Chunks have many lengths, decoding has one. On a cache that holds tokens already, the new ones are cut here:
-    transformers 5.17 would begin again with the first.
+    Chunks have many lengths, decoding has one. On a cache that holds tokens already, the new ones are cut here, where
+    transformers would begin again with the first.
 
     On a GPU, unless the caller asked for a size of pieces, a batch is read a few rows at a time (see ``row_groups``), a
     prompt that outgrows the window by compiled layers (see ``speedups``), and one that does not is read at once.
@@ -82,6 +87,7 @@ class Prefill(ModelMethod):
         model: Any = self.model
         args, kwargs = how
         before, asked = generation_config.disable_compile, generation_config.prefill_chunk_size
+        columns = _columns(generation_config, model_kwargs)
         reads, size = model, asked
         if not are_off(_blocks(model)):
             reads, size = self._choose(input_ids, generation_config, model_kwargs)
@@ -90,7 +96,9 @@ class Prefill(ModelMethod):
         try:
             for end in self._ends(input_ids, generation_config, model_kwargs):
                 upto = {name: u[..., :end] for name, u in model_kwargs.items() if name in PER_TOKEN and u is not None}
+                generation_config._mask_length = end
                 read(input_ids[:, :end], generation_config, model_kwargs | upto, *args, **kwargs)
+            generation_config._mask_length = columns
             return read(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             generation_config.disable_compile, generation_config.prefill_chunk_size = before, asked
@@ -116,13 +124,20 @@ class Prefill(ModelMethod):
 
     def _ends(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> range:
         """Up to where to read before the rest is read in one go; nothing to do for an empty cache."""
-        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
-        size, past = generation_config.prefill_chunk_size, 0 if cache is None else int(cache.get_seq_length())
-        if size is None or past == 0 or mask is None:
+        cache, size = model_kwargs.get(CACHE), generation_config.prefill_chunk_size
+        columns, past = _columns(generation_config, model_kwargs), 0 if cache is None else int(cache.get_seq_length())
+        cuts = CUTS_BEHIND_A_CACHE and model_kwargs.get("attention_mask") is None
+        if size is None or past == 0 or columns < 0 or cuts:
             return range(0)
         generation_config.prefill_chunk_size = None
-        whole = mask.shape[1] == input_ids.shape[1]  # else the ids are the new ones only
+        whole = columns == input_ids.shape[1]  # else the ids are the new ones only
         return range(past + size, input_ids.shape[1], size) if whole else range(0)
+
+
+def _columns(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
+    """Columns of the mask, which transformers drops and notes where nothing is hidden; -1 if it is not known."""
+    mask = model_kwargs.get("attention_mask")
+    return int(getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1])
 
 
 def _size_of_pieces(
@@ -133,13 +148,9 @@ def _size_of_pieces(
     Raises:
         ValueError: if there is nothing to read, or the size asked for would change how the prompt is rotated.
     """
-    cache, mask, size = (
-        model_kwargs.get(CACHE),
-        model_kwargs.get("attention_mask"),
-        generation_config.prefill_chunk_size,
-    )
+    cache, size = model_kwargs.get(CACHE), generation_config.prefill_chunk_size
     past = 0 if cache is None else int(cache.get_seq_length())
-    columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+    columns = _columns(generation_config, model_kwargs)
     new = input_ids.shape[1] - past if columns == input_ids.shape[1] else input_ids.shape[1]
     if model_kwargs.get("inputs_embeds") is not None:
         return size  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ahn_layers import GatedDeltaNet, adapter_parameters, full_attention, retrofit
+from ahn_layers import GatedDeltaNet, HippocampalCache, adapter_parameters, full_attention, retrofit
 from ahn_layers.huggingface import prefill
 
 
@@ -43,6 +43,26 @@ def test_generate_reads_long_prompts_in_chunks(model, monkeypatch, pads):
     seen.clear()
     assert torch.equal(model.generate(ids, prefill_chunk_size=30, **inputs), expected)
     assert seen[:2] == [30, 20], "a size that the caller asks for is kept"
+
+
+@pytest.mark.parametrize("cuts", [prefill.CUTS_BEHIND_A_CACHE, False])
+@pytest.mark.parametrize("pads", [0, 5])
+def test_behind_a_cache_only_what_is_new_is_read_in_chunks(model, monkeypatch, pads, cuts):
+    """Whether transformers cuts it (5.24) or would begin again with the first token (5.17 to 5.20)."""
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(prefill, "SHORTEST_CHUNK", 8)
+    monkeypatch.setattr(prefill, "CUTS_BEHIND_A_CACHE", cuts)
+    ids = torch.randint(1, 64, (2, 90))
+    ids[0, :pads] = 0
+    mask, options = (ids != 0).long(), {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, attention_mask=mask, prefill_chunk_size=90, **options)
+    cache = HippocampalCache()
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        model(ids[:, :40], attention_mask=mask[:, :40], position_ids=positions[:, :40], cache=cache, use_cache=True)
+    seen = lengths_of_calls(model)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache=cache, **options), expected)
+    assert seen == [16, 16, 16, 2, 1, 1, 1] and cache.get_seq_length() == 93
 
 
 def test_rows_share_a_chunk(model, monkeypatch):

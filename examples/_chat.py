@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Help, add_memory_options, device, find_adapter, give_memory, positive, refuse_model, user_errors
+from _common import (
+    Help,
+    add_device_options,
+    add_memory_options,
+    find_adapter,
+    give_memory,
+    positive,
+    refuse_model,
+    user_errors,
+)
 from smollm2 import load_causal_lm
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -142,7 +151,6 @@ def main(argv: Sequence[str] | None, *, description: str, config: PretrainedConf
 
 
 def _parse(argv: Sequence[str] | None, description: str, default: str | None) -> argparse.Namespace:
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     parser.add_argument(
         "--model", default=default, help=f"folder or hub id (default: {default or 'SmolLM2-135M-Instruct'})"
@@ -156,15 +164,7 @@ def _parse(argv: Sequence[str] | None, description: str, default: str | None) ->
     parser.add_argument(
         "--piece", type=positive, help="tokens of a document read at a time (default: as generate does)"
     )
-    parser.add_argument(
-        "--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument(
-        "--dtype",
-        default="bfloat16" if gpu else "float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="precision of the model",
-    )
+    add_device_options(parser)
     return parser.parse_args(argv)
 
 

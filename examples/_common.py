@@ -84,6 +84,20 @@ def device(text: str) -> str:
     return text
 
 
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``: a GPU in bfloat16 if there is one, else the CPU in float32."""
+    gpu = torch.cuda.is_available()
+    parser.add_argument(
+        "--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16" if gpu else "float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="precision of the model",
+    )
+
+
 def number(most: float) -> Callable[[str], float]:
     """A number from 0 to ``most``, for the command line."""
 

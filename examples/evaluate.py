@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Help, compressor_names, count, device, find_adapter, give_memory, number, positive, user_errors
+from _common import (
+    Help,
+    add_device_options,
+    compressor_names,
+    count,
+    find_adapter,
+    give_memory,
+    number,
+    positive,
+    user_errors,
+)
 from arms import arms_of, equal_window, own_window, set_rate, set_slots, slots_of
 from evaluation_plots import plot
 from gap import SEGMENT
@@ -160,13 +170,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--sink-positions", nargs="*", default=[], choices=["trained", "streaming", "absolute"], help="ways to compare")
     add("--seed", type=count, default=0, help="of the random numbers")
-    add("--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
-    add(
-        "--dtype",
-        default="bfloat16" if gpu else "float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="precision of the model",
-    )
+    add_device_options(parser)
     add("--output", type=Path, required=True, help="folder for results.json, results.txt, results.png")
     return parser.parse_args(arguments)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from _common import Help, compressor_names, count, device, positive
+from _common import Help, add_device_options, compressor_names, count, positive
 from gpu_measurements import PARTS, SHAPES, Results
 from gpu_prompts import batches
 from gpu_turns import kept
@@ -80,7 +80,6 @@ def plot(results: Results, path: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--shape", default="qwen2.5-3b", choices=sorted(SHAPES), help="sizes of the model")
@@ -101,13 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=MEASURED,
         help="what is measured",
     )
-    add("--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
-    add(
-        "--dtype",
-        default="bfloat16" if gpu else "float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="precision of the model",
-    )
+    add_device_options(parser)
     add("--output", type=Path, help="folder for results.json and results.png")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import SINKS, WINDOW, Help, count, device, find_adapter, give_memory, positive, user_errors
+from _common import SINKS, WINDOW, Help, add_device_options, count, find_adapter, give_memory, positive, user_errors
 from looks import look
 from matplotlib.figure import Figure
 from peak_memory import PeakMemory
@@ -196,7 +196,6 @@ def choose_adapter(args: argparse.Namespace) -> str | Path | None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Help)
     parser.add_argument("--model", help="folder or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
     adapter = "trained memory: folder, file, hub id, or 'none' (default: the one that comes with the default model)"
@@ -207,15 +206,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=positive, default=WINDOW, help="most recent tokens kept without loss")
     parser.add_argument("--sinks", type=count, default=SINKS, help="first tokens kept without loss")
     parser.add_argument("--plot", type=Path, default=Path("quickstart.png"), help="where the picture goes")
-    parser.add_argument(
-        "--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument(
-        "--dtype",
-        default="bfloat16" if gpu else "float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="precision of the model",
-    )
+    add_device_options(parser)
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from _common import Help, compressor_names, count, device, number, positive
+from _common import Help, add_device_options, compressor_names, count, number, positive
 
 SIZES = {"window": 128, "sinks": 32, "slots": 352}
 """What a memory keeps that is not trained yet."""
@@ -22,7 +21,6 @@ def check_lengths(options: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """The command line of ``learn_to_recall.py``; ``given`` has the names of the sizes that were."""
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder, hub id or gemma3; default: SmolLM2-135M-Instruct")
@@ -60,13 +58,7 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     add("--test-length", type=positive, default=2048, help="tokens in each text of a question (default: 2048)")
     add("--workers", type=count, default=0, help="processes that make training texts (default: 0)")
     add("--seed", type=count, default=0, help="of the random numbers")
-    add("--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
-    add(
-        "--dtype",
-        default="bfloat16" if gpu else "float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="precision of the model",
-    )
+    add_device_options(parser)
     add("--output", type=Path, default=Path("recall"), help="folder for adapter, figures and picture (default: recall)")
     options = parser.parse_args(arguments)
     options.given = {name for name in SIZES if getattr(options, name) is not None}

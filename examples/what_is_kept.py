@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Help, count, device, find_adapter, give_memory, number, positive, user_errors
+from _common import Help, add_device_options, count, find_adapter, give_memory, number, positive, user_errors
 from kept import kept_tokens, read
 from kept_page import plot, to_html
 from kept_text import describe, format_table, legend, mark_text, split_text
@@ -53,7 +53,6 @@ def give_slots(model: Any, adapter: Path | None, args: argparse.Namespace) -> No
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder or hub id of a causal language model (default: SmolLM2-135M-Instruct)")
@@ -68,13 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--chunk", type=positive, default=512, help="tokens per call of the model (default: 512)")
     add("--html", type=Path, help="write the marked text to this page")
     add("--plot", type=Path, help="draw the kept tokens to this picture")
-    add("--device", type=device, default="cuda" if gpu else "cpu", help="where it runs: cpu, cuda, cuda:1, ...")
-    add(
-        "--dtype",
-        default="bfloat16" if gpu else "float32",
-        choices=["float32", "bfloat16", "float16"],
-        help="precision of the model",
-    )
+    add_device_options(parser)
     args = parser.parse_args(argv)
     if args.adapter and (args.slots or args.score or args.rate is not None):
         parser.error("--slots, --score, --rate: the adapter has its own. Leave these out, or --adapter.")

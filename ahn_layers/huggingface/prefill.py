@@ -28,7 +28,7 @@ SHORTEST_CHUNK = 256
 
 
 CUTS_BEHIND_A_CACHE = "prefill_ids" in GenerationMixin._prefill.__code__.co_varnames
-"""Whether transformers cuts what a cache does not hold yet, and not the whole text again (5.17 to 5.20, at least)."""
+"""Whether transformers cuts what a cache does not hold yet, and not the whole text again (as 5.17 and 5.20 do)."""
 
 
 class ChosenSize(int):

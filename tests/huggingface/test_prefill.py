@@ -48,7 +48,7 @@ def test_generate_reads_long_prompts_in_chunks(model, monkeypatch, pads):
 @pytest.mark.parametrize("cuts", [prefill.CUTS_BEHIND_A_CACHE, False])
 @pytest.mark.parametrize("pads", [0, 5])
 def test_behind_a_cache_only_what_is_new_is_read_in_chunks(model, monkeypatch, pads, cuts):
-    """Whether transformers cuts it (5.24) or would begin again with the first token (5.17 to 5.20)."""
+    """Whether transformers cuts it (5.24) or would begin again with the first token (5.17, 5.20)."""
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", 32)
     monkeypatch.setattr(prefill, "SHORTEST_CHUNK", 8)
     monkeypatch.setattr(prefill, "CUTS_BEHIND_A_CACHE", cuts)

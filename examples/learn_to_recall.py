@@ -211,7 +211,8 @@ def learn(
         save_adapter(model, options.output / "scores")
     for bar, batch in steps("3. answers", crops(2, options.steps), groups=answer_groups(model), **how):
         with soft_slots(model):
-            found_loss = distillation_loss(model, batch["input_ids"], answers=batch["answers"], ce_weight=options.ce)
+            weights = {"answer_weight": 1 - options.truth, "answer_ce_weight": options.truth, "ce_weight": options.ce}
+            found_loss = distillation_loss(model, batch["input_ids"], answers=batch["answers"], **weights)
         found_loss.loss.backward()
         log["losses"].append(found_loss.loss.item())
         bar.set_postfix(loss=f"{mean(log['losses'][-10:]):.3f}")

@@ -34,6 +34,12 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     add("--start-from", help="an adapter without slots, whose compressor takes what is not kept")
     add("--scores-from", help="an adapter with slots, whose scores and rates to begin with")
     add("--ce", type=number(1000.0), default=0.0, help="weight of the loss on the text in the third stage (default: 0)")
+    add(
+        "--truth",
+        type=number(1.0),
+        default=0.5,
+        help="share of the true answers in the loss of answers, the rest is what full attention answers (default: 0.5)",
+    )
     add("--length", type=positive, default=1536, help="tokens in each training text (default: 1536)")
     add("--batch", type=positive, default=1, help="texts a step (default: 1)")
     add(

@@ -241,6 +241,8 @@ def make_trainer(
         model,
         arguments,
         ce_weight=options.ce,
+        answer_weight=1 - options.truth,
+        answer_ce_weight=options.truth,
         layer_weight=options.layer_loss,
         shortest=options.shortest,
         sinks=options.draw_sinks,

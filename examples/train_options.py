@@ -25,6 +25,7 @@ def add_slot_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--slots-by-layer", action="store_true", help="layers that look up get the slots of others, --slots on average")
     add("--facts", type=positive, nargs=2, default=[2, 6], metavar=("LEAST", "MOST"), help="facts in each text")
+    add("--truth", type=number(1.0), default=0.5, help="share of the true answers in the loss of answers")
     add("--temperature", type=number(100.0), default=0.5, help="of the soft choice of the kept tokens")
 
 
@@ -127,7 +128,7 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     if options.eval_every and not options.dev:
         parser.error("--eval-every: give texts to measure on, by --dev")
     check_slots(parser, options)
-    options.for_slots = given(parser, options, ("coverage", "facts", "temperature"))
+    options.for_slots = given(parser, options, ("coverage", "facts", "temperature", "truth"))
     options.without_slots = given(parser, options, ("shortest", "draw_sinks", "copies"))
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output {options.output}: a file, expected a folder")

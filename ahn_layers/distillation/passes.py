@@ -72,6 +72,7 @@ def distillation_loss(
     layer_weight: float = 0.0,
     answers: Bool[Tensor, "b t"] | None = None,
     answer_weight: float = 1.0,
+    answer_ce_weight: float = 0.0,
     slice_size: int = 1024,
 ) -> DistillationLoss:
     """Compare the model with its memory to the same model with full attention (arXiv 2510.07318, section 3.3).
@@ -88,6 +89,7 @@ def distillation_loss(
         answers: True at tokens that decide whether the memory recalls, answers about facts far back for instance. Their
             own mean divergence is added, since among all other tokens they would hardly count.
         answer_weight: factor of that.
+        answer_ce_weight: factor of their own mean cross-entropy: what full attention answers wrongly is not learned.
         slice_size: tokens whose logits exist at a time.
 
     Returns:
@@ -126,11 +128,11 @@ def distillation_loss(
         ce_weight=ce_weight,
         slice_size=slice_size,
     )
-    if answers is not None and answer_weight:
-        chosen = answers[:, start + 1 :]  # the position before a token predicts it
-        if bool(chosen.any()):
-            own, goal = (u[:, start:-1][chosen] for u in (student, teacher))
-            loss = loss + answer_weight * sliced_loss(own, head, teacher=goal, slice_size=slice_size)[0]
+    chosen = None if answers is None else answers[:, start + 1 :]  # the position before a token predicts it
+    if chosen is not None and bool(chosen.any()):
+        own, goal = (u[:, start:-1][chosen] for u in (student, teacher))
+        right, weights = input_ids[:, start + 1 :][chosen], {"kl_weight": answer_weight, "ce_weight": answer_ce_weight}
+        loss = loss + sliced_loss(own, head, teacher=goal, labels=right, slice_size=slice_size, **weights)[0]
     layers = loss.new_zeros(())
     if layer_weight:
         errors = [relative_error(u[:, start:], goal[:, start:]) for u, goal in zip(outputs, goals, strict=True)]

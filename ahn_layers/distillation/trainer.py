@@ -50,6 +50,8 @@ class DistillationTrainer(Trainer):
         kl_weight: factor of KL(teacher || student).
         ce_weight: factor of the cross-entropy on the text.
         layer_weight: factor of the error of each layer's attention output.
+        answer_weight: factor of the divergence of the answers, where examples have them.
+        answer_ce_weight: factor of their cross-entropy.
         random_windows: draw a window for every step, else train on the model's own.
         shortest: smallest capacity drawn, as a share of the length; see
             [`sample_window`][ahn_layers.distillation.sample_window].
@@ -75,6 +77,8 @@ class DistillationTrainer(Trainer):
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
         layer_weight: float = 0.0,
+        answer_weight: float = 1.0,
+        answer_ce_weight: float = 0.0,
         random_windows: bool = True,
         shortest: float = 1 / 8,
         sinks: Sequence[int] = SINKS,
@@ -90,6 +94,7 @@ class DistillationTrainer(Trainer):
         args.remove_unused_columns = False
         super().__init__(model, args, **trainer_arguments)
         self.weights: dict[str, Any] = {"kl_weight": kl_weight, "ce_weight": ce_weight, "layer_weight": layer_weight}
+        self.weights |= {"answer_weight": answer_weight, "answer_ce_weight": answer_ce_weight}
         self.random_windows = random_windows
         self.shortest = shortest
         self.sinks = tuple(sinks)

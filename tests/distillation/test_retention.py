@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from ahn_layers import (
+    GatedDeltaNet,
     HippocampalAttention,
     HippocampalCache,
     SalientSlots,
@@ -214,12 +215,9 @@ def test_visibility_hardens_and_waits():
 
 
 def test_soft_training_reaches_scores_rates_and_compressor():
-    from ahn_layers import GatedDeltaNet
-
     model, ids = made(GatedDeltaNet, dtype=torch.float32), tokens(length=128)
     train_memory(model)
-    answers = torch.zeros_like(ids, dtype=torch.bool)
-    answers[:, 100:104] = True
+    answers = (torch.arange(128) // 4 == 25).expand_as(ids)
     with soft_slots(model, 0.7):
         assert {policy.temperature for policy in salient_slots(model)} == {0.7}
         plain = distillation_loss(model, ids).loss
@@ -231,6 +229,23 @@ def test_soft_training_reaches_scores_rates_and_compressor():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         if ".eviction." in name:
             assert parameter.grad.any(), name
+
+
+def test_true_answers_are_learned_beside_those_of_full_attention():
+    model, ids = made(dtype=torch.float64), tokens(length=128)
+    train_memory(model)
+    answers = (torch.arange(128) // 4 == 25).expand_as(ids)
+    plain = distillation_loss(model, ids, ce_weight=1.0).loss.item()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, :-1][answers[:, 1:]]
+        with full_attention(model):
+            goal = model(ids, use_cache=False).logits[:, :-1][answers[:, 1:]].log_softmax(-1)
+    entropy = torch.nn.functional.cross_entropy(logits, ids[answers]).item()
+    divergence = (goal.exp() * (goal - logits.log_softmax(-1))).sum(-1).mean().item()
+    for kl, ce in ((1.0, 0.0), (0.0, 2.0), (0.25, 0.75)):
+        weights = {"ce_weight": 1.0, "answer_weight": kl, "answer_ce_weight": ce}
+        found = distillation_loss(model, ids, answers=answers, **weights).loss.item()
+        assert found == pytest.approx(plain + kl * divergence + ce * entropy, rel=1e-9), (kl, ce)
 
 
 def test_a_gradient_step_brings_the_soft_loss_down():
@@ -322,12 +337,14 @@ def test_the_trainer_teaches_slots(tmp_path):
     before = {name: u.detach().clone() for name, u in adapter_parameters(model)}
     options = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": "none", "use_cpu": True}
     arguments = TrainingArguments(str(tmp_path), learning_rate=0.01, disable_tqdm=True, **options)
-    trainer = DistillationTrainer(model, arguments, temperature=0.5, shortest=0.3, train_dataset=Answers())
+    weights = {"answer_weight": 0.25, "answer_ce_weight": 0.75}
+    trainer = DistillationTrainer(model, arguments, temperature=0.5, shortest=0.3, train_dataset=Answers(), **weights)
+    batch = {name: u[None] for name, u in Answers()[0].items()}
+    assert torch.equal(trainer.compute_loss(model, batch), distillation_loss(model, **batch, **weights).loss)
     trainer.train()
     same = [name for name, u in adapter_parameters(model) if torch.equal(u, before[name])]
     assert not same, same
     assert {policy.temperature for policy in salient_slots(model)} == {None}
-    with pytest.raises(ValueError, match="no slots with a learned score"):
-        DistillationTrainer(small(), arguments, temperature=0.5)
-    with pytest.raises(ValueError, match="temperature=-1"):
-        DistillationTrainer(model, arguments, temperature=-1.0)
+    for other, temperature, message in ((small(), 0.5, "no slots with a learned"), (model, -1.0, "temperature=-1")):
+        with pytest.raises(ValueError, match=message):
+            DistillationTrainer(other, arguments, temperature=temperature)

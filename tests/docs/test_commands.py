@@ -260,7 +260,7 @@ def test_a_chat_takes_the_shipped_adapters(adapter, options, run, tmp_path, monk
     assert record.options == ({"shared_state": True} if "shared" in adapter.name else {})
     assert record.memory_positions == described["memory_positions"]
     slots = [module for module in given["model"].modules() if isinstance(module, SalientSlots)]
-    assert len(slots) == (30 if "slots" in adapter.name else 0)
+    assert len(slots) == (30 if described.get("evictions") else 0)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,11 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="precision of the model",
     )
+
+
+def given(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the options that are not as they are by default."""
+    return [f"--{u.replace('_', '-')}" for u in names if getattr(options, u) != parser.get_default(u)]
 
 
 def number(most: float) -> Callable[[str], float]:

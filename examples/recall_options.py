@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from _common import Help, add_device_options, compressor_names, count, number, positive
+from _common import Help, add_device_options, compressor_names, count, given, number, positive
 
 SIZES = {"window": 128, "sinks": 32, "slots": 352}
 """What a memory keeps that is not trained yet."""
 EXCLUDED = {"ask": ("compressor", "start_from", "scores_from"), "start_from": ("compressor",)}
 """For each option that names an adapter, those that say something that the adapter says."""
+LEARNING = ("ce", "truth", "length", "batch", "facts", "score_steps", "retrieval_steps", "steps")
+LEARNING += ("slot_steps", "coverage", "workers")
+"""Options of the training alone."""
 
 
 def check_lengths(options: argparse.Namespace) -> None:
@@ -75,6 +78,14 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
             if getattr(options, adapter) and getattr(options, name):
                 flag, other = (f"--{u.replace('_', '-')}" for u in (name, adapter))
                 parser.error(f"{flag}: the adapter of {other} has its own. Leave one of them out.")
+    unused = {
+        "--ask": LEARNING if options.ask else (),
+        "--steps 0": () if options.steps else ("ce", "truth"),
+        "--retrieval-steps 0": () if options.retrieval_steps else ("coverage",),
+    }
+    for why, names in unused.items():
+        if ignored := given(parser, options, names):
+            parser.error(f"{', '.join(ignored)}: with {why} this changes nothing. Leave it out.")
     try:
         if options.ask is None:
             check_lengths(options)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from _common import Help, add_memory_options, count, number, positive
+from _common import Help, add_memory_options, count, given, number, positive
 
 WINDOW, SINKS = 480, 32
 """The window of the adapter. Each training step draws its own, unless there are slots."""
@@ -43,11 +43,6 @@ def check_slots(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error("--slots-by-layer: which layers look up has to be measured. Give --retrieval-steps.")
     if options.slots and options.compile:
         parser.error("--compile: not with --slots")
-
-
-def given(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Those of the options that are not as they are by default."""
-    return [f"--{u.replace('_', '-')}" for u in names if getattr(options, u) != parser.get_default(u)]
 
 
 def check_dev_length(options: argparse.Namespace, capacity: int) -> None:

@@ -12,9 +12,10 @@ from .budgets import Budgets
 from .calibration import calibrate
 from .compiling import compile_layers
 from .copying import repeat_spans
+from .hidden_states import output_head
 from .keeping import set_rates, set_slots, settle_rates
 from .loss import sliced_loss
-from .passes import DistillationLoss, arm_losses, distillation_loss, freeze_base, gap_closed, output_head
+from .passes import DistillationLoss, arm_losses, distillation_loss, freeze_base, gap_closed
 from .retention import learn_scores, retrieval_heads, salient_slots, soft_slots
 from .windows import sample_window, use_window
 

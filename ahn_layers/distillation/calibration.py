@@ -16,8 +16,8 @@ from ..memory import MemoryStore
 from ..retrofit import restore, retrofit
 from ..window import Window
 from .budgets import COVERAGE, Budgets, check_coverage, cost_at, rates_of, spend
+from .hidden_states import output_head, run_hidden
 from .loss import sliced_loss
-from .passes import output_head, run_hidden
 from .retention import Span, retrieval_heads
 from .windows import give_windows, refuse_sliding
 

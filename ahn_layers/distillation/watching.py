@@ -12,8 +12,8 @@ from ..memory import MemoryStore
 from ..ops.attention.attend import SoftmaxAttention
 from ..retrofit import memory_attention
 from ..undo import hooked
+from .hidden_states import run_hidden
 from .noise import evaluating, still
-from .passes import run_hidden
 from .windows import refuse_sliding, use_window
 
 

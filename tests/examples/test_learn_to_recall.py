@@ -15,13 +15,15 @@ from ahn_layers import DeltaNet, SalientSlots, adapter_parameters, retrofit, sav
 
 from .trying import workplace  # noqa: F401
 
+ASKED = ["--model", "model", "--text", "text.txt", "--window", "30", "--sinks", "2", "--slots", "20"]
+ASKED += ["--questions", "1", "--test-length", "900"]
+
 
 @pytest.fixture
 def lesson(workplace):
     """The example, a small model in a folder, and a text."""
-    small = ["--model", "model", "--text", "text.txt", "--window", "30", "--sinks", "2", "--slots", "20"]
-    small += ["--length", "700", "--score-steps", "2", "--retrieval-steps", "1", "--steps", "2", "--questions", "1"]
-    return importlib.import_module("learn_to_recall").main, [*small, "--test-length", "900"]
+    taught = ["--length", "700", "--score-steps", "2", "--retrieval-steps", "1", "--steps", "2"]
+    return importlib.import_module("learn_to_recall").main, [*ASKED, *taught]
 
 
 def test_the_lesson(lesson, capsys):
@@ -30,7 +32,7 @@ def test_the_lesson(lesson, capsys):
     assert len(results["score_errors"]) == len(results["losses"]) == 2
     assert list(results["recall"]) == ["full attention", "window", "slots"]
     assert "slots, 52 tokens" in capsys.readouterr().out and Path("out/recall.png").exists()
-    asked = main([*small, "--ask", "out", "--output", "asked"])
+    asked = main([*ASKED, "--ask", "out", "--output", "asked"])
     assert asked["recall"] == results["recall"] and not asked["losses"]
     assert not Path("asked/adapter.json").exists()
 
@@ -82,25 +84,29 @@ def test_the_lesson_refuses(lesson, capsys):
         (["--ce", "-1"], "expected a number from 0 to 1000"),
         (["--start-from", "a", "--compressor", "GLA"], "--compressor: the adapter of --start-from has its own"),
         (["--ask", "a", "--scores-from", "b"], "--scores-from: the adapter of --ask has its own"),
+        (["--ask", "a", "--truth", "0.3"], "--truth, --length, --score-steps, --retrieval-steps, --steps: with --ask"),
+        (["--steps", "0", "--truth", "0.3"], "--truth: with --steps 0 this changes nothing. Leave it out"),
+        (["--truth", "2"], "expected a number from 0 to 1"),
+        (["--retrieval-steps", "0", "--coverage", "0.5"], "--coverage: with --retrieval-steps 0 this changes nothing"),
     ):
         with pytest.raises(SystemExit):
             main([*small, *wrong])
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="learn_to_recall: --ask nowhere"):
-        main([*small, "--ask", "nowhere"])
+        main([*ASKED, "--ask", "nowhere"])
 
 
 def test_questions_are_about_what_a_memory_has_lost(lesson):
     """Sizes are those of the adapter, and texts that are too short for it, or for a question, are refused."""
-    main, small = lesson
+    main = lesson[0]
     model = retrofit(
         AutoModelForCausalLM.from_pretrained("model"), None, window_size=700, eviction=SalientSlots(20, score_size=4)
     )
     save_adapter(model, "large")
     for given, message in (
-        (small, "--window 30: the memory of --ask large has 700"),
-        ([*small[:4], "--test-length", "900"], "--test-length 900: expected more than the 720 tokens kept"),
-        ([*small[:4], "--test-length", "99000"], "--test-length 99000: the longest text has"),
+        (ASKED, "--window 30: the memory of --ask large has 700"),
+        ([*ASKED[:4], "--test-length", "900"], "--test-length 900: expected more than the 720 tokens kept"),
+        ([*ASKED[:4], "--test-length", "99000"], "--test-length 99000: the longest text has"),
     ):
         with pytest.raises(SystemExit, match=message):
             main([*given, "--ask", "large", "--output", "out"])

@@ -132,6 +132,7 @@ def test_two_processes_learn_one_set_of_scores_from_different_texts(tmp_path):
     (["--slots", "5", "--facts", "4", "2"], "expected the smaller number first"),
     (["--slots", "5", "--draw-sinks", "4", "--copies", "0.1"], "--draw-sinks, --copies: not for a memory with slots"),
     (["--temperature", "0.1"], "--temperature: not for a memory without slots. Leave it out"),
+    (["--truth", "0.3"], "--truth: not for a memory without slots. Leave it out"),
     (["--slots", "5", "--coverage", "0"], "--coverage 0: expected a share above 0"),
     (["--slots", "5", "--temperature", "0"], "--temperature 0: expected a positive number"),
     (["--slots", "100", "--dev", "text.txt", "--dev-length", "120"], "--dev-length 120: expected at least 134"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ahn_layers import DeltaNet, SalientSlots, adapter_parameters, retrofit, save_adapter
 
-from .trying import workplace  # noqa: F401
+from .trying import noting, workplace  # noqa: F401
 
 ASKED = ["--model", "model", "--text", "text.txt", "--window", "30", "--sinks", "2", "--slots", "20"]
 ASKED += ["--questions", "1", "--test-length", "900"]
@@ -35,6 +35,15 @@ def test_the_lesson(lesson, capsys):
     asked = main([*ASKED, "--ask", "out", "--output", "asked"])
     assert asked["recall"] == results["recall"] and not asked["losses"]
     assert not Path("asked/adapter.json").exists()
+
+
+@pytest.mark.parametrize("options, truth", [((), 0.5), (("--truth", "0.25"), 0.25)])
+def test_answers_are_learned_from_the_truth_as_well(lesson, monkeypatch, options, truth):
+    main, small = lesson
+    module, weights = importlib.import_module("learn_to_recall"), []
+    monkeypatch.setattr(module, "distillation_loss", noting(weights, module.distillation_loss))
+    main([*small, *options, "--output", "out"])
+    assert weights == [(1 - truth, truth, True)] * 2
 
 
 def test_layers_that_look_up_get_more_slots_at_the_end(lesson):

@@ -16,7 +16,7 @@ from ahn_layers import SalientSlots, adapter_parameters, retrofit
 from ahn_layers.distillation import set_slots
 
 from ..models import base
-from .trying import workplace  # noqa: F401
+from .trying import noting, workplace  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -54,6 +54,14 @@ def test_stages_and_steps_write_an_adapter_with_slots(run):
     assert all(u.isfinite().all() for u in weights.values()) and all(u.any() for n, u in scores.items() if "down" in n)
     assert len({round(float(u), 2) for rate in rates.values() for u in rate}) > 1  # heads that keep, and others
     assert report["metrics"]["eval_memory"] > 0
+
+
+@pytest.mark.parametrize("options, truth", [((), 0.5), (("--truth", "0.25"), 0.25)])
+def test_answers_are_learned_from_the_truth_as_well(run, monkeypatch, options, truth):
+    trainer, weights = importlib.import_module("ahn_layers.distillation.trainer"), []
+    monkeypatch.setattr(trainer, "distillation_loss", noting(weights, trainer.distillation_loss))
+    run("--slots", "20", *options)
+    assert weights == [(1 - truth, truth, True)] * 2
 
 
 def test_layers_that_look_up_get_more_slots(run, capsys):

@@ -75,3 +75,14 @@ def made(task, seed=0, length=2400, **options):
     """An example and its prompt as text."""
     example = needles.make(task, tokenizer().encode, [32] * length, length, 0.5, random.Random(seed), **options)
     return example, tokenizer().decode(example.prompt)
+
+
+def noting(weights, distillation_loss):
+    """A ``distillation_loss`` that notes the weights of the answers, and whether there were answers."""
+
+    def noted(*args, answers=None, answer_weight=1.0, answer_ce_weight=0.0, **kwargs):
+        weights.append((answer_weight, answer_ce_weight, answers is not None))
+        own = {"answer_weight": answer_weight, "answer_ce_weight": answer_ce_weight}
+        return distillation_loss(*args, answers=answers, **own, **kwargs)
+
+    return noted

@@ -42,7 +42,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, card: bool = False) ->
             ``README.md`` that somebody has worked on stays.
 
     Raises:
-        ValueError: if the model is not retrofitted or has neither compressor nor eviction.
+        ValueError: if the model is not retrofitted, has neither compressor nor eviction, or weights that are not
+            finite; an earlier adapter stays as it is.
         OSError: if the folder cannot be written to.
     """
     inner, record = find_retrofitted(model)
@@ -50,7 +51,15 @@ def save_adapter(model: nn.Module, folder: str | Path, *, card: bool = False) ->
         raise ValueError(
             "the model was retrofitted without a compressor and without an eviction: there is no memory to save."
         )
-    adapter_files.write(folder, gather_weights(inner), describe_adapter(inner, record))
+    weights = gather_weights(inner)
+    for index, own in weights.items():
+        for name, value in own.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"layer {index} {name!r} has values that are not finite, so nothing was written to {folder}. The "
+                    "training diverged: go on from an earlier adapter, with a lower learning rate."
+                )
+    adapter_files.write(folder, weights, describe_adapter(inner, record))
     if card:
         write_card(folder)
 

@@ -30,9 +30,8 @@ COLORS = {
 }
 FULL_BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 2
 """SmolLM2-135M in bfloat16: layers, key/value heads, head size, keys and values, bytes a number."""
-HELD_BYTES = {"sinks + window": {512: 11_796_720, 1024: 23_593_200},
-              "slots + GatedDeltaNet": {512: 17_592_810, 1024: 30_817_770}}  # fmt: skip
-"""As ``memory_report`` prints them for the model in bfloat16, by tokens kept."""
+HELD_BYTES = {"sinks + window": 11_796_720, "slots + GatedDeltaNet": 17_592_810}
+"""As ``memory_report`` prints them for the model in bfloat16 with 512 tokens kept."""
 LARGER = {"hidden_size": 2048, "num_heads": 16, "num_kv_heads": 2, "head_dim": 128}
 LARGER_LAYERS = 36
 """Qwen2.5-3B, whose times are in the table of prompts."""
@@ -53,38 +52,39 @@ class Cell:
         length: tokens in the text.
         kept: tokens kept.
         arm: name.
-        right: right answers of all three kinds.
-        asked: questions of all three kinds.
+        answers: right answers and questions of each kind.
     """
 
     group: int
     length: int
     kept: int
     arm: str
-    right: int
-    asked: int
+    answers: tuple[tuple[int, int], ...]
 
     @property
     def share(self) -> float:
-        """Right answers, in percent."""
-        return 100 * self.right / self.asked
+        """Right answers, in percent; all kinds count alike."""
+        return 100 * sum(right / asked for right, asked in self.answers) / len(self.answers)
 
     @property
     def error(self) -> float:
         """Standard error of the share, in percent."""
-        return (self.share * (100 - self.share) / self.asked) ** 0.5
+        variances = [right / asked * (1 - right / asked) / asked for right, asked in self.answers]
+        return 100 * sum(variances) ** 0.5 / len(self.answers)
 
 
 def recall_table(text: str) -> list[Cell]:
     """The rows of the first table of ``guides/recall.md``; a row without questions of its own has those above it."""
     cells: list[Cell] = []
-    group = asked = -1
+    group, asked = -1, [1, 1, 1]
     for line in text.split("| tokens in the text", 1)[1].split("\n\n", 1)[0].splitlines()[2:]:
         arm, length, kept, *answers = [re.sub(r"[*`,]", "", u).strip() for u in line.strip("|").split("|")]
         group += arm == "full attention"
         counts = [re.fullmatch(r"(\d+)(?: of (\d+))?", u) for u in answers[:3]]
-        asked = sum(int(u[2]) for u in counts if u and u[2]) or asked
-        cells.append(Cell(group, int(length), int(kept), arm, sum(int(u[1]) for u in counts if u), asked))
+        found = [u for u in counts if u]
+        asked = [int(u[2] or before) for u, before in zip(found, asked, strict=True)]
+        right = [int(u[1]) for u in found]
+        cells.append(Cell(group, int(length), int(kept), arm, tuple(zip(right, asked, strict=True))))
     return cells
 
 
@@ -102,7 +102,7 @@ def draw_recall(cells: list[Cell], path: Path, *, tall: bool = False) -> None:
     _answers(left, cells)
     for arm, color in COLORS.items():
         right.plot(*_bytes(arm), color=color, label=arm)
-    right.set(title="cache with 1,024 tokens kept, MB", xlabel="tokens in the text", xlim=(0, 33_500), ylim=(0, 800))
+    right.set(title="cache with 512 tokens kept, MB", xlabel="tokens in the text", xlim=(0, 33_500), ylim=(0, 800))
     right.set_xticks([0, 8_192, 16_384, 32_768], ["0", "8,192", "16,384", "32,768"], fontsize=8)
     right.grid(alpha=0.3)
     for axes in (left, right):
@@ -121,7 +121,7 @@ def _answers(axes: Any, cells: list[Cell]) -> None:
             axes.text(x, cell.share + cell.error + 1, f"{cell.share:.0f}", ha="center", fontsize=8)
     kept = [f"{cell.length:,}\n{cell.kept:,} kept" for cell in cells if cell.arm == "sinks + window"]
     axes.set_xticks(range(len(kept)), kept, fontsize=8)
-    axes.set(title="right answers about evicted facts, %", ylim=(0, 108), xlabel="tokens in the text")
+    axes.set(title="right answers about evicted facts, %", ylim=(0, 120), xlabel="tokens in the text")
     axes.set_yticks(range(0, 101, 20))
     axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1.5, frameon=False, fontsize=8)
 
@@ -194,11 +194,11 @@ def draw_benchmarks(cells: list[Cell], prompts: list[Prompt], path: Path, *, tal
 
 
 def _bytes(arm: str) -> tuple[list[int], list[float]]:
-    """Tokens and megabytes, with 1,024 tokens kept."""
-    lengths = [0, 1_024, 32_768]
+    """Tokens and megabytes, with 512 tokens kept."""
+    lengths = [0, 512, 32_768]
     if arm == "full attention":
         return lengths, [length * FULL_BYTES_PER_TOKEN / 1e6 for length in lengths]
-    return lengths, [0, *[HELD_BYTES[arm][1024] / 1e6] * 2]
+    return lengths, [0, *[HELD_BYTES[arm] / 1e6] * 2]
 
 
 if __name__ == "__main__":

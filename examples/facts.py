@@ -66,6 +66,8 @@ TITLES: tuple[str, ...] = tuple(DATA["titles"])
 """What may stand above a list."""
 LISTED = Kind.of(DATA["listed"])
 """Questions about the pairs of a list."""
+CONTESTED = 0.6
+"""Share of the facts that have one to four others of the same wording beside them."""
 NAMES = (*KINDS, "list")
 """All kinds of facts."""
 DRAWN = (*(name for name, kind in KINDS.items() for _ in range(kind.weight)), "list")
@@ -96,7 +98,7 @@ def invent(name: str, rng: random.Random, used: set[str]) -> list[Fact]:
     if name == "list":
         return [_list(rng, used)]
     kind = KINDS[name]
-    others = rng.randint(1, 4) if rng.random() < 0.25 else 0
+    others = rng.randint(1, 4) if rng.random() < CONTESTED else 0
     wording, attribute = rng.choice(kind.statements), rng.choice(kind.attributes)
     quoted = rng.random() < kind.quoted
     asked = rng.randint(1, 1 + others // 2)

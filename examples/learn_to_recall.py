@@ -5,10 +5,10 @@
 
 Every key/value head of SmolLM2-135M-Instruct keeps some evicted tokens in slots. Which ones, a small network in each
 layer learns in three stages: from the attention that tokens will get, from where the model looks facts up, and from the
-model's own answers. A fourth (``--slot-steps``) gives the layers that look facts up the slots of the others. Facts are
-hidden in the text of Python's reference manual, or in texts of yours (``--text``). Then the model is asked for facts in
-other wordings that have left the window: with full attention, with a window that holds as many tokens, and with the
-slots.
+model's own answers. Before the third, ``--slots-by-layer`` gives the layers that look facts up the slots of the others.
+Facts are hidden in the text of Python's reference manual, or in texts of yours (``--text``). Then the model is asked
+for facts in other wordings that have left the window: with full attention, with a window that holds as many tokens, and
+with the slots.
 
 Writes an adapter and a picture. With ``--ask ADAPTER`` it asks with a memory that is trained already; one comes with
 the repository, as in the second command. On a GPU, longer texts and more of them:
@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from _common import find_adapter, user_errors
-from arms import slots_of
+from arms import set_slots as resize_slots
+from arms import slots_of, stores_of
 from looks import look
 from matplotlib.figure import Figure
 from needles import Example, make, score
@@ -119,16 +120,16 @@ def give_slots(model: Any, options: argparse.Namespace) -> None:
         ValueError: if an adapter is not what is asked for.
     """
     sizes: dict[str, Any] = {"window_size": options.window, "num_sinks": options.sinks}
-    compressor, trained = options.compressor, {}
+    compressor, trained, slots = options.compressor, {}, []
     if options.scores_from is not None:
         found, slots = weights_of(model, options.scores_from, "--scores-from", sizes)
-        if not slots:
+        if not any(slots):
             raise ValueError(f"--scores-from {options.scores_from}: this memory has no slots.")
         trained = {name: u for name, u in found.items() if ".eviction." in name}
         restore(model)
     if options.start_from is not None:
-        found, slots = weights_of(model, options.start_from, "--start-from", sizes)
-        if slots:
+        found, others = weights_of(model, options.start_from, "--start-from", sizes)
+        if any(others):
             raise ValueError(f"--start-from {options.start_from}: this memory has slots already, expected one without.")
         trained |= found
         record = model.hippocampus
@@ -137,16 +138,29 @@ def give_slots(model: Any, options: argparse.Namespace) -> None:
         restore(model)
     chosen = Compressor.by_name[compressor] if compressor else None
     retrofit(model, chosen, eviction=SalientSlots(options.slots), **sizes)
+    if slots:
+        for policy, number in zip(salient_slots(model), slots, strict=True):
+            policy.num_slots = number
+        use_slots(model, options)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model):
             if name in trained:
                 parameter.copy_(trained[name])
 
 
-def weights_of(model: Any, adapter: str, option: str, sizes: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
-    """Give a model a trained memory; returns its weights by name, and how many slots it has."""
+def weights_of(model: Any, adapter: str, option: str, sizes: dict[str, Any]) -> tuple[dict[str, Tensor], list[int]]:
+    """Give a model a trained memory; returns its weights by name, and how many slots each layer has."""
     load_adapter(model, find_adapter(adapter, option), **sizes)
-    return {name: parameter.detach() for name, parameter in adapter_parameters(model)}, slots_of(model)
+    slots = [int(getattr(store.eviction, "num_slots", 0)) for store in stores_of(model)]
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model)}, slots
+
+
+def use_slots(model: Any, options: argparse.Namespace) -> None:
+    """As many slots as were asked for, divided among the layers as they are; those that there are by default."""
+    if "slots" in options.given:
+        resize_slots(model, options.slots)
+    options.slots = slots_of(model)
+    check_lengths(options)
 
 
 def use_sizes(model: Any, options: argparse.Namespace) -> None:
@@ -208,6 +222,8 @@ def learn(
     if heads is not None:
         log["retrieval"] = heads.tolist()
         set_rates(model, heads, coverage=options.coverage)
+        if options.slots_by_layer:
+            log["slots"] = set_slots(model, heads)
         save_adapter(model, options.output / "scores")
     for bar, batch in steps("3. answers", crops(2, options.steps), groups=answer_groups(model), **how):
         with soft_slots(model):
@@ -220,9 +236,6 @@ def learn(
             save_adapter(model, options.output)
     if options.steps:
         settle_rates(model)
-    heads = find_heads(model, "4. which layers do so", crops(3, options.slot_steps), **how)
-    if heads is not None:
-        log["slots"] = set_slots(model, heads)
 
 
 @torch.no_grad()

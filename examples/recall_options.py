@@ -11,7 +11,7 @@ SIZES = {"window": 128, "sinks": 32, "slots": 352}
 EXCLUDED = {"ask": ("compressor", "start_from", "scores_from"), "start_from": ("compressor",)}
 """For each option that names an adapter, those that say something that the adapter says."""
 LEARNING = ("ce", "truth", "length", "batch", "facts", "score_steps", "retrieval_steps", "steps")
-LEARNING += ("slot_steps", "coverage", "workers")
+LEARNING += ("slots_by_layer", "coverage", "workers")
 """Options of the training alone."""
 
 
@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     add("--score-steps", type=count, default=120, help="steps of the first stage (default: 120)")
     add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
     add("--steps", type=count, default=20, help="steps of the third stage (default: 20)")
-    add("--slot-steps", type=count, default=0, help="batches of a fourth: the layers that look up get more slots (0)")
+    add("--slots-by-layer", action="store_true", help="layers that look up get the slots of others, --slots on average")
     add(
         "--coverage",
         type=number(1.0),
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
     unused = {
         "--ask": LEARNING if options.ask else (),
         "--steps 0": () if options.steps else ("ce", "truth"),
-        "--retrieval-steps 0": () if options.retrieval_steps else ("coverage",),
+        "--retrieval-steps 0": () if options.retrieval_steps else ("coverage", "slots_by_layer"),
     }
     for why, names in unused.items():
         if ignored := given(parser, options, names):

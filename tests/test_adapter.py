@@ -197,3 +197,18 @@ def test_weights_that_are_too_large_for_the_model_are_refused(tmp_path):
     assert not hasattr(half, "hippocampus")
     for dtype in (torch.bfloat16, torch.float32):
         assert all(u.isfinite().all() for u in weights(load_adapter(plain(dtype=dtype), tmp_path)).values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_training_that_diverged_do_not_replace_an_adapter(value, tmp_path):
+    model = make()
+    save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        list(adapter_parameters(model))[-1][1].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=r"layer 2 'o_norm\.weight' has values that are not finite, so nothing was"):
+        save_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match="not finite"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

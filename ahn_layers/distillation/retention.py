@@ -105,10 +105,10 @@ def _future_attention(seen: Attended, window_size: int) -> Float[Tensor, "b g t"
     largest = seen.k.new_zeros(seen.k.shape[:3], dtype=torch.float32)
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
-        weights = seen.weights(start, stop)
-        key, query = (torch.arange(a, stop, device=largest.device) for a in (0, start))
-        weights = weights.masked_fill(key > query.unsqueeze(1) - window_size, 0).amax(dim=(2, 3))
-        largest[:, :, :stop] = torch.maximum(largest[:, :, :stop], weights)
+        weights, near = seen.weights(start, stop), max(0, start - window_size + 1)
+        key, query = (torch.arange(a, stop, device=largest.device) for a in (near, start))
+        weights[..., near:].masked_fill_(key > query.unsqueeze(1) - window_size, 0)
+        largest[:, :, :stop] = torch.maximum(largest[:, :, :stop], weights.amax(dim=(2, 3)))
     return largest
 
 

@@ -43,11 +43,11 @@ class Attended(NamedTuple):
         q, k = self.q[:, :, start:stop], self.k[:, :, :stop]
         grouped = q.unflatten(1, (k.shape[1], -1))
         scale = q.shape[-1] ** -0.5 if self.attention.scale is None else self.attention.scale
-        logits = (grouped @ k.unsqueeze(2).mT).float() * scale
+        logits = (grouped @ k.unsqueeze(2).mT).float().mul_(scale)  # in place: on a CPU new memory takes longer
         if self.attention.softcap is not None:
             logits = self.attention.softcap * torch.tanh(logits / self.attention.softcap)
-        place = torch.arange(stop, device=q.device)
-        logits = logits.masked_fill(place > place[start:].unsqueeze(1), float("-inf"))
+        place = torch.arange(start, stop, device=q.device)
+        logits[..., start:].masked_fill_(place > place.unsqueeze(1), float("-inf"))
         if self.attention.null_logits is None:
             return logits.softmax(dim=-1)
         null = self.attention.null_logits.to(logits.dtype).view(1, *logits.shape[1:3], 1, 1)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ahn_layers import DeltaNet, SalientSlots, adapter_parameters, retrofit, save_adapter
+from ahn_layers.distillation import distillation_loss, salient_slots
 
 from .trying import noting, workplace  # noqa: F401
 
@@ -46,9 +47,17 @@ def test_answers_are_learned_from_the_truth_as_well(lesson, monkeypatch, options
     assert weights == [(1 - truth, truth, True)] * 2
 
 
-def test_layers_that_look_up_get_more_slots_at_the_end(lesson):
+def test_layers_that_look_up_get_more_slots_before_answers_are_learned(lesson, monkeypatch):
     main, small = lesson
-    results = main([*small, "--slot-steps", "1", "--output", "out"])
+    module, slots = importlib.import_module("learn_to_recall"), []
+
+    def loss(model, *args, **kwargs):
+        slots.append([policy.num_slots for policy in salient_slots(model)])
+        return distillation_loss(model, *args, **kwargs)
+
+    monkeypatch.setattr(module, "distillation_loss", loss)
+    results = main([*small, "--slots-by-layer", "--output", "out"])
+    assert slots == [results["slots"]] * 2
     assert sorted(results["slots"]) in ([4, 36], [20, 20])  # one layer does enough of it, or both are needed
     described = json.loads(Path("out/adapter.json").read_text())["evictions"]
     assert {one["options"]["num_slots"] for one in described} == set(results["slots"])
@@ -84,6 +93,20 @@ def test_the_lesson_goes_on_from_trained_parts(lesson):
             main([*small, *wrong])
 
 
+@pytest.mark.parametrize("given, slots", [([], [4, 36]), (["--slots", "10"], [2, 18]), (["--slots", "40"], [8, 72])])
+def test_scores_keep_their_slots_by_layer(lesson, given, slots):
+    main, small = lesson
+    model = retrofit(AutoModelForCausalLM.from_pretrained("model"), None, window_size=30, eviction=SalientSlots(20))
+    for policy, number in zip(salient_slots(model), (4, 36), strict=True):
+        policy.num_slots = number
+    save_adapter(model, "scores")
+    none = ["--score-steps", "0", "--retrieval-steps", "0", "--steps", "0", "--scores-from", "scores", *given]
+    at = small.index("--slots")
+    main([*small[:at], *small[at + 2 :], *none, "--output", "again"])
+    described = json.loads(Path("again/adapter.json").read_text())["evictions"]
+    assert [one["options"]["num_slots"] for one in described] == slots
+
+
 def test_the_lesson_refuses(lesson, capsys):
     main, small = lesson
     for wrong, message in (
@@ -97,6 +120,8 @@ def test_the_lesson_refuses(lesson, capsys):
         (["--steps", "0", "--truth", "0.3"], "--truth: with --steps 0 this changes nothing. Leave it out"),
         (["--truth", "2"], "expected a number from 0 to 1"),
         (["--retrieval-steps", "0", "--coverage", "0.5"], "--coverage: with --retrieval-steps 0 this changes nothing"),
+        (["--retrieval-steps", "0", "--slots-by-layer"], "--slots-by-layer: with --retrieval-steps 0 this changes"),
+        (["--ask", "a", "--slots-by-layer"], "--slots-by-layer: with --ask"),
     ):
         with pytest.raises(SystemExit):
             main([*small, *wrong])

@@ -126,18 +126,16 @@ def distillation_loss(
         chosen = answers[:, start + 1 :]  # the position before a token predicts it
         if bool(chosen.any()):
             own, goal = (u[:, start:-1][chosen] for u in (student, teacher))
-            loss = (
-                loss
-                + sliced_loss(
-                    own,
-                    head,
-                    teacher=goal,
-                    labels=input_ids[:, start + 1 :][chosen],
-                    kl_weight=answer_weight,
-                    ce_weight=answer_ce_weight,
-                    slice_size=slice_size,
-                )[0]
+            of_answers, *_ = sliced_loss(
+                own,
+                head,
+                teacher=goal,
+                labels=input_ids[:, start + 1 :][chosen],
+                kl_weight=answer_weight,
+                ce_weight=answer_ce_weight,
+                slice_size=slice_size,
             )
+            loss = loss + of_answers
     layers = loss.new_zeros(())
     if layer_weight:
         errors = [relative_error(u[:, start:], goal[:, start:]) for u, goal in zip(outputs, goals, strict=True)]

@@ -27,6 +27,7 @@ from ahn_layers.distillation import (
     set_slots,
     settle_rates,
     soft_slots,
+    use_window,
 )
 from ahn_layers.distillation.windows import longer_windows
 from ahn_layers.huggingface.decoder import CACHE
@@ -61,7 +62,9 @@ def attention_of(model, ids):
 
 
 @torch.no_grad()
-def test_the_goal_is_the_largest_attention_of_a_distant_query():
+@pytest.mark.parametrize("block", [512, 64, 7])
+def test_the_goal_is_the_largest_attention_of_a_distant_query(monkeypatch, block):
+    monkeypatch.setattr("ahn_layers.distillation.retention._BLOCK", block)
     model, ids = made(), tokens()
     train_memory(model)
     expected = []
@@ -75,8 +78,6 @@ def test_the_goal_is_the_largest_attention_of_a_distant_query():
         model(ids, use_cache=False)
         handle.remove()
         # hidden states with full attention: those of a window as long as the text
-        from ahn_layers.distillation import use_window
-
         handle = block.self_attn.store.register_forward_pre_hook(lambda m, a, seen=seen: seen.update(v=a[2], x=a[3]))
         with use_window(model, LENGTH):
             model(ids, use_cache=False)
@@ -96,8 +97,7 @@ def test_scores_learn_and_nothing_else_gets_a_gradient():
     errors = []
     for _ in range(25):
         errors.append(learn_scores(model, ids).mean().item())
-        named = dict(model.named_parameters())
-        touched = {n for n, p in named.items() if p.grad is not None}
+        touched = {n for n, p in model.named_parameters() if p.grad is not None}
         assert touched and all(".eviction.learned." in n and "log_rate" not in n for n in touched)
         optimizer.step()
         optimizer.zero_grad()

@@ -22,7 +22,8 @@ def with_checksum(description: dict[str, Any]) -> dict[str, Any]:
 def checksum(description: dict[str, Any]) -> str:
     """The hash of a description, without the one that it holds."""
     rest = {name: value for name, value in description.items() if name != CHECKSUM}
-    return sha256(json.dumps(rest, sort_keys=True).encode())
+    as_read = json.loads(json.dumps(rest))  # layer 10 comes before layer 9, as in every file: keys are texts there
+    return sha256(json.dumps(as_read, sort_keys=True).encode())
 
 
 def check_checksum(description: dict[str, Any], path: str | Path) -> None:

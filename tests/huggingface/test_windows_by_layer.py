@@ -87,6 +87,13 @@ def test_files_know_them(tmp_path):
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=1e-9, atol=1e-9)
 
 
+def test_files_of_more_than_ten_layers_are_intact(tmp_path):
+    """A file's keys are texts, and "10" comes before "9"."""
+    model = retrofit(base(num_hidden_layers=12), GatedDeltaNet, window_size={i: 4 + i for i in range(12)})
+    save_adapter(model, tmp_path)
+    assert windows_of(load_adapter(base(num_hidden_layers=12), tmp_path)) == windows_of(model)
+
+
 def test_equal_sizes_are_written_as_one(tmp_path):
     save_adapter(made(window_size=dict.fromkeys(WINDOWS, 4), num_sinks=2), tmp_path)
     described = json.loads((tmp_path / "adapter.json").read_text())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .compressor import Compressor, State
-from .eviction import Eviction, FoldAll, first_kept
+from .eviction import Eviction, first_kept
 from .positions import Rotary
 from .state import MemoryState
 from .tokens import Tokens
@@ -229,7 +229,7 @@ def _check_memory(state: MemoryState, new: Tokens, compressor: Compressor | None
 
 def _check_kept(state: MemoryState, new: Tokens, eviction: Eviction) -> None:
     """Whether the eviction can go on with what a state keeps for it."""
-    if isinstance(eviction, FoldAll) and not state.kept:
+    if eviction.folds_all and not state.kept:
         return
     kept = first_kept(eviction, new.map(lambda u: u.to("meta")))
     sizes, expected = ({name: tuple(u.shape) for name, u in held.items()} for held in (state.kept, kept))

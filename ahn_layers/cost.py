@@ -135,7 +135,7 @@ def cost_report(model: nn.Module, lengths: list[int], *, measure: bool = False) 
             f"windows of the capacities {sorted(capacities)}: the formulas are for equal layers. memory_report "
             "has the bytes of each layer."
         )
-    keeping = next((u for u in (b.memory.eviction for b in blocks) if not isinstance(u, FoldAll)), None)
+    keeping = next((u for u in (b.memory.eviction for b in blocks) if not u.folds_all), None)
     if keeping is not None:
         raise ValueError(
             f"{keeping} keeps tokens beside the window: the formulas are for sinks and window, and would not count "

@@ -115,6 +115,11 @@ class Eviction(nn.Module, ABC):
         return type(self).gates is not Eviction.gates
 
     @property
+    def folds_all(self) -> bool:
+        """Whether it keeps nothing at present: every token that leaves is folded at once, by no call. Default: no."""
+        return False
+
+    @property
     def whole_texts(self) -> bool:
         """Whether it has to see a text in one call at present, all tokens that leave the window. Default: no."""
         return False
@@ -174,6 +179,11 @@ class FoldAll(Eviction):
     """
 
     heads_apart = True
+
+    @property
+    def folds_all(self) -> bool:
+        """It does."""
+        return True
 
     def push(self, kept: Kept, leaving: Leaving) -> tuple[Between | None, Leaving, Kept]:
         """Everything goes on."""
@@ -264,10 +274,9 @@ def keep_best(
 
 def first_kept(eviction: Eviction, like: Tokens) -> Kept:
     """What a store carries for an eviction at first: beside its own, whether anything has been folded in each head."""
-    kept = eviction.init_kept(like)
-    if isinstance(eviction, FoldAll):
-        return kept
-    return kept | {FOLDED: torch.zeros(like.k.shape[:2], dtype=torch.bool, device=like.k.device)}
+    if eviction.folds_all:
+        return {}
+    return eviction.init_kept(like) | {FOLDED: torch.zeros(like.k.shape[:2], dtype=torch.bool, device=like.k.device)}
 
 
 def evict(eviction: Eviction, kept: Kept, leaving: Leaving, count: int) -> tuple[Between | None, Leaving, Kept]:
@@ -279,7 +288,7 @@ def evict(eviction: Eviction, kept: Kept, leaving: Leaving, count: int) -> tuple
         leaving: what leaves the window.
         count: tokens of the call; nothing leaves if ``leaving`` begins after them.
     """
-    if isinstance(eviction, FoldAll) or leaving.first == count:
+    if eviction.folds_all or leaving.first == count:
         return None, leaving, kept
     seen, leaving, after = eviction.push({name: u for name, u in kept.items() if name != FOLDED}, leaving)
     ever, where = kept[FOLDED].unsqueeze(2).expand(-1, -1, count - leaving.first), leaving.where

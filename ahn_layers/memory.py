@@ -98,7 +98,7 @@ class MemoryStore(nn.Module):
 
         A view: it has the window of this store, also if that is replaced. States of the two do not mix.
         """
-        if self.compressor is None and isinstance(self.eviction, FoldAll):
+        if self.compressor is None and self.eviction.folds_all:
             return self
         plain: MemoryStore = self.__dict__.get("_plain") or self._make_plain()
         plain.window = self.window
@@ -204,7 +204,7 @@ class MemoryStore(nn.Module):
                 slots, leaving, kept = evict(eviction, state.kept, leaving, len(new))
                 ((q, readers),) = share_columns((new.q, leaving.first, len(new)))
                 reading, memory = recall(compressor, state.memory, readers, new.x, leaving, seen.rank, positions)
-                out = with_reading(new.attend(q, seen, slots, positions, held.length), reading, compressor)
+                out = with_reading(new.attend(q, seen, slots, positions, held.length), reading, compressor, eviction)
                 state = state.after(held, memory, kept, new.tokens)
             outs.append(as_given(out, new, given, state, compressor, eviction, positions))
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0], state

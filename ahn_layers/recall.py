@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .compressor import Compressor, State
-from .eviction import RIDES
+from .eviction import RIDES, Eviction
 from .ops.attention.window_attention import add_to_tail
 from .ops.idle import with_idle
 from .positions import Positions
@@ -75,12 +75,17 @@ def _recall(
 
 
 def with_reading(
-    out: Float[Tensor, "b h t e"], recalled: Float[Tensor, "b h u e"] | None, compressor: Compressor | None
+    out: Float[Tensor, "b h t e"],
+    recalled: Float[Tensor, "b h u e"] | None,
+    compressor: Compressor | None,
+    eviction: Eviction,
 ) -> Float[Tensor, "b h t e"]:
     """Attention with what the memory adds to that of the last queries.
 
-    Without a reading, the memory's parameters still get gradients, of zeros.
+    Without a reading, the memory's parameters still get gradients, of zeros; so do those of an eviction that kept
+    nothing.
     """
+    out = with_idle(out, eviction.parameters())
     if recalled is not None:
         return add_to_tail(out, recalled.to(out.dtype))
     return out if compressor is None else with_idle(out, compressor.parameters())

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .arrivals import Arrivals
 from .compressor import Compressor
-from .eviction import FOLDED, LEFT_OUT, RANK, RIDES, Eviction, FoldAll
+from .eviction import FOLDED, LEFT_OUT, RANK, RIDES, Eviction
 from .ops.decode.forms import fits_step
 from .ops.decode.kept import KeptSlots
 from .ops.decode.rule import StepRule
@@ -32,7 +32,7 @@ def kernel_step(
         return None
     q, x, attention, arriving = new.q, new.x, new.attention, new.tokens
     memory, window, slots = state.memory, state.window, state.slots
-    folds_all = isinstance(eviction, FoldAll)
+    folds_all = eviction.folds_all
     if not attention.is_plain or (compressor is None and folds_all):
         return None
     if compressor is not None and not (compressor.rule_holds and isinstance(memory, Tensor)):

@@ -136,12 +136,13 @@ def set_slots(model: nn.Module, num_slots: int) -> None:
     Raises:
         ValueError: if the model has no slots.
     """
-    policies: list[Any] = [store.eviction for store in stores_of(model) if hasattr(store.eviction, "num_slots")]
+    stores = stores_of(model)
+    policies: list[Any] = [store.eviction for store in stores if hasattr(store.eviction, "num_slots")]
     total = sum(policy.num_slots for policy in policies)
     if not total:
         raise ValueError(f"--slots {num_slots}: this memory has no slots. Leave --slots out.")
     for policy in policies:
-        policy.num_slots = policy.num_slots * num_slots * len(policies) // total
+        policy.num_slots = policy.num_slots * num_slots * len(stores) // total
 
 
 def set_rate(model: nn.Module, rate: float) -> None:

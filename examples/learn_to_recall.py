@@ -4,15 +4,16 @@
     python examples/learn_to_recall.py --ask examples/adapters/smollm2-135m-instruct-recall    # four minutes on a CPU
 
 Every key/value head of SmolLM2-135M-Instruct keeps some evicted tokens in slots. Which ones, a small network in each
-layer learns in three stages: from the attention that tokens will get, from where the model looks facts up, and from the
-model's own answers. Before the third, ``--slots-by-layer`` gives the layers that look facts up the slots of the others.
+layer learns in three stages: from where the model looks facts up, from the attention that tokens will get, and from the
+model's own answers. With ``--slots-by-layer`` the layers that look facts up have the slots of all: for long texts.
 Facts are hidden in the text of Python's reference manual, or in texts of yours (``--text``). Then the model is asked
 for facts in other wordings that have left the window: with full attention, with a window that holds as many tokens, and
 with the slots.
 
 Writes an adapter and a picture. With ``--ask ADAPTER`` it asks with a memory that is trained already; one comes with
 the repository, as in the second command. On a GPU, longer texts and more of them:
-``--length 4096 --batch 4 --score-steps 240 --steps 160``. ``--model gemma3`` teaches Gemma 3 270M, see ``gemma3.py``.
+``--length 8192 --batch 2 --score-steps 200 --steps 110 --slots-by-layer``. ``--model gemma3`` teaches Gemma 3 270M, see
+``gemma3.py``.
 """
 
 import argparse
@@ -216,14 +217,15 @@ def learn(
         )
 
     how = {"batch": options.batch, "device": options.device, "workers": options.workers}
-    if options.score_steps:
-        log["score_errors"] += learn_attention(model, "1. attention to come", crops(0, options.score_steps), **how)
-    heads = find_heads(model, "2. where facts are looked up", crops(1, options.retrieval_steps), **how)
+    heads = find_heads(model, "1. where facts are looked up", crops(1, options.retrieval_steps), **how)
     if heads is not None:
         log["retrieval"] = heads.tolist()
         set_rates(model, heads, coverage=options.coverage)
         if options.slots_by_layer:
             log["slots"] = set_slots(model, heads)
+    if options.score_steps:
+        log["score_errors"] += learn_attention(model, "2. attention to come", crops(0, options.score_steps), **how)
+    if options.score_steps or heads is not None:
         save_adapter(model, options.output / "scores")
     for bar, batch in steps("3. answers", crops(2, options.steps), groups=answer_groups(model), **how):
         with soft_slots(model):

@@ -1,16 +1,17 @@
 """Read a text far longer than the window: full attention, the window alone, and window + memory, side by side.
 
-    python examples/quickstart.py    # SmolLM2-135M-Instruct, 16,384 tokens, five minutes on two CPU cores
+    python examples/quickstart.py    # SmolLM2-135M-Instruct, 16,384 tokens, four minutes on two CPU cores
     python examples/quickstart.py --text novel.txt --tokens 32768 --adapter my_adapter
 
 The default model comes with a trained memory, in ``examples/adapters``. It prints a table (loss by position, cache
-bytes, peak memory, speed), draws it to a PNG, and lets the retrofitted model continue the text from the cache.
+bytes, peak memory, speed), draws it to a PNG, asks for a pass key that was hidden near the beginning of the text, and
+lets the retrofitted model continue the text from the cache.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,17 +20,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _common import SINKS, WINDOW, Help, add_device_options, count, find_adapter, give_memory, positive, user_errors
+from arms import equal_window, own_window, use_arm
 from looks import look
 from matplotlib.figure import Figure
+from pass_key import KEY, PLACE, ask, hide
 from peak_memory import PeakMemory
 from smollm2 import load_causal_lm
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from ahn_layers import full_attention, memory_report, window_only
+from ahn_layers import memory_report
 
-TRAINED = Path(__file__).parent / "adapters" / "smollm2-135m-instruct-gdn"
+TRAINED = Path(__file__).parent / "adapters" / "smollm2-135m-instruct-recall"
 """A trained memory for the default model."""
 
 
@@ -88,26 +91,29 @@ def cache_bytes(cache: Any) -> int:
     )
 
 
-def compare(model: Any, ids: Tensor, chunk: int) -> tuple[dict[str, Reading], Any]:
-    """Read a text by full attention, by the window alone, and with the memory.
+def compare(model: Any, ids: Tensor, chunk: int, tokenizer: Any = None) -> tuple[dict[str, Reading], Any, Any]:
+    """Read a text by full attention, by the window alone, and with the memory; then ask each for the pass key.
 
     Args:
-        model: a retrofitted model.
+        model: a retrofitted model. The window alone keeps as many tokens as the memory's window and slots.
         ids: token ids, shape (1, T + 1).
         chunk: tokens per call.
+        tokenizer: that of the model; None to ask nothing.
 
     Returns:
-        A reading for each, and the cache of the last, the memory.
+        A reading for each, their answers by name, and the cache of the last, the memory.
     """
-    arms = {"full attention": full_attention(model), "window only": window_only(model), "memory": nullcontext()}
+    arms = {"full attention": "full", "window only": "window", "memory": "memory"}
     with torch.no_grad():
         model(ids[:, :chunk])  # warm up: the first arm should pay neither for lazy loading nor for thread pools
-    readings, cache = {}, None
+    readings, answers, cache = {}, {}, None
     for name, arm in arms.items():
         cache = None  # lets go of the cache of the arm before
-        with arm:
+        with use_arm(model, arm):
             readings[name], cache = read(model, ids, chunk, name)
-    return readings, cache
+            if tokenizer is not None:
+                answers[name] = ask(model, tokenizer, ids, copy.deepcopy(cache) if arm == "memory" else cache)
+    return readings, answers, cache
 
 
 def format_table(readings: dict[str, Reading], capacity: int) -> str:
@@ -203,8 +209,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the reference of the Python language)")
     parser.add_argument("--tokens", type=positive, default=16_384, help="length of text to read")
     parser.add_argument("--chunk", type=positive, default=512, help="tokens per call of the model")
-    parser.add_argument("--window", type=positive, default=WINDOW, help="most recent tokens kept without loss")
-    parser.add_argument("--sinks", type=count, default=SINKS, help="first tokens kept without loss")
+    parser.add_argument("--window", type=positive, help=f"recent tokens kept (default: the adapter's, or {WINDOW})")
+    parser.add_argument("--sinks", type=count, help=f"first tokens kept (default: the adapter's, or {SINKS})")
     parser.add_argument("--plot", type=Path, default=Path("quickstart.png"), help="where the picture goes")
     add_device_options(parser)
     return parser.parse_args(argv)
@@ -214,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the whole comparison.
 
     Returns:
-        ``readings`` by arm, ``table``, ``continuation`` and ``plot``.
+        ``readings`` and ``answers`` by arm, ``table``, ``continuation`` and ``plot``.
     """
     args = parse(argv)
     with user_errors("quickstart"):
@@ -225,20 +231,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
         if ids.shape[1] < 2:
             raise ValueError(f"--text {args.text}: expected at least 2 tokens, found {ids.shape[1]}.")
+        capacity, trained = sum(equal_window(model, own_window(model))), model.config.max_position_embeddings
     print(memory_report(model))
 
-    readings, cache = compare(model, ids, args.chunk)
-    capacity, trained = args.window + args.sinks, model.config.max_position_embeddings
+    plain, ids = ids, hide(tokenizer, ids, capacity)
+    asked = not torch.equal(plain, ids)
+    readings, answers, cache = compare(model, ids, args.chunk, tokenizer if asked else None)
     table = format_table(readings, capacity)
     print(f"\n{table}\n* most added while reading: {PeakMemory(ids.device).meaning}")
     if not adapter:
         print("The memory is untrained (no adapter): its output is zero, so the memory arm equals window only.")
     plot(readings, capacity, trained, args.plot)
     print(f"Loss and cache over position: {args.plot}")
+    if asked:
+        print(f"\nAsked for the pass key {KEY}, hidden after {PLACE:,} of {ids.shape[1] - 1:,} tokens:")
+        for name, answer in answers.items():
+            print(f"  {'right' if answer.startswith(KEY) else 'wrong'}  {name:16}{answer}")
 
     continuation = continue_text(model, tokenizer, ids, cache)
     print(f"\n[...]{tokenizer.decode(ids[0, -60:])}\n[continued by the retrofitted model] {continuation}")
-    return {"readings": readings, "table": table, "continuation": continuation, "plot": args.plot}
+    return {"readings": readings, "table": table, "answers": answers, "continuation": continuation, "plot": args.plot}
 
 
 if __name__ == "__main__":

@@ -6,13 +6,18 @@ from pathlib import Path
 
 from _common import Help, add_device_options, compressor_names, count, given, number, positive
 
-SIZES = {"window": 128, "sinks": 32, "slots": 352}
+SIZES = {"window": 192, "sinks": 32, "slots": 288}
 """What a memory keeps that is not trained yet."""
 EXCLUDED = {"ask": ("compressor", "start_from", "scores_from"), "start_from": ("compressor",)}
 """For each option that names an adapter, those that say something that the adapter says."""
 LEARNING = ("ce", "truth", "length", "batch", "facts", "score_steps", "retrieval_steps", "steps")
 LEARNING += ("slots_by_layer", "coverage", "workers")
 """Options of the training alone."""
+
+
+def facts_for(length: int) -> tuple[int, int]:
+    """Least and most number of facts in a training text: few teach more than many, see ``docs/recall.md``."""
+    return (6, 14) if length <= 2048 else (max(1, 2 * length // 4096), max(1, 6 * length // 4096))
 
 
 def check_lengths(options: argparse.Namespace) -> None:
@@ -51,12 +56,12 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
         nargs=2,
         metavar=("LEAST", "MOST"),
         help="facts hidden in each text, asked for one to three times each; default, which has been tried: 6 14 (about "
-        "16 questions) in texts of up to 2,048 tokens, 2 6 (about 10) in longer ones",
+        "16 questions) in texts of up to 2,048 tokens, 2 6 (about 10) for each 4,096 tokens of longer ones",
     )
-    add("--score-steps", type=count, default=120, help="steps of the first stage (default: 120)")
-    add("--retrieval-steps", type=count, default=6, help="batches of the second stage (default: 6)")
+    add("--retrieval-steps", type=count, default=6, help="batches of the first stage (default: 6)")
+    add("--score-steps", type=count, default=120, help="steps of the second stage (default: 120)")
     add("--steps", type=count, default=20, help="steps of the third stage (default: 20)")
-    add("--slots-by-layer", action="store_true", help="layers that look up get the slots of others, --slots on average")
+    add("--slots-by-layer", action="store_true", help="the layers that do half of the looking up get all slots")
     add(
         "--coverage",
         type=number(1.0),
@@ -91,7 +96,7 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> ar
             check_lengths(options)
     except ValueError as error:
         parser.error(str(error))
-    options.facts = options.facts or ((6, 14) if options.length <= 2048 else (2, 6))
+    options.facts = options.facts or facts_for(options.length)
     if options.facts[0] > options.facts[1]:
         parser.error(f"--facts {options.facts[0]} {options.facts[1]}: expected the smaller number first")
     if options.coverage == 0:

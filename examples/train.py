@@ -159,9 +159,6 @@ def prepare_slots(
     """The first stages of a memory with slots, and what the trainer's steps change."""
     if not resumed:
         how: dict[str, Any] = {"batch": options.batch, "device": trainer.args.device}
-        if options.score_steps:
-            crops = crops_of(documents, tokenizer, options, options.score_steps, stage=1)
-            learn_attention(model, "attention to come", crops, folder=options.output / "checkpoints", **how)
         if options.retrieval_steps:
             crops = crops_of(documents, tokenizer, options, options.retrieval_steps, stage=2)
             found = find_heads(model, "where facts are looked up", crops, **how)
@@ -169,6 +166,9 @@ def prepare_slots(
                 set_rates(model, found, coverage=options.coverage)
                 if options.slots_by_layer:
                     print(f"slots: {set_slots(model, found)}")
+        if options.score_steps:
+            crops = crops_of(documents, tokenizer, options, options.score_steps, stage=1)
+            learn_attention(model, "attention to come", crops, folder=options.output / "checkpoints", **how)
     idle = {"both": (), "scores": ("others",), "compressor": ("scores", "rates")}[options.teach]
     for kind in idle:
         for parameter in parameters_of(model)[kind]:

@@ -15,15 +15,15 @@ def add_slot_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("slots", "texts then have facts in them that are asked for later").add_argument
     add("--slots", type=positive, help="evicted tokens kept in each key/value head, by a score that is learned")
     add("--teach", choices=["both", "scores", "compressor"], default="both", help="what the steps train")
-    add("--score-steps", type=count, default=0, help="steps of a first stage: scores learn the attention to come")
-    add("--retrieval-steps", type=count, default=0, help="batches in which heads that look facts up are searched")
+    add("--retrieval-steps", type=count, default=0, help="batches of a first stage: heads that look facts up are found")
+    add("--score-steps", type=count, default=0, help="steps of a second stage: scores learn the attention to come")
     add(
         "--coverage",
         type=number(1.0),
         default=0.9,
         help="share of all looking up done by heads that keep for good at first",
     )
-    add("--slots-by-layer", action="store_true", help="layers that look up get the slots of others, --slots on average")
+    add("--slots-by-layer", action="store_true", help="the layers that do half of the looking up get all slots")
     add("--facts", type=positive, nargs=2, default=[2, 6], metavar=("LEAST", "MOST"), help="facts in each text")
     add("--truth", type=number(1.0), default=0.5, help="share of the true answers in the loss of answers")
     add("--temperature", type=number(100.0), default=0.5, help="of the soft choice of the kept tokens")

@@ -8,7 +8,7 @@ from ..evictions.scores import LearnedScore
 from .budgets import COVERAGE, FORGET, KEEP, check_coverage, covering, rates_of
 from .retention import salient_slots
 
-LAYER_COVERAGE = 0.8
+LAYER_COVERAGE = 0.5
 """Share of all looking up that the layers do which get the slots of the others."""
 
 
@@ -72,7 +72,7 @@ def set_slots(
     retrieval: Float[Tensor, "layers g"],
     *,
     coverage: float = LAYER_COVERAGE,
-    least: int | None = None,
+    least: int = 0,
 ) -> list[int]:
     """Give the layers that look things up the slots of the others, at equal bytes.
 
@@ -83,7 +83,7 @@ def set_slots(
         model: a retrofitted model with learned scores in every layer.
         retrieval: what ``retrieval_heads`` returned, or its mean over several batches.
         coverage: the fewest layers that together do this share of all looking up get equally many slots.
-        least: slots of the other layers. Default: a fifth of the mean, 64 at most.
+        least: slots of the other layers. By default none: they fold every token at once.
 
     Returns:
         The slots of each layer. Where layers differ in their key/value heads or the size of these, the bytes of all
@@ -98,7 +98,6 @@ def set_slots(
     widths = [len(score.log_rate) * score.up_v.in_features for score in scores]
     room = sum(policy.num_slots * width for policy, width in zip(policies, widths, strict=True))
     chosen, mean = covering(retrieval.sum(dim=1), coverage).tolist(), room // sum(widths)
-    least = min(64, mean // 5) if least is None else least
     if not isinstance(least, int) or not 0 <= least <= mean:
         raise ValueError(f"least={least!r}: expected a whole number from 0 to {mean}, the mean of all layers.")
     room -= sum(least * width for width, own in zip(widths, chosen, strict=True) if not own)

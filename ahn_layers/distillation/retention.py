@@ -1,11 +1,11 @@
 """Teaching the scores of salient slots: which evicted tokens will be needed.
 
-Three stages, each a few minutes on a GPU for a small model. Compare Locret (arXiv 2410.01805) for the first one and
+Three stages, a few minutes on a GPU for a small model. Compare Locret (arXiv 2410.01805) for the second one and
 TRIM-KV (arXiv 2512.03324) for the last.
 
-1. ``learn_scores``: each layer's score learns, on its own, the most attention that a distant query will pay to a token.
-2. ``retrieval_heads``: which heads look up single tokens. Those keep theirs until better ones come, the slots of the
-   others begin as a longer window (``keeping.py``).
+1. ``retrieval_heads``: which heads look up single tokens. Those keep theirs until better ones come, the slots of the
+   others begin as a longer window; layers that look up get the slots of the others (``keeping.py``).
+2. ``learn_scores``: each layer's score learns, on its own, the most attention that a distant query will pay to a token.
 3. ``distillation_loss`` within ``soft_slots``: scores and rates learn together, from the model's own answers.
 """
 
@@ -67,12 +67,13 @@ def learn_scores(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
         input_ids: token ids without padding, at least 256 more than the capacity of the largest window.
 
     Returns:
-        The error (smooth L1) of each layer, without gradient.
+        The error (smooth L1) of each layer that has slots, without gradient.
 
     Raises:
-        ValueError: if there is no learned score, or the text is too short.
+        ValueError: if there is no learned score, no layer has slots, or the text is too short.
     """
-    salient_slots(model)
+    if all(policy.folds_all for policy in salient_slots(model)):
+        raise ValueError("num_slots=0 in every layer: expected slots in one of them at least, for scores to choose.")
     check_ids(input_ids)
     windows = [block.store.window for block in model.modules() if isinstance(block, HippocampalAttention)]
     least, count = max(window.capacity for window in windows) + _YOUNG, input_ids.shape[1]
@@ -82,7 +83,7 @@ def learn_scores(model: nn.Module, input_ids: Int[Tensor, "b t"]) -> Float[Tenso
 
     def look(seen: Attended) -> None:
         policy, window = seen.store.eviction, windows[seen.layer]
-        if not isinstance(policy, SalientSlots) or policy.learned is None:
+        if not isinstance(policy, SalientSlots) or policy.learned is None or policy.folds_all:
             return
         part = slice(window.num_sinks, count - window.window_size - _YOUNG)
         goal = _future_attention(seen, window.window_size)[:, :, part].clamp(min=_LEAST).log()

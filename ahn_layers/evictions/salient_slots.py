@@ -121,9 +121,14 @@ class SalientSlots(Eviction):
         return copied
 
     @property
+    def folds_all(self) -> bool:
+        """Without slots."""
+        return self.num_slots == 0 and type(self).push is SalientSlots.push
+
+    @property
     def reads_hidden(self) -> bool:
         """A learned score does."""
-        return self.score == "learned"
+        return self.score == "learned" and not self.folds_all
 
     @property
     def _sums_keys(self) -> bool:
@@ -132,7 +137,7 @@ class SalientSlots(Eviction):
     @property
     def whole_texts(self) -> bool:
         """A soft choice weighs all tokens against each other, also those that were lost."""
-        return self.temperature is not None
+        return self.temperature is not None and not self.folds_all
 
     def __str__(self) -> str:
         """Slots and score, in one line."""
@@ -148,7 +153,7 @@ class SalientSlots(Eviction):
         Raises:
             ValueError: if the score has not been made for a layer, or for one of other sizes.
         """
-        if self.score != "learned":
+        if not self.reads_hidden:
             return {}
         if self.learned is None:
             raise ValueError(

@@ -168,12 +168,12 @@ def test_rates_of_heads_that_keep_settle_again():
 def test_layers_that_look_up_get_the_slots_of_the_others():
     model, heads = made(), torch.tensor([[0.1, 0.0], [0.8, 0.4], [0.2, 0.5]])
     before = sum(policy.num_slots for policy in salient_slots(model))
-    assert before == 3 * 10 and set_slots(model, heads, least=4) == [4, 13, 13]
-    assert set_slots(model, heads, coverage=0.5, least=4) == [4, 22, 4]
+    assert before == 3 * 10 and set_slots(model, heads, coverage=0.8, least=4) == [4, 13, 13]
+    assert set_slots(model, heads, least=4) == [4, 22, 4] and set_slots(model, heads) == [0, 30, 0]
     assert set_slots(model, heads, coverage=1.0, least=0) == [10, 10, 10]
     with torch.no_grad():
         ids = tokens(length=60)
-        set_slots(model, heads, least=4)
+        set_slots(model, heads, coverage=0.8, least=4)
         cache = HippocampalCache()
         model(ids, cache=cache, use_cache=True)
         assert [layer.state.kept["k"].shape[2] for layer in cache.layers] == [4, 13, 13]
@@ -183,7 +183,7 @@ def test_layers_that_look_up_get_the_slots_of_the_others():
 
 def test_a_window_alone_is_longer_by_the_mean_of_the_slots():
     model = made()
-    set_slots(model, torch.tensor([[0.1, 0.0], [0.8, 0.4], [0.2, 0.5]]), least=4)
+    set_slots(model, torch.tensor([[0.1, 0.0], [0.8, 0.4], [0.2, 0.5]]))
     stores = [block.store for block in model.modules() if isinstance(block, HippocampalAttention)]
     with longer_windows(model):
         assert [store.window.window_size for store in stores] == [WINDOW + 10] * 3

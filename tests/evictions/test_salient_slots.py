@@ -12,13 +12,14 @@ from ahn_layers import (
     Rotary,
     SalientSlots,
     Window,
+    adapter_parameters,
     load_adapter,
     memory_report,
     retrofit,
     save_adapter,
     window_only,
 )
-from ahn_layers.distillation import use_window
+from ahn_layers.distillation import distillation_loss, freeze_base, soft_slots, use_window
 
 from ..methods import KINDS, BiggestKeys
 from ..models import FAMILIES, base, generate, logits, retrofitted, tokens
@@ -51,7 +52,7 @@ def token_by_token(eviction, q, k, v, x):
     rank = torch.arange(T)
     gates = eviction.gates(x, rotate(k, rank), v)
     if eviction.score == "learned":
-        score = gates["score"] + eviction.learned.rate[:, None] * rank
+        score = gates.get("score", 0) + eviction.learned.rate[:, None] * rank
     else:
         score = {"recent": torch.zeros(B, G, T), "key_norm": -k.norm(dim=-1), "value_norm": v.norm(dim=-1)}
         score["key_difference"] = -torch.ones(B, G, T).double()
@@ -60,6 +61,7 @@ def token_by_token(eviction, q, k, v, x):
             score["key_difference"][:, :, p] = -torch.cosine_similarity(unit[-1], sum(unit), dim=-1)
         rates = torch.tensor(eviction.rate, dtype=torch.float64).expand(G)[:, None]
         score = score[eviction.score] + rates * rank
+    score = score.expand(B, G, T)
     for b in range(B):
         for g in range(G):
             mine, refused, left_out = [], 0, {}
@@ -111,9 +113,26 @@ def test_token_by_token_and_under_any_cutting(score, num_slots, positions):
                 outs.append(out)
                 start += size
             torch.testing.assert_close(torch.cat(outs, dim=2), expected, rtol=0, atol=1e-11)
-            for (b, g), ranks in kept.items():
+            assert (state.kept == {}) == (num_slots == 0)
+            for (b, g), ranks in kept.items() if num_slots else ():
                 assert state.kept["gates.eviction.rank"][b, g, : len(ranks)].tolist() == ranks
                 assert state.kept["filled"][b, g] == len(ranks)
+
+
+def test_layers_without_slots_fold_everything():
+    """They cost what a layer without an eviction costs, and their scores get gradients of zeros, not none."""
+    sizes = {"window_size": 6, "num_sinks": 2}
+    slots = {0: SalientSlots(0), 1: SalientSlots(3), 2: SalientSlots(0)}
+    model, ids = retrofit(base(), GatedDeltaNet, eviction=slots, **sizes), tokens(2, 40)
+    plain = retrofit(base(), GatedDeltaNet, eviction={1: SalientSlots(3)}, **sizes)
+    torch.testing.assert_close(logits(model, ids, [30, 1, 9]), logits(plain, ids), rtol=0, atol=1e-12)
+    rows = [[line.split()[-1] for line in memory_report(u).splitlines()[2:5]] for u in (model, plain)]
+    assert rows[0] == rows[1]
+    freeze_base(model)
+    with soft_slots(model):
+        distillation_loss(model, ids).loss.backward()
+    grads = {name: p.grad for name, p in adapter_parameters(model) if ".eviction." in name}
+    assert all((grad is not None) and (".1." in name or not grad.any()) for name, grad in grads.items())
 
 
 def test_untrained_slots_are_a_longer_window():

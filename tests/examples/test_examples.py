@@ -166,7 +166,7 @@ def test_tensor_parallel(tmp_path, capsys):
     assert f"tokens, then: {text}" in capsys.readouterr().out
 
 
-def test_quickstart(tmp_path, capsys):
+def test_quickstart(tmp_path, capsys, monkeypatch):
     model, tokenizer = importlib.import_module("_chat").random_model(
         LlamaConfig(**importlib.import_module("_chat").SMALL, max_position_embeddings=128)
     )
@@ -176,7 +176,12 @@ def test_quickstart(tmp_path, capsys):
     importlib.import_module("quickstart").main([*small, "--plot", str(tmp_path / "new" / "plot.png")])
     assert (tmp_path / "new" / "plot.png").stat().st_size > 0
     printed = capsys.readouterr().out
-    assert "full attention" in printed and "untrained" in printed
+    assert "full attention" in printed and "untrained" in printed and "pass key" not in printed
+    monkeypatch.setattr(importlib.import_module("pass_key"), "PLACE", 100)
+    results = importlib.import_module("quickstart").main([*small, "--plot", str(tmp_path / "plot.png")])
+    assert list(results["answers"]) == ["full attention", "window only", "memory"]
+    asked = capsys.readouterr().out.split("Asked for the pass key 71432")[1]
+    assert all(f"{name:16}{answer}" in asked for name, answer in results["answers"].items())
 
 
 def test_benchmark(capsys):

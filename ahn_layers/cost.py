@@ -9,7 +9,6 @@ from torch import nn
 
 from .attention import HippocampalAttention
 from .compressor import Compressor, check_size
-from .eviction import FoldAll
 from .flops import Sizes, cache_ratio, memory_parameters, mixing_flops, model_flops, num_gates
 from .record import find_retrofitted
 from .retrofit import full_attention

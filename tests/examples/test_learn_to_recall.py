@@ -58,7 +58,7 @@ def test_layers_that_look_up_get_more_slots_before_answers_are_learned(lesson, m
     monkeypatch.setattr(module, "distillation_loss", loss)
     results = main([*small, "--slots-by-layer", "--output", "out"])
     assert slots == [results["slots"]] * 2
-    assert sorted(results["slots"]) in ([4, 36], [20, 20])  # one layer does enough of it, or both are needed
+    assert sorted(results["slots"]) in ([0, 40], [20, 20])  # one layer does half of it, or both are needed
     described = json.loads(Path("out/adapter.json").read_text())["evictions"]
     assert {one["options"]["num_slots"] for one in described} == set(results["slots"])
     rates = [u for name, u in load_file("out/adapter.safetensors").items() if name.endswith("log_rate")]

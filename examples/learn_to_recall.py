@@ -1,7 +1,7 @@
 """Teach a language model to recall what has left its window.
 
     python examples/learn_to_recall.py
-    python examples/learn_to_recall.py --ask examples/adapters/smollm2-135m-instruct-recall    # four minutes on a CPU
+    python examples/learn_to_recall.py --ask examples/adapters/smollm2-135m-instruct-recall    # three minutes on a CPU
 
 Every key/value head of SmolLM2-135M-Instruct keeps some evicted tokens in slots. Which ones, a small network in each
 layer learns in three stages: from where the model looks facts up, from the attention that tokens will get, and from the

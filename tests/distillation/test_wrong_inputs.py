@@ -105,6 +105,16 @@ def test_slots_by_layer(options, part):
     assert {policy.num_slots for policy in salient_slots(model)} == {3}
 
 
+def test_scores_are_learned_where_there_are_slots():
+    model = retrofitted(eviction={0: SalientSlots(0), 1: SalientSlots(3), 2: SalientSlots(0)})
+    assert learn_scores(model, tokens(1, 400)).shape == (1,)
+    trained = [policy.learned.direct.weight.grad is not None for policy in salient_slots(model)]
+    assert trained == [False, True, False]
+    model = retrofitted(eviction=SalientSlots(0))
+    with refused(ValueError, "num_slots=0 in every layer", "expected slots in one of them"):
+        learn_scores(model, torch.zeros(1, 400, dtype=torch.long))
+
+
 CALIBRATIONS = {
     "no coverage": ({"coverage": 0.0}, "coverage=0.0", "above 0"),
     "less than the window": ({"measured": [4]}, "measured=[4]", "from 8", "Leave [4] out"),

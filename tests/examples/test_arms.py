@@ -127,6 +127,9 @@ def test_layers_may_have_different_numbers_of_slots():
     assert arms.equal_window(model, (24, 8)) == (34, 8)
     arms.set_slots(model, 20)
     assert [store.eviction.num_slots for store in arms.stores_of(model)] == [32, 8] and arms.slots_of(model) == 20
+    one = small(eviction={1: SalientSlots(16)})  # the other layer folds everything, and counts for the mean
+    arms.set_slots(one, 20)
+    assert arms.stores_of(one)[1].eviction.num_slots == 40 and arms.slots_of(one) == 20
 
 
 def test_bytes_of_the_arms():

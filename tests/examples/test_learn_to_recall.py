@@ -65,6 +65,11 @@ def test_layers_that_look_up_get_more_slots_before_answers_are_learned(lesson, m
     assert all(bool(((u.exp() > 1e-3) | u.exp().isclose(torch.tensor(1e-5))).all()) for u in rates)  # settled
 
 
+def test_longer_texts_get_more_facts_as_far_apart(lesson):
+    facts_for = importlib.import_module("recall_options").facts_for
+    assert [facts_for(length) for length in (1536, 2048, 4096, 8192)] == [(6, 14), (6, 14), (2, 6), (4, 12)]
+
+
 def test_the_lesson_goes_on_from_trained_parts(lesson):
     main, small = lesson
     assert main([*small, "--compressor", "GatedDeltaNet", "--output", "slots"])["losses"]

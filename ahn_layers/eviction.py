@@ -116,7 +116,7 @@ class Eviction(nn.Module, ABC):
 
     @property
     def folds_all(self) -> bool:
-        """Whether it keeps nothing at present: every token that leaves is folded at once, by no call. Default: no."""
+        """Whether it keeps nothing at present: what leaves is folded, and ``push`` is not called. Default: no."""
         return False
 
     @property

@@ -42,6 +42,8 @@ def use_arm(model: nn.Module, arm: str, window: tuple[int, int] | None = None) -
     """
 
     def unlearned(model: nn.Module) -> AbstractContextManager[None]:
+        if not slots_of(model):
+            raise ValueError(f"{arm}: a score for slots, and this memory has none.")
         return _changed(model, "eviction", lambda store: _scored(store, arm))
 
     kinds: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
@@ -68,12 +70,14 @@ def use_arm(model: nn.Module, arm: str, window: tuple[int, int] | None = None) -
         yield
 
 
-def _scored(store: MemoryStore, score: str) -> SalientSlots:
-    """The slots of a memory, filled by a score that needs no training.
+def _scored(store: MemoryStore, score: str) -> Any:
+    """The slots of a memory, filled by a score that needs no training; a layer without slots stays as it is.
 
     Raises:
-        ValueError: if it has no slots.
+        ValueError: if it keeps tokens in another way.
     """
+    if store.eviction.folds_all:
+        return store.eviction
     if not isinstance(store.eviction, SalientSlots):
         raise ValueError(f"{score}: a score for slots, and this memory has none.")
     return SalientSlots(store.eviction.num_slots, score=score, positions=store.eviction.positions)
@@ -110,15 +114,19 @@ def stores_of(model: nn.Module) -> list[MemoryStore]:
     return stores
 
 
-def own_window(model: nn.Module) -> tuple[int, int]:
+def own_window(model: nn.Module, option: str = "--capacities") -> tuple[int, int]:
     """``(window_size, num_sinks)`` of a retrofitted model.
+
+    Args:
+        model: a retrofitted model.
+        option: of the command line, by which one can be named.
 
     Raises:
         ValueError: if its layers differ.
     """
     found = sorted({(store.window.window_size, store.window.num_sinks) for store in stores_of(model)})
     if len(found) > 1:
-        raise ValueError(f"the layers have different windows, {found}: expected one for all. Name one by --capacities.")
+        raise ValueError(f"the layers have different windows, {found}: expected one for all. Name one by {option}.")
     return found[0]
 
 

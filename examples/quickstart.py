@@ -231,7 +231,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens + 1].to(args.device)
         if ids.shape[1] < 2:
             raise ValueError(f"--text {args.text}: expected at least 2 tokens, found {ids.shape[1]}.")
-        capacity, trained = sum(equal_window(model, own_window(model))), model.config.max_position_embeddings
+        capacity, trained = (
+            sum(equal_window(model, own_window(model, "--window and --sinks"))),
+            model.config.max_position_embeddings,
+        )
     print(memory_report(model))
 
     plain, ids = ids, hide(tokenizer, ids, capacity)

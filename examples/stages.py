@@ -160,7 +160,7 @@ def tensors(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 def learn_attention(
     model: nn.Module, title: str, crops: PlantedCrops, batch: int, device: Any, **how: Any
 ) -> list[float]:
-    """The first stage: scores learn the attention to come. Returns the error of each step.
+    """The second stage: scores learn the attention to come. Returns the error of each step.
 
     Args:
         model: a retrofitted model with learned scores.

@@ -130,6 +130,8 @@ def test_layers_may_have_different_numbers_of_slots():
     one = small(eviction={1: SalientSlots(16)})  # the other layer folds everything, and counts for the mean
     arms.set_slots(one, 20)
     assert arms.stores_of(one)[1].eviction.num_slots == 40 and arms.slots_of(one) == 20
+    with arms.use_arm(one, "key_norm"):
+        assert [str(store.eviction) for store in arms.stores_of(one)] == ["FoldAll()", "40 slots (key_norm)"]
 
 
 def test_bytes_of_the_arms():
